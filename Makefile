@@ -1,4 +1,4 @@
-# What is done often, by name. `make` alone lists it.
+# Frequent tasks. `make` alone lists them.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

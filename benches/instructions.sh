@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Instructions of a look-up and of a whole read, from the virtqueue and back, on an engine that does nothing. Counted by
-# valgrind, twice with different numbers of requests: the difference is what requests cost, and the same on any machine.
+# Counts the instructions of a look-up and of a whole read, from the virtqueue and back, on an engine that does nothing.
+# valgrind counts two runs with different numbers of requests. Their difference is the cost of the requests, which is the same
+# on any machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,7 +1,7 @@
-//! What it costs to find out where sectors are: nanoseconds of a `plan_read`, by depth of the chain and by how finely the
-//! data of a block is cut up between its layers. Depth must not show.
+//! Cost of resolving sectors: nanoseconds per `plan_read`, by depth of the chain and by the fragmentation of a block over its
+//! layers. The cost must not depend on the depth.
 //!
-//! With `--instructions NAME` it does one thing a number of times, for a program that counts instructions.
+//! With `--instructions NAME` the bench repeats one operation, for a program that counts instructions.
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
@@ -27,7 +27,7 @@ const REQUEST: u64 = 8;
 /// Requests in a measured run, and runs.
 const REQUESTS: u64 = 200_000;
 const RUNS: usize = 9;
-/// Most that the longest chain may cost over the shortest.
+/// Target: the cost of the longest chain relative to the shortest.
 const MAX_DEPTH_RATIO: f64 = 1.25;
 
 fn main() {
@@ -43,7 +43,7 @@ fn main() {
         let versions = [1, 4, 16, 62].map(|depth| version(&folder.path().join(format!("{cut:?}-{depth}")), depth, cut));
         versions.iter().for_each(plan_all);
         let mut best = [f64::MAX; 4];
-        // The least of many: whatever else the machine does only adds.
+        // The minimum, because other load on the machine only adds time.
         for _ in 0..RUNS {
             for (version, best) in versions.iter().zip(&mut best) {
                 *best = best.min(measure(version));
@@ -60,7 +60,7 @@ fn main() {
     println!("flat in depth (at most {MAX_DEPTH_RATIO}): {}", if flat { "yes" } else { "NO" });
 }
 
-/// Nanoseconds a plan.
+/// Nanoseconds per plan.
 fn measure(version: &Version) -> f64 {
     let mut plan = PlanBuffer::default();
     let start = Instant::now();

@@ -1,4 +1,4 @@
-//! What reads, writes and flushes cost in system calls: strace looks at the daemon while a guest works.
+//! System calls per read, write and flush, counted with strace on the daemon while a guest works.
 
 mod common;
 
@@ -13,8 +13,8 @@ use common::tool;
 const READS: usize = 10_000;
 const DEPTH: usize = 32;
 
-/// Queued 4 KiB reads of sectors that are known, in a child over a root: one submit carries many of them, and the guest
-/// is told of many at once.
+/// Queued 4 KiB reads of resolved sectors, in a child over a root: one io_uring submit carries many reads, and one interrupt
+/// reports many completions.
 #[test]
 fn queued_reads_share_their_system_calls() {
     tool::require(&["strace"]);
@@ -34,7 +34,7 @@ fn queued_reads_share_their_system_calls() {
     assert!(total > 0 && total < READS / 4, "{total} system calls for {READS} reads");
 }
 
-/// Reads 4 KiB `count` times from all over the disk, always `DEPTH` under way.
+/// Reads 4 KiB `count` times from random places of the disk, with `DEPTH` reads in flight.
 fn read_many(guest: &mut Client, count: usize) {
     let pieces = usize::try_from(guest.capacity().expect("a size")).expect("a small disk") / 4096;
     let mut begun = 0;
@@ -50,8 +50,8 @@ fn read_many(guest: &mut Client, count: usize) {
     }
 }
 
-/// What a flush costs in syncs: none, one, or two (crash-safety 3.6), however many writes it covers; and a write that is
-/// answered has cost no write but its own. Plain calls, so that strace sees each.
+/// A flush needs no, one or two syncs (crash-safety 3.6), for any number of writes. A completed write has caused no other
+/// write. The daemon uses plain system calls here, so that strace sees each.
 #[test]
 fn a_flush_costs_none_one_or_two_syncs() {
     tool::require(&["strace"]);
@@ -61,13 +61,13 @@ fn a_flush_costs_none_one_or_two_syncs() {
     let root = child.with_file_name("empty.vhd");
     let root_text = root.to_str().expect("a plain path");
     tool::diffdisk(["create", root_text, "--size", "64M"]).ok();
-    // New sectors of a child need two, overwrites one; a root's new blocks one.
+    // New sectors of a child need two syncs, overwrites one, new blocks of a root one.
     for (image, fresh) in [(&child, 2), (&root, 1)] {
         let daemon = Daemon::start(image, &["--num-queues=1", "--io-engine=blocking"]);
         let mut guest = daemon.connect();
         guest.flush().expect("the first flush, which covers what went before");
         for count in [1, 5, 50] {
-            // A commit in the background, one in five seconds, may come between a write and its flush: then once more.
+            // The background commit, once in five seconds, may run between a write and its flush. The test then repeats.
             let seen = (0..4).map(|attempt| syncs(&daemon, &mut guest, count, attempt));
             let mut seen = seen.inspect(|(new, again, clean)| {
                 println!("{count} writes: {new} syncs when new, {again} when written again, {clean} when nothing was");
@@ -79,9 +79,9 @@ fn a_flush_costs_none_one_or_two_syncs() {
     }
 }
 
-/// The syncs of a flush after so many writes of new sectors, after the same writes again, and after none.
+/// Returns the syncs of a flush after `count` writes of new sectors, after the same writes again, and after no write.
 fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usize, usize, usize) {
-    // The fifty go to ten blocks; each attempt to sectors of its own.
+    // Fifty writes go to ten blocks. Each attempt uses other sectors.
     let (first, blocks) = if count == 50 { (40 << 20, 10) } else { (count * (2 << 20), 1) };
     let write = |guest: &mut Client, page: u64| {
         let at = first + page % blocks * (2 << 20) + (attempt * 50 + page) * 4096;
@@ -91,7 +91,7 @@ fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usiz
     let calls = |report: &str, name: &str| report.lines().filter(|l| l.contains(name)).count();
     let writes = traced(daemon, &ask, || (0..count).for_each(|page| write(guest, page)));
     let alone = calls(&writes, "fallocate") == 0 && calls(&writes, "fdatasync") == 0;
-    // The first write of a second gives the session's stamp a new generation.
+    // The first write within a second gives the session's stamp a new generation.
     let own = writes.lines().filter(|l| l.contains("pwrite") && !l.contains("ddstamp")).count() as u64;
     assert!(!alone || own == count, "a write that is answered is one write:\n{writes}");
     let new = calls(&traced(daemon, &ask, || guest.flush().expect("a flush")), "fdatasync");
@@ -101,7 +101,7 @@ fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usiz
     (new, again, clean)
 }
 
-/// What strace says of the daemon while something is done.
+/// Returns strace's output for the daemon while `work` runs.
 fn traced(daemon: &Daemon, options: &[&str], done: impl FnOnce()) -> String {
     let report = tempfile::NamedTempFile::new().expect("a file");
     let mut strace = Command::new("strace")
@@ -114,7 +114,7 @@ fn traced(daemon: &Daemon, options: &[&str], done: impl FnOnce()) -> String {
         .expect("strace starts");
     let attached = format!("TracerPid:\t{}", strace.id());
     let deadline = Instant::now() + Duration::from_secs(10);
-    // Every thread: the one that serves the queue is not the first.
+    // All threads are traced: the main thread does not serve the queue.
     let tasks = || {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("the daemon is there");
         tasks.map(|task| std::fs::read_to_string(task.expect("a thread").path().join("status")).expect("a thread"))

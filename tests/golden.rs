@@ -1,5 +1,4 @@
-//! Images made by other programs read as those programs' independent readers agree they must: by the tool and through
-//! the daemon's socket.
+//! Images made by other programs. The tool and the daemon must read them exactly as independent readers do.
 
 mod common;
 
@@ -12,20 +11,20 @@ use common::golden::{Golden, number, text};
 use common::{pattern, temp, tool};
 use serde_json::Value;
 
-/// The corpus, unpacked where nobody else writes.
+/// The corpus, unpacked into a private folder.
 fn corpus(name: &str) -> (Golden, tempfile::TempDir) {
     let (golden, folder) = (Golden::load(), temp::scratch(name));
     golden.unpack(folder.path());
     (golden, folder)
 }
 
-/// Chains whose parents lie outside the child's folder need the root allowed; for the others it changes nothing.
+/// Allows the corpus as a folder of parents. Chains with parents outside the child's folder need this option.
 fn allow(root: &Path) -> [String; 2] {
     ["--allow-parents".into(), root.display().to_string()]
 }
 
 #[test]
-fn convert_reads_every_image_as_its_makers_do() {
+fn convert_reads_every_image_correctly() {
     let (golden, folder) = corpus("golden-convert");
     let root = folder.path();
     for image in golden.images() {
@@ -46,7 +45,7 @@ fn convert_reads_every_image_as_its_makers_do() {
 }
 
 #[test]
-fn info_tells_what_the_manifest_tells() {
+fn info_agrees_with_the_manifest() {
     let (golden, folder) = corpus("golden-info");
     for image in golden.images() {
         let name = text(image, "file");
@@ -67,12 +66,12 @@ fn info_tells_what_the_manifest_tells() {
         if text(image, "type") == "differencing" {
             assert_eq!(plain(&info["parent"]["uuid"]), plain(&image["parent_unique_id"]), "{name}: parent's uuid");
             assert_eq!(info["parent"]["name"], image["parent_name"], "{name}: parent's name");
-            let told = info["parent"]["locators"].as_array().expect("locators are listed");
+            let listed = info["parent"]["locators"].as_array().expect("locators are listed");
             let made = image["parent_locators"].as_array().expect("the manifest lists locators");
-            assert_eq!(told.len(), made.len(), "{name}: locators");
-            for (told, made) in told.iter().zip(made) {
-                assert_eq!(told["platform"], made["code"], "{name}: platform of a locator");
-                assert_eq!(told["path"], made["text"], "{name}: path of a locator");
+            assert_eq!(listed.len(), made.len(), "{name}: locators");
+            for (listed, made) in listed.iter().zip(made) {
+                assert_eq!(listed["platform"], made["code"], "{name}: platform of a locator");
+                assert_eq!(listed["path"], made["text"], "{name}: path of a locator");
             }
         } else {
             assert!(info["parent"].is_null(), "{name}: {}", info["parent"]);
@@ -117,7 +116,7 @@ fn a_guest_reads_every_image_through_the_socket() {
 fn a_guest_writes_on_top_of_every_image() {
     let golden = Golden::load();
     for image in golden.images() {
-        // Unpacked anew each time: a write to a parent would change what its children show.
+        // Unpacked for each image: a write to a parent would change the content of its children.
         let folder = temp::scratch("golden-write");
         golden.unpack(folder.path());
         let (name, path) = (text(image, "file"), folder.path().join(text(image, "file")));
@@ -144,7 +143,7 @@ fn a_guest_writes_on_top_of_every_image() {
         let kept = daemon.connect().read_all(MAX_REQUEST_BYTES).expect("reads in flight");
         pattern::assert_same(&format!("{name} after a restart"), &kept, &disk);
         daemon.stop();
-        // Batmaps of XenServer's images among them: what was written must not make them wrong.
+        // Some of XenServer's images have a batmap, which must be correct after the writes.
         let check = ["check".into(), path.display().to_string(), "--chain".into(), option, root];
         let check = tool::diffdisk(check);
         assert!(matches!(check.code, Some(0 | 4)), "{name} after the writes: {check:?}");

@@ -1,6 +1,6 @@
-//! Linux in a QEMU machine uses a chain through `diffdiskd`: its driver, its ext4, its fio.
+//! Linux in a QEMU virtual machine uses a chain through `diffdiskd`: with its virtio driver, ext4 and fio.
 //!
-//! `make test` builds the guest these tests boot (vm-images/). A machine that lacks it fails them.
+//! `make test` builds the guest that these tests boot (vm-images/). Without it the tests fail.
 
 mod common;
 
@@ -14,9 +14,9 @@ use common::guest::Guest;
 use common::{digest, oracle};
 
 #[test]
-fn a_file_system_written_on_a_chain_is_what_everyone_reads() {
+fn all_readers_agree_on_a_file_system_written_to_a_chain() {
     let mut chain = Chain::with_root(128, 1);
-    // A parent whose contents came from a guest, so that the top hides sectors of two different layers.
+    // A guest writes to the parent first, so that the top masks sectors of two layers.
     chain.push_child("middle.vhd");
     let daemon = Daemon::start(chain.top(), &[]);
     Guest::boot(&daemon.socket(), "fill", &[]).finish();
@@ -68,7 +68,7 @@ fn two_queues_of_random_writes_are_read_back() {
     chain.assert_sound();
 }
 
-/// R6. QEMU looks for a daemon that went away once a second.
+/// R6. QEMU tries to reconnect to a lost daemon once a second.
 #[test]
 fn a_daemon_is_killed_again_and_again_and_the_guest_notices_nothing() {
     let mut chain = Chain::with_root(64, 3);
@@ -84,7 +84,7 @@ fn a_daemon_is_killed_again_and_again_and_the_guest_notices_nothing() {
                 let front_ends = daemon.log().matches("front-end connected").count();
                 daemon.kill_and_restart();
                 kills += 1;
-                // Not amid the handshake: QEMU 7.2 may then give up for ever.
+                // Not during the handshake: QEMU 7.2 may then never reconnect.
                 daemon.wait_for_log("front-end connected", front_ends + 1);
                 thread::sleep(Duration::from_millis(200 + 97 * kills % 700));
             }
@@ -111,11 +111,11 @@ fn trimmed_space_goes_back_to_the_host() {
     let before = chain.top_allocated();
     assert!(before >= filled_bytes, "{filled_bytes} bytes of random data cannot lie in {before}");
 
-    // The same daemon, the next machine.
+    // A second virtual machine uses the same daemon.
     Guest::boot(&daemon.socket(), "trim", &[]).finish();
     daemon.stop();
     let after = chain.top_allocated();
-    // A block's bitmap and its unaligned ends stay: an eighth is generous.
+    // A block's bitmap and its unaligned ends stay allocated: a limit of an eighth is generous.
     let expected = filled_bytes - filled_bytes / 8;
     assert!(before.saturating_sub(after) >= expected, "the child took {before} bytes, and {after} after the trim");
     chain.assert_sound();

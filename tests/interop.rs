@@ -1,8 +1,7 @@
-//! What we write, strangers read the same: chains made by `diffdisk create` and filled by a guest through the daemon,
-//! compared with QEMU, 7-Zip and vhd-lib.
+//! Chains made by `diffdisk create` and filled by a guest through the daemon must read the same with QEMU, 7-Zip and vhd-lib.
 //!
-//! Each reader is asked only where it is known to be right: QEMU for images without a parent, vhd-lib for chains with
-//! one block size and no fixed root.
+//! Each reader is used only for images that it reads correctly: QEMU for images without a parent, vhd-lib for chains with one
+//! block size and no fixed root.
 
 mod common;
 
@@ -20,7 +19,7 @@ use common::{pattern, tool};
 
 const MIB: u64 = 1 << 20;
 
-/// A chain on disk, and what its guest must see.
+/// A chain on disk, and the content that a guest must see.
 struct Chain {
     folder: tempfile::TempDir,
     files: Vec<PathBuf>,
@@ -28,7 +27,7 @@ struct Chain {
 }
 
 impl Chain {
-    /// One layer per entry of `layers`, root first: `--type` and `--block-size` for the root; children follow it.
+    /// Creates one layer per entry of `layers`, root first. The root gets `--type` and `--block-size`; children inherit them.
     fn build(name: &str, size: u64, root: &[&str], depth: usize, rng: &mut Rng) -> Chain {
         let folder = temp::scratch(name);
         let mut chain =
@@ -59,7 +58,7 @@ impl Chain {
         self.files.last().expect("a chain has a layer")
     }
 
-    /// A guest's life on the top layer: writes, zeroes, discards, flushes, remembered in `disk`.
+    /// Runs a guest on the top layer: writes, zeroes, discards, flushes. `disk` records the expected content.
     fn run_guest(&mut self, guest: &mut Client, layer: usize, rng: &mut Rng) {
         let sectors = self.disk.len() as u64 / 512;
         for step in 0..60 {
@@ -88,7 +87,7 @@ impl Chain {
         pattern::assert_same("the guest's own view", &guest.read_all(MAX_REQUEST_BYTES).expect("reads"), &self.disk);
     }
 
-    /// A discarded sector may keep its content or read as zeros, and must then stay so.
+    /// Reads discarded sectors back. Each may keep its content or read as zeros, and must keep that value from then on.
     fn accept_discarded(&mut self, guest: &mut Client, offset: u64, bytes: std::ops::Range<usize>) {
         let now = guest.read(offset, bytes.len()).expect("a read");
         for (old, new) in self.disk[bytes].chunks_mut(512).zip(now.chunks(512)) {
@@ -105,7 +104,7 @@ impl Chain {
         assert_eq!(check.code, Some(0), "check after a clean stop: {check:?}");
     }
 
-    /// What all agree on of an image without a parent.
+    /// Asserts that all readers agree on an image without a parent.
     fn assert_alone(&self, vhdlib: bool) {
         self.assert_diffdisk();
         self.assert_qemu();
@@ -115,7 +114,7 @@ impl Chain {
         }
     }
 
-    /// Another size; what is cut off must be zero.
+    /// Resizes the disk. Sectors that are cut off must read as zeros after the disk grows again.
     fn resize(&mut self, size: u64) {
         let args = ["resize".into(), self.leaf().display().to_string(), size.to_string(), "--shrink".into()];
         tool::diffdisk::<String>(args).ok();
@@ -150,20 +149,20 @@ impl Chain {
     }
 }
 
-/// Runs another program, which must succeed.
+/// Runs a program that must succeed.
 fn run_program(command: &mut Command) -> Vec<u8> {
     let done = tool::run(command, Duration::from_secs(60));
     assert_eq!(done.code, Some(0), "{command:?}: {}", done.stderr);
     done.stdout
 }
 
-/// The disk as 7-Zip reads it; it looks for parents in the leaf's folder only.
+/// Reads the disk with 7-Zip, which finds parents in the leaf's folder only.
 fn sevenzip(leaf: &Path) -> Vec<u8> {
     let (folder, name) = (leaf.parent().expect("a folder"), leaf.file_name().expect("a name"));
     run_program(Command::new("7zz").current_dir(folder).args(["e", "-so", "-tVHD"]).arg(name))
 }
 
-/// The target folder: tests/oracles/install.sh puts vhd-lib there.
+/// Returns the target folder, into which tests/oracles/install.sh installs vhd-lib.
 fn target() -> PathBuf {
     let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
     tmp.parent().expect("tmp lies in the target folder").to_path_buf()
@@ -249,7 +248,7 @@ fn reshaped_chains_are_read_alike() {
             }
         }
     }
-    // The table finds no room where it is, and moves behind the blocks.
+    // The BAT has no room to grow in place, so it moves after the blocks.
     let mut small = Chain::build("interop-resize", 4 * MIB, &["--block-size", "4K"], 1, &mut rng);
     small.resize(7 * MIB + 512);
     small.assert_alone(false);
@@ -274,9 +273,9 @@ fn chains_with_small_blocks_are_read_alike() {
     }
 }
 
-/// QEMU opens a child as if it had no parent. The check says so of what QEMU has really written.
+/// QEMU opens a child as if it had no parent. `check` must report the damage in a file that QEMU has written.
 #[test]
-fn what_qemu_does_to_a_child_is_recognised() {
+fn check_recognises_a_child_that_qemu_has_written_to() {
     tool::require(&["qemu-io"]);
     let folder = temp::scratch("interop-qemu-child");
     let path = |name: &str| folder.path().join(name);
@@ -312,7 +311,7 @@ fn killed_images_are_read_alike() {
         drop(guest);
         daemon.kill();
         let info = || tool::diffdisk(["info".into(), chain.leaf().display().to_string(), "--json".into()]).ok().json();
-        // The kernel ends what was in flight a moment after the process, and the lock with it.
+        // Requests in flight, and with them the lock, may outlast the process for a moment.
         let deadline = Instant::now() + Duration::from_secs(30);
         while !info()["in_use"].is_null() {
             assert!(Instant::now() < deadline, "still in use: {}", info());

@@ -1,5 +1,5 @@
-//! The live journal from outside: tools refuse an image whose daemon was killed, and the next daemon takes in what the
-//! last one acknowledged.
+//! The live journal, tested with the real programs: the tool refuses an image whose daemon was killed, and the next daemon
+//! replays the acknowledged writes.
 
 mod common;
 
@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::Duration;
 
 #[test]
-fn tools_refuse_an_image_until_a_daemon_has_taken_in_what_the_last_one_acknowledged() {
+fn the_tool_refuses_a_killed_image_until_a_daemon_has_replayed_its_journal() {
     let mut chain = Chain::with_root(8, 8);
     chain.push_child("child.vhd");
     let image = chain.top().to_str().expect("a plain path").to_owned();

@@ -1,8 +1,8 @@
-//! R5: a guest does not notice that its disk daemon is killed, again and again, and started anew.
+//! R5: a guest does not notice that its disk daemon is killed and restarted many times.
 //!
-//! Several queues write, overwrite, zero, flush and read, and compare every byte that comes back with what was
-//! acknowledged. Meanwhile the daemon gets SIGKILL every 200 ms or so: at work, at its start, and amid the handshake.
-//! DIFFDISK_KILL_SECONDS says how long (60).
+//! Several queues write, overwrite, zero, flush and read, and compare every byte read with the acknowledged writes. Meanwhile
+//! the daemon gets SIGKILL about every 200 ms: under load, at its start, and during the handshake.
+//! DIFFDISK_KILL_SECONDS sets the duration in seconds (60).
 #![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "a test's pattern and small numbers")]
 
 mod common;
@@ -25,20 +25,20 @@ const QUEUES: usize = 3;
 const MIB: u64 = 1 << 20;
 /// Of a disk.
 const SIZE: u64 = 128 * MIB;
-/// Sectors that belong to one queue; the next as many belong to the next queue. So queues share blocks and bitmaps.
+/// Sectors per stripe. Stripes belong to the queues in rotation, so that queues share blocks and bitmaps.
 const STRIPE: u64 = 128;
 const STRIPES: u64 = SIZE / 512 / STRIPE;
 
-/// What a queue knows of its part of the disk.
+/// The expected content of one queue's part of the disk.
 struct Model {
     queue: u64,
-    /// What was there before.
+    /// The content before the run.
     initial: HashMap<u64, Vec<u8>>,
-    /// By sector: the number of the last write that was acknowledged; 0 for zeros, none for what was there before.
+    /// The number of the last acknowledged write of each sector. 0 means zeros, `None` the content before the run.
     written: HashMap<u64, u64>,
 }
 
-/// What a sector holds after write number `tag`, other than 0.
+/// Returns the content of a sector after write number `tag`, which is not 0.
 fn fill(data: &mut [u8], tag: u64, first: u64) {
     for (sector, chunk) in (first..).zip(data.chunks_mut(512)) {
         let mut word = tag.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ sector.rotate_left(40);
@@ -88,7 +88,7 @@ struct QueueLoad<'a> {
 }
 
 impl QueueLoad<'_> {
-    /// Asks for something in every free slot, as `next` says, until it says no more; waits for all answers.
+    /// Submits the requests that `next` returns, one in every free slot, until it returns `None`. Waits for all completions.
     fn run(&mut self, mut next: impl FnMut(&Model, &[Option<PendingRequest>]) -> Option<PendingRequest>) {
         let mut more = true;
         loop {
@@ -104,7 +104,7 @@ impl QueueLoad<'_> {
                 self.driver.add(slot, asked.kind, asked.sector, asked.sectors);
                 self.in_flight[slot] = Some(asked);
                 added += 1;
-                // Not always in batches.
+                // Some requests are submitted singly.
                 if asked.tag.is_multiple_of(3) {
                     self.driver.kick(added);
                     added = 0;
@@ -138,7 +138,7 @@ impl QueueLoad<'_> {
         }
     }
 
-    /// Reads all of the queue's part, at first to learn what is there.
+    /// Reads all of the queue's part. The first time this sets the expected content.
     fn read_all(&mut self) {
         let mut stripe = self.model.queue;
         self.run(|_, _| {
@@ -149,7 +149,7 @@ impl QueueLoad<'_> {
         });
     }
 
-    /// Random work, until told to stop; reading is compared all along.
+    /// Submits random requests until the flag is set, and compares all reads.
     fn work(&mut self, stop: &AtomicBool, mut rng: Rng) {
         let (queue, mut tag) = (self.model.queue, 0);
         let of_queue = STRIPES / QUEUES as u64;
@@ -159,12 +159,12 @@ impl QueueLoad<'_> {
                 return None;
             }
             tag += 1;
-            // One request a stripe at a time: what is written meanwhile may be read as either.
+            // One request per stripe at a time, because a read concurrent with a write may return either content.
             let busy = |stripe: u64| {
                 asked.iter().flatten().any(|a| a.kind != RequestKind::Flush && a.sector / STRIPE == stripe)
             };
             let stripe = loop {
-                // The part that is written at all grows, so that there are fresh blocks to the end.
+                // The range of writes grows, so that new blocks are allocated until the end of the run.
                 grown = (tag / 8).clamp(64, of_queue);
                 let stripe = rng.below(grown) * QUEUES as u64 + queue;
                 if !busy(stripe) {
@@ -195,7 +195,7 @@ struct KillStats {
     reconnects: Vec<Duration>,
 }
 
-/// Kills the daemon for as long as `lasts`, and leaves one that serves the machine.
+/// Kills and restarts the daemon until the time `lasts` is over. At the end one daemon serves the guest.
 fn kill_repeatedly(
     daemon: &mut Daemon,
     machine: &mut Machine,
@@ -207,7 +207,7 @@ fn kill_repeatedly(
     let mut killed_at = None;
     loop {
         let over = begun.elapsed() >= lasts;
-        // Now and then the next one dies before it serves: at its start, or amid the handshake.
+        // Sometimes the next daemon is killed before it serves: at its start, or during the handshake.
         let fate = if over { 9 } else { rng.below(10) };
         if fate == 0 && killed_at.is_some() {
             thread::sleep(Duration::from_micros(rng.below(20_000)));
@@ -262,9 +262,9 @@ impl Drop for Connection {
     }
 }
 
-/// A run on `image`; the disk is whole and right at its end, through another daemon too.
+/// Runs the load on `image`. At the end the image is valid, and another daemon reads the expected content.
 fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng) {
-    // The journal lives as long as the host: on tmpfs, as /run is.
+    // The journal lies on a tmpfs, as in /run.
     let runtime = RuntimeDir::new();
     let mut daemon = Daemon::start(image, &["--num-queues=3", "--log-level=info", runtime.option()]);
     let mut machine = Machine::new(QUEUES, event_idx);
@@ -277,7 +277,7 @@ fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng
             scope.spawn(move || {
                 let model = Model { queue: queue as u64, initial: HashMap::new(), written: HashMap::new() };
                 let mut load = QueueLoad { driver, model, in_flight: [None; DEPTH], requests };
-                // One of us that fails shall not leave the others to go on for ever.
+                // If one thread fails, the others must stop, too.
                 struct Stop<'a>(&'a AtomicBool);
                 impl Drop for Stop<'_> {
                     fn drop(&mut self) {
@@ -305,7 +305,7 @@ fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng
             at(&mut tally.reconnects, 50).unwrap_or_default(),
             at(&mut tally.reconnects, 99).unwrap_or_default(),
         );
-        // The daemon goes on until the drivers have read all of it.
+        // The daemon runs until the drivers have read the whole disk.
         std::mem::forget(connection);
     });
     assert!(requests.load(Ordering::Relaxed) > 3 * STRIPES / 2);

@@ -1,5 +1,5 @@
-//! Sessions from outside, with the real programs: a killed daemon's image meets another user, another folder, a move, a
-//! restore, a child, tools, hostile folders and journals.
+//! Sessions, tested with the real programs: the image of a killed daemon is opened by another user, with another runtime
+//! folder, after a move or a restore, as a parent, by the tool, and with hostile folders and journals.
 #![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "words of a journal, small numbers")]
 
 mod common;
@@ -29,7 +29,7 @@ fn created(folder: &Path, name: &str, parent: Option<&Path>) -> PathBuf {
     image
 }
 
-/// A daemon writes without a flush and is killed.
+/// Starts a daemon, writes without a flush, and kills the daemon.
 fn write_and_kill(image: &Path, runtime: &RuntimeDir, offset: u64, byte: u8) {
     let daemon = Daemon::start(image, &[runtime.option(), "--allow-writable-parent"]);
     daemon.connect().write(offset, &[byte; 4096]).expect("a write that is never flushed");
@@ -40,7 +40,7 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("a plain path")
 }
 
-/// A daemon that must end at its start.
+/// Runs a daemon that must fail at its start. Returns its error message.
 #[track_caller]
 fn daemon_refused(image: &Path, extra: &[&str]) -> String {
     let folder = tempfile::tempdir().expect("a folder");
@@ -68,7 +68,7 @@ fn read_byte(image: &Path, runtime: &RuntimeDir, offset: u64) -> u8 {
 }
 
 #[test]
-fn another_user_is_told_what_to_run() {
+fn another_user_gets_the_command_to_run() {
     if !rustix::process::geteuid().is_root() {
         println!("skipped: needs root");
         return;
@@ -76,7 +76,7 @@ fn another_user_is_told_what_to_run() {
     let (folder, runtime, empty) = (scratch("session-user"), RuntimeDir::new(), RuntimeDir::new());
     let image = created(folder.path(), "a.vhd", None);
     write_and_kill(&image, &runtime, 5 * MIB, 0xA5);
-    // The user nobody, whose folder has no such journal.
+    // The user `nobody` has no journal of the image in its runtime folder.
     let own = RuntimeDir::new();
     std::os::unix::fs::chown(own.path(), Some(65534), Some(65534)).expect("root may");
     fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).expect("ours");
@@ -98,9 +98,9 @@ fn another_user_is_told_what_to_run() {
         assert_refused(&as_nobody(&args), &words);
     }
     assert_refused(&as_nobody(&["convert", text(&visible), "-", "--to", "raw", own.option()]), &words);
-    // The folder of root, named by nobody: not theirs.
+    // `nobody` names root's folder, which belongs to another user.
     assert_refused(&as_nobody(&["check", text(&visible), runtime.option()]), &["runtime folder"]);
-    // And root with another folder.
+    // Root with another folder.
     assert_refused(
         &diffdisk(["convert", text(&image), "-", "--to", "raw", empty.option()]),
         &["did not end cleanly", &folder_of_root],
@@ -114,12 +114,15 @@ fn two_folders_never_undo_each_other() {
     let (folder, first, second) = (scratch("session-folders"), RuntimeDir::new(), RuntimeDir::new());
     let image = created(folder.path(), "a.vhd", None);
     write_and_kill(&image, &first, 5 * MIB, 1);
-    let said = daemon_refused(&image, &[second.option()]);
-    assert!(said.contains("did not end cleanly") && said.contains(&first.path().display().to_string()), "{said}");
+    let error_text = daemon_refused(&image, &[second.option()]);
+    assert!(
+        error_text.contains("did not end cleanly") && error_text.contains(&first.path().display().to_string()),
+        "{error_text}"
+    );
     let info = diffdisk(["info", text(&image), "--json"]).ok().json();
     assert_eq!(info["session"]["open"], true, "{info}");
     assert_eq!(info["session"]["folder"], first.path().display().to_string());
-    // Given up by name: what was acknowledged is gone, and nothing of it comes back.
+    // The journal is discarded explicitly: the acknowledged writes are lost and must not reappear.
     let daemon = Daemon::start(&image, &[second.option(), "--discard-journal"]);
     daemon.connect().write(5 * MIB, &[2; 4096]).expect("a write");
     daemon.stop();
@@ -149,8 +152,8 @@ fn an_older_copy_put_back_in_place_is_refused() {
         file.set_len(0).and_then(|()| file.write_all_at(bytes, 0)).expect("it can be restored");
     };
     restore(&backup);
-    let said = daemon_refused(&image, &[runtime.option()]);
-    assert!(said.contains("does not fit") && said.contains("older copy"), "{said}");
+    let error_text = daemon_refused(&image, &[runtime.option()]);
+    assert!(error_text.contains("does not fit") && error_text.contains("older copy"), "{error_text}");
     assert_refused(&diffdisk(["settle", text(&image), runtime.option()]), &["does not fit"]);
     restore(&last);
     diffdisk(["settle", text(&image), runtime.option()]).ok();
@@ -158,7 +161,7 @@ fn an_older_copy_put_back_in_place_is_refused() {
 }
 
 #[test]
-fn a_killed_image_is_taken_in_where_it_was_moved_to() {
+fn a_killed_image_is_recovered_after_a_move() {
     let (folder, runtime) = (scratch("session-move"), RuntimeDir::new());
     let image = created(folder.path(), "a.vhd", None);
     write_and_kill(&image, &runtime, 5 * MIB, 7);
@@ -166,18 +169,18 @@ fn a_killed_image_is_taken_in_where_it_was_moved_to() {
     fs::copy(&image, &moved).expect("a copy on a larger disk");
     let daemon = Daemon::start(&moved, &[runtime.option()]);
     assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [7; 4096]);
-    // Its journal is that of the copy now.
+    // The journal belongs to the copy now.
     assert_refused(&diffdisk(["check", text(&image), runtime.option()]), &["did not end cleanly"]);
     daemon.stop();
-    let said = daemon_refused(&image, &[runtime.option()]);
-    assert!(said.contains("replayed into a copy of this image"), "{said}");
+    let error_text = daemon_refused(&image, &[runtime.option()]);
+    assert!(error_text.contains("replayed into a copy of this image"), "{error_text}");
     assert_refused(&diffdisk(["check", text(&image), runtime.option()]), &["did not end cleanly"]);
     diffdisk(["check", text(&image), runtime.option(), "--discard-journal"]);
     assert_ne!(diffdisk(["check", text(&image), runtime.option()]).code, Some(1), "given up");
 }
 
 #[test]
-fn a_killed_parent_is_asked_too() {
+fn the_journal_of_a_killed_parent_is_respected() {
     let (folder, runtime) = (scratch("session-parent"), RuntimeDir::new());
     let parent = created(folder.path(), "parent.vhd", None);
     let child = created(folder.path(), "child.vhd", Some(&parent));
@@ -212,31 +215,31 @@ fn hostile_folders_and_journals_are_refused() {
     write_and_kill(&image, &runtime, 5 * MIB, 3);
     let open = Permissions::from_mode(0o777);
     fs::set_permissions(runtime.path(), open).expect("ours");
-    let said = daemon_refused(&image, &[runtime.option()]);
-    assert!(said.contains("open to other users") && said.contains("777"), "{said}");
+    let error_text = daemon_refused(&image, &[runtime.option()]);
+    assert!(error_text.contains("open to other users") && error_text.contains("777"), "{error_text}");
     fs::set_permissions(runtime.path(), Permissions::from_mode(0o700)).expect("ours");
     let journal = runtime.journals().pop().expect("the journal");
     let whole = fs::read(&journal).expect("the journal");
     fs::hard_link(&journal, folder.path().join("link"))
         .or_else(|_| fs::hard_link(&journal, runtime.path().join("x")))
         .expect("a link");
-    let said = daemon_refused(&image, &[runtime.option()]);
-    assert!(said.contains("2 names"), "{said}");
+    let error_text = daemon_refused(&image, &[runtime.option()]);
+    assert!(error_text.contains("2 names"), "{error_text}");
     for name in [folder.path().join("link"), runtime.path().join("x")] {
         let _ = fs::remove_file(name);
     }
     fs::set_permissions(&journal, Permissions::from_mode(0o644)).expect("ours");
     assert!(daemon_refused(&image, &[runtime.option()]).contains("mode is 644"));
     fs::set_permissions(&journal, Permissions::from_mode(0o600)).expect("ours");
-    // Words that no daemon stores: refused, and no panic.
+    // Invalid words in the journal must be refused without a panic.
     let slot = 512 * 8;
     let file = OpenOptions::new().write(true).open(&journal).expect("ours");
     let used = (0..4096).find(|n| whole[slot + n * 68 * 8..][..8] != [0; 8]).expect("a slot in use");
     for (at, word) in [(0, u64::MAX), (0, 1 << 62), (1, u64::MAX), (2, u64::MAX), (3, 1 << 61)] {
         let at = (slot + used * 68 * 8 + at * 8) as u64;
         file.write_all_at(&word.to_ne_bytes(), at).expect("a word");
-        let said = daemon_refused(&image, &[runtime.option()]);
-        assert!(said.contains("damaged") && !said.contains("panic"), "{said}");
+        let error_text = daemon_refused(&image, &[runtime.option()]);
+        assert!(error_text.contains("damaged") && !error_text.contains("panic"), "{error_text}");
         file.write_all_at(&whole, 0).expect("as it was");
     }
     file.set_len(4096).expect("cut");
@@ -247,7 +250,7 @@ fn hostile_folders_and_journals_are_refused() {
 }
 
 #[test]
-fn a_journal_that_is_cut_or_removed_in_use_costs_nothing() {
+fn a_journal_that_is_cut_or_removed_in_use_loses_no_data() {
     for cut in [true, false] {
         let (folder, runtime) = (scratch("session-cut"), RuntimeDir::new());
         let image = created(folder.path(), "a.vhd", None);
@@ -274,11 +277,11 @@ fn a_journal_that_is_cut_or_removed_in_use_costs_nothing() {
 }
 
 #[test]
-fn a_guest_that_only_reads_leaves_no_trace() {
+fn a_guest_that_only_reads_does_not_change_the_image() {
     let (folder, runtime) = (scratch("session-reader"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
-    // The first opening recovers what is new and was never closed: room behind the last block is made zero, and cut off.
+    // The first open recovers the new image, which was never closed: it zeroes and cuts off the space after the last block.
     Daemon::start(&image, &[runtime.option()]).stop();
     let before = fs::read(&image).expect("the image");
     let daemon = Daemon::start(&image, &[runtime.option()]);
@@ -291,10 +294,11 @@ fn a_guest_that_only_reads_leaves_no_trace() {
     diffdisk(["check", text(&image), "--chain", runtime.option()]).ok();
 }
 
-/// Kills a daemon again and again; its successor is now of the same folder, now of another, and the image is now where it
-/// was, now moved, now an older copy. Never a wrong byte, never a silent loss. DIFFDISK_SESSION_ROUNDS says how often (12).
+/// Kills a daemon repeatedly. The next daemon uses the same runtime folder or another one, and the image is unchanged, moved or
+/// replaced by an older copy. No read returns a wrong byte, and no write is lost silently. DIFFDISK_SESSION_ROUNDS sets the
+/// number of rounds (12).
 #[test]
-fn successors_of_all_kinds() {
+fn random_successors_of_killed_daemons_lose_nothing_silently() {
     let rounds: u64 = std::env::var("DIFFDISK_SESSION_ROUNDS").map_or(12, |n| n.parse().expect("a number"));
     let mut rng = Rng::from_env("successors");
     let (folder, runtime, other) = (scratch("session-loop"), RuntimeDir::new(), RuntimeDir::new());
@@ -314,7 +318,7 @@ fn successors_of_all_kinds() {
             known[usize::try_from(n).expect("small")] = byte;
         };
         write(&mut guest, rng.below(16), 1 + (rng.below(255) as u8));
-        // A copy within the session, and then something new.
+        // A copy within the session, followed by a further write.
         let older = (rng.below(3) == 0).then(|| fs::read(&image).expect("a copy of the running image"));
         if older.is_some() {
             std::thread::sleep(Duration::from_millis(1100));
@@ -362,9 +366,9 @@ fn successors_of_all_kinds() {
     println!("{taken} kills, {refusals} successors refused");
 }
 
-/// `sudo diffdisk` on the image of a daemon that runs as another user.
+/// Root runs the tool on the image of a killed daemon of another user, as with `sudo diffdisk`.
 #[test]
-fn root_is_told_the_user_whose_daemon_was_killed() {
+fn root_gets_the_name_of_the_killed_daemons_user() {
     use std::os::unix::process::CommandExt;
     if !rustix::process::geteuid().is_root() {
         println!("skipped: needs root");
@@ -376,7 +380,7 @@ fn root_is_told_the_user_whose_daemon_was_killed() {
         fs::copy(from, &copy).expect("a copy of the program");
         copy
     });
-    // Not in the project's folder, where that user may not go.
+    // Outside the project's folder, which that user may not enter.
     let (folder, runtime) = (tempfile::tempdir().expect("a folder"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
@@ -411,7 +415,7 @@ fn root_is_told_the_user_whose_daemon_was_killed() {
     assert_eq!(read_byte(&image, &RuntimeDir::new(), 5 * MIB), 6);
 }
 
-/// A backup of a closed image is what it is; nothing of a later journal gets into it.
+/// A backup of a closed image is valid. No later journal is replayed into it.
 #[test]
 fn a_closed_backup_put_back_in_place_keeps_its_contents() {
     let (folder, runtime) = (scratch("session-backup"), RuntimeDir::new());
@@ -434,9 +438,9 @@ fn a_closed_backup_put_back_in_place_keeps_its_contents() {
     diffdisk(["check", text(&image), "--chain", runtime.option()]).ok();
 }
 
-/// Whichever comes first takes the journal in, the image or its copy; the other is refused.
+/// Of an image and its copy, the one opened first replays the journal. The other one is refused.
 #[test]
-fn of_an_image_and_its_copy_one_takes_the_journal_in() {
+fn only_one_of_an_image_and_its_copy_replays_the_journal() {
     for copy_first in [true, false] {
         let (folder, runtime) = (scratch("session-copy"), RuntimeDir::new());
         let image = created(folder.path(), "a.vhd", None);

@@ -1,4 +1,4 @@
-//! The image tool end to end: what is typed, what is printed, what is left on disk, and the exit codes of the contract.
+//! The image tool end to end: arguments, output, files left on disk, and the documented exit codes.
 #![allow(clippy::cast_possible_truncation, reason = "the disks of these tests are small")]
 
 #[path = "common/temp.rs"]
@@ -33,7 +33,7 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-/// Runs it; it must end with `code` and say nothing on standard error.
+/// Runs `diffdisk`, which must exit with `code` and print nothing on standard error.
 #[track_caller]
 fn run_expecting(folder: &TempDir, line: &str, code: i32) -> String {
     let out = run(folder, line);
@@ -52,17 +52,17 @@ fn json(folder: &TempDir, line: &str) -> Value {
     serde_json::from_str(&ok(folder, line)).unwrap()
 }
 
-/// Runs it; it must fail with one line that begins with `start` and holds `why`, and print nothing.
+/// Runs `diffdisk`, which must fail with one line that begins with `start` and contains `why`, and print nothing else.
 #[track_caller]
 fn assert_fails(folder: &TempDir, line: &str, start: &str, why: &str) {
     let out = run(folder, line);
-    let said = text(&out.stderr);
-    assert_eq!(out.status.code(), Some(1), "{line}: {said}");
-    assert_eq!((said.lines().count(), text(&out.stdout)), (1, ""), "{line}: {said}");
-    assert!(said.starts_with(&format!("diffdisk: {start}:")) && said.contains(why), "{line}: {said}");
+    let message = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{line}: {message}");
+    assert_eq!((message.lines().count(), text(&out.stdout)), (1, ""), "{line}: {message}");
+    assert!(message.starts_with(&format!("diffdisk: {start}:")) && message.contains(why), "{line}: {message}");
 }
 
-/// A raw disk of `len` bytes with data at some places, among them both ends and odd ones.
+/// Creates a raw disk of `len` bytes with data at several offsets, among them both ends and unaligned ones.
 fn raw(folder: &TempDir, name: &str, len: u64) -> PathBuf {
     let path = folder.path().join(name);
     let file = fs::File::create(&path).unwrap();
@@ -82,8 +82,8 @@ fn allocated(folder: &TempDir, name: &str) -> u64 {
     fs::metadata(folder.path().join(name)).unwrap().blocks() * 512
 }
 
-/// Writes `bytes` at byte `at` of a dynamic or differencing image's disk, as a writer that knows nothing of diffdisk
-/// does: one new block, its bitmap, its entry.
+/// Writes `bytes` at byte `at` of the disk of a dynamic or differencing image, as another program would: one new block, its
+/// bitmap, its BAT entry.
 fn write_block(image: &Path, block: u32, sector: u64, bytes: &[u8; 512]) {
     let mut file = fs::read(image).unwrap();
     let footer = file.split_off(file.len() - 512);
@@ -101,8 +101,8 @@ fn write_block(image: &Path, block: u32, sector: u64, bytes: &[u8; 512]) {
 #[test]
 fn create_info_and_check_of_roots() {
     let d = folder();
-    let said = ok(&d, "create r.vhd --size 10M");
-    assert_eq!(said, "created r.vhd: dynamic, blocks of 2 MiB, 10 MiB\n");
+    let message = ok(&d, "create r.vhd --size 10M");
+    assert_eq!(message, "created r.vhd: dynamic, blocks of 2 MiB, 10 MiB\n");
     assert_eq!(ok(&d, "create q.vhd --size 1T --block-size 64M --reserve-size 2T --quiet"), "");
     ok(&d, "create f.vhd --size 3M --type fixed");
     assert_fails(&d, "create r.vhd --size 10M", "create: r.vhd", "exists");
@@ -116,9 +116,9 @@ fn create_info_and_check_of_roots() {
     let info = json(&d, "info r.vhd --json");
     let keys = "allocated_bytes block_size blocks blocks_allocated created creator_app creator_host file_size format \
                 in_use parent path session type uuid virtual_size written_bytes";
-    let mut told: Vec<_> = info.as_object().unwrap().keys().map(String::as_str).collect();
-    told.sort_unstable();
-    assert_eq!(told.join(" "), keys);
+    let mut printed: Vec<_> = info.as_object().unwrap().keys().map(String::as_str).collect();
+    printed.sort_unstable();
+    assert_eq!(printed.join(" "), keys);
     assert_eq!((&info["path"], &info["format"], &info["type"]), (&"r.vhd".into(), &"vhd".into(), &"dynamic".into()));
     assert_eq!((info["virtual_size"].as_u64(), info["block_size"].as_u64()), (Some(10 * MIB), Some(2 * MIB)));
     assert_eq!((info["blocks"].as_u64(), info["blocks_allocated"].as_u64()), (Some(5), Some(0)));
@@ -172,12 +172,12 @@ fn wrong_usage_ends_with_2() {
 }
 
 #[test]
-fn children_find_parents_by_the_policy() {
+fn parents_are_opened_only_below_allowed_folders() {
     let d = folder();
     fs::create_dir_all(d.path().join("a/b")).unwrap();
     fs::create_dir(d.path().join("c")).unwrap();
     ok(&d, "create a/r.vhd --size 10M");
-    // The child is made, and whoever made it knows how to open it.
+    // The child is created, and a warning names the option that is needed to open it.
     let out = run(&d, "create a/b/child.vhd --parent a/r.vhd");
     let folder = d.path().canonicalize().unwrap().join("a");
     assert_eq!(out.status.code(), Some(0));
@@ -199,15 +199,15 @@ fn children_find_parents_by_the_policy() {
     let platforms: Vec<_> = child["parent"]["locators"].as_array().unwrap().iter().map(|l| &l["platform"]).collect();
     assert_eq!(platforms, ["W2ru", "W2ku"]);
 
-    // The chain is shown as far as it is found, and the warning names the way out.
+    // The existing part of the chain is printed, and the warning names the remedy.
     let out = run(&d, "info c/leaf.vhd --chain --json");
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert_eq!(out.status.code(), Some(0), "{said}");
-    assert!(said.contains("a/b/child.vhd is there") && said.contains("--allow-parents"), "{said}");
+    let message = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(0), "{message}");
+    assert!(message.contains("a/b/child.vhd is there") && message.contains("--allow-parents"), "{message}");
     let cut: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(cut["chain"].as_array().unwrap().len(), 1);
     assert!(cut["parent"]["resolved"].is_null() && cut["chain"][0]["parent"]["resolved"].is_null());
-    // That is no corruption.
+    // A missing parent is no corruption.
     assert_fails(&d, "check c/leaf.vhd --chain", "check: c/leaf.vhd", "--allow-parents");
     let chain = json(&d, "info c/leaf.vhd --chain --json --allow-parents a");
     let chain = chain["chain"].as_array().unwrap();
@@ -218,11 +218,11 @@ fn children_find_parents_by_the_policy() {
     let tree = ok(&d, "info c/leaf.vhd --chain --allow-parents a");
     assert!(tree.contains("\n     └─ "), "{tree}");
 
-    assert_eq!(json(&d, "check c/leaf.vhd --json")["ok"], true); // not asked, not looked for
+    assert_eq!(json(&d, "check c/leaf.vhd --json")["ok"], true); // the parent is not opened
     let sound = json(&d, "check c/leaf.vhd --chain --json --allow-parents a --allow-parents a/b");
     assert_eq!((&sound["ok"], sound["chain"].as_array().unwrap().len()), (&true.into(), 3));
 
-    // The parent's place is taken by another image.
+    // Another image replaces the parent.
     fs::remove_file(d.path().join("a/r.vhd")).unwrap();
     ok(&d, "create a/r.vhd --size 10M");
     let out = run(&d, "check c/leaf.vhd --chain --json --allow-parents a");
@@ -253,7 +253,7 @@ fn a_link_to_an_image_is_followed_and_a_chain_has_an_end() {
 }
 
 #[test]
-fn check_tells_corruption_from_leaks() {
+fn check_distinguishes_corruption_from_leaks() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
     write_block(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
@@ -261,7 +261,7 @@ fn check_tells_corruption_from_leaks() {
     ok(&d, "check r.vhd");
     let write = |bytes: &[u8]| fs::write(d.path().join("r.vhd"), bytes).unwrap();
 
-    // Nothing names the first of two blocks any more.
+    // No BAT entry points to the first of the two blocks any more.
     write_block(&d.path().join("r.vhd"), 2, 0, &[1; 512]);
     let mut two = fs::read(d.path().join("r.vhd")).unwrap();
     two[4096 + 4..4096 + 8].copy_from_slice(&[0xFF; 4]);
@@ -270,7 +270,7 @@ fn check_tells_corruption_from_leaks() {
     assert_eq!((&leak["ok"], &leak["leaks"], &leak["corruptions"]), (&false.into(), &1.into(), &0.into()));
     let defect = leak["defects"][0].as_object().unwrap();
     assert_eq!(defect.keys().map(String::as_str).collect::<Vec<_>>(), ["detail", "kind", "offset", "repairable"]);
-    assert_eq!((&defect["offset"], &defect["repairable"]), (&4608.into(), &true.into())); // behind the table
+    assert_eq!((&defect["offset"], &defect["repairable"]), (&4608.into(), &true.into())); // after the BAT
     assert!(run_expecting(&d, "check r.vhd", 4).contains("leaks 1"));
 
     let mut bad = image.clone();
@@ -293,12 +293,12 @@ fn check_tells_corruption_from_leaks() {
     assert_fails(&d, "check .", "check: .", "not a regular file");
 }
 
-/// The kinds of a list of a report.
+/// Returns the kinds of the entries of a list in a report.
 fn kinds(report: &Value, list: &str) -> Vec<String> {
     report[list].as_array().unwrap().iter().map(|d| d["kind"].as_str().unwrap().to_owned()).collect()
 }
 
-/// What `check` prints as JSON, ending with `code`.
+/// Runs `check --json`, which must exit with `code`. Returns the report.
 #[track_caller]
 fn checked(folder: &TempDir, line: &str, code: i32) -> Value {
     let out = run(folder, &format!("check {line} --json"));
@@ -307,7 +307,7 @@ fn checked(folder: &TempDir, line: &str, code: i32) -> Value {
 }
 
 #[test]
-fn a_repair_says_what_it_did_and_keeps_what_was() {
+fn a_repair_reports_its_changes_and_can_be_undone() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
     write_block(&d.path().join("r.vhd"), 1, 0, &[1; 512]);
@@ -331,7 +331,7 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
     assert!(found["defects"].as_array().unwrap().iter().all(|d| d["repairable"] == true), "{found}");
     assert_eq!((&found["corruptions"], &found["leaks"], &found["cosmetic"]), (&1.into(), &1.into(), &0.into()));
 
-    // Alone, a file is mended without its parents.
+    // Without --chain only the file itself is repaired.
     let out = ok(&d, "check c.vhd --repair");
     let mut lines = out.lines();
     assert!(lines.next().unwrap().starts_with("repaired: c.vhd: front-footer-invalid: "), "{out}");
@@ -351,7 +351,7 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
     assert!(run(&d, "convert c.vhd - --to raw").stdout == disk);
     assert_eq!(fs::read_dir(&d).unwrap().count(), 4);
 
-    // What takes a guess is left, and said.
+    // Defects whose repair would be a guess are reported and not repaired.
     let mut twice = fs::read(&path).unwrap();
     let entry: [u8; 4] = twice[4096 + 8..4096 + 12].try_into().unwrap();
     twice[4096..4100].copy_from_slice(&entry);
@@ -372,7 +372,7 @@ fn a_repair_says_what_it_did_and_keeps_what_was() {
 }
 
 #[test]
-fn what_changed_since_an_ancestor() {
+fn diff_lists_the_changes_since_an_ancestor() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
     write_block(&d.path().join("r.vhd"), 1, 3, &[1; 512]);
@@ -383,12 +383,12 @@ fn what_changed_since_an_ancestor() {
     write_block(&d.path().join("c.vhd"), 3, 0, &[4; 512]);
     let block = 2 * MIB;
     let runs = |line: &str| -> Vec<(u64, u64)> {
-        let told = json(&d, &format!("diff {line} --json"));
+        let printed = json(&d, &format!("diff {line} --json"));
         let run = |run: &Value| {
             assert_eq!(run.as_object().unwrap().len(), 2);
             (run["start"].as_u64().unwrap(), run["length"].as_u64().unwrap())
         };
-        told.as_array().unwrap().iter().map(run).collect()
+        printed.as_array().unwrap().iter().map(run).collect()
     };
     assert_eq!(runs("c.vhd"), [(block + 5 * 512, 512), (3 * block, 512)]);
     assert_eq!(runs("c.vhd --since m.vhd"), runs("c.vhd"));
@@ -406,7 +406,7 @@ fn what_changed_since_an_ancestor() {
 }
 
 #[test]
-fn sizes_are_rounded_up_where_that_is_asked_for() {
+fn sizes_are_rounded_up_on_request() {
     let d = folder();
     let wanted = fs::read(raw(&d, "a.raw", 3 * MIB + 512)).unwrap();
     for (to, len) in [("fixed", 4 * MIB + 512), ("raw", 4 * MIB)] {
@@ -437,7 +437,7 @@ fn names_from_images_do_not_reach_the_terminal_raw() {
     assert!(!ok(&d, "info e.vhd --chain").contains('\u{1b}'));
     fs::remove_file(d.path().join("\u{1b}]0;x.vhd")).unwrap();
     let out = run(&d, "info e.vhd --chain");
-    // The missing parent's name is shown in the warning and in the fields.
+    // The warning and the fields contain the missing parent's name.
     assert!(text(&out.stderr).contains("the parent is not there") && out.status.code() == Some(0));
     assert!(!out.stderr.contains(&0x1b) && !out.stdout.contains(&0x1b));
 }
@@ -453,7 +453,7 @@ fn a_map_covers_the_disk() {
     let runs = json(&d, "map c.vhd --json");
     let runs = runs.as_array().unwrap();
     let block = 2 * MIB;
-    let told: Vec<_> = runs.iter().map(|r| (r["start"].as_u64().unwrap(), r["depth"].as_u64())).collect();
+    let printed: Vec<_> = runs.iter().map(|r| (r["start"].as_u64().unwrap(), r["depth"].as_u64())).collect();
     let wanted = [
         (0, None),
         (block + 3 * 512, Some(1)),
@@ -462,7 +462,7 @@ fn a_map_covers_the_disk() {
         (4 * block, Some(0)),
         (4 * block + 512, None),
     ];
-    assert_eq!(told, wanted);
+    assert_eq!(printed, wanted);
     let mut at = 0;
     for run in runs {
         assert_eq!(run["start"], at);
@@ -491,7 +491,7 @@ fn a_map_covers_the_disk() {
 }
 
 #[test]
-fn disks_survive_every_way_round() {
+fn conversions_between_all_formats_keep_the_disk() {
     let d = folder();
     for len in [512, 4096, 70_000 * 512, 37 * MIB + 512] {
         let source = raw(&d, "a.raw", len);
@@ -508,7 +508,7 @@ fn disks_survive_every_way_round() {
             assert_eq!(ok(&d, "compare a.raw b.vhd --from raw --from vhd"), "equal\n");
             ok(&d, "convert b.vhd d.vhd --to dynamic");
             assert_eq!(ok(&d, "compare b.vhd d.vhd --quiet"), "");
-            // Blocks of 4 KiB take a page for their bitmap each, and a large table.
+            // Blocks of 4 KiB need a page for the bitmap of each, and a large BAT.
             let dense = if to.ends_with(" 4K") { 2 } else { 1 };
             for (name, times) in [("b.vhd", dense), ("c.raw", 1), ("d.vhd", 1)] {
                 let (got, of) = (allocated(&d, name), allocated(&d, "a.raw"));
@@ -520,7 +520,7 @@ fn disks_survive_every_way_round() {
 }
 
 #[test]
-fn odd_ends_are_filled_up() {
+fn a_raw_disk_of_odd_length_is_padded() {
     let d = folder();
     let wanted = fs::read(raw(&d, "a.raw", 3 * MIB + 77)).unwrap();
     let out = run(&d, "convert a.raw b.vhd --from raw --to dynamic");
@@ -554,8 +554,8 @@ fn compare_finds_the_first_difference() {
     }
     raw(&d, "b.raw", 5 * MIB);
     fs::File::options().write(true).open(d.path().join("b.raw")).unwrap().set_len(6 * MIB).unwrap();
-    let said = ok(&d, "compare b.raw a.vhd --from raw --from vhd");
-    assert!(said.starts_with("sizes differ") && said.ends_with("equal\n"), "{said}");
+    let message = ok(&d, "compare b.raw a.vhd --from raw --from vhd");
+    assert!(message.starts_with("sizes differ") && message.ends_with("equal\n"), "{message}");
     let longer = fs::File::options().write(true).open(d.path().join("b.raw")).unwrap();
     longer.write_all_at(&[1], 5 * MIB + 100).unwrap();
     assert!(
@@ -566,13 +566,13 @@ fn compare_finds_the_first_difference() {
 }
 
 #[test]
-fn what_exists_is_replaced_only_by_force_and_at_once() {
+fn existing_files_are_replaced_only_with_force_and_atomically() {
     let d = folder();
     raw(&d, "a.raw", MIB);
     fs::write(d.path().join("b.vhd"), "precious").unwrap();
     assert_fails(&d, "convert a.raw b.vhd --from raw --to dynamic", "convert: b.vhd", "--force");
     assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
-    // A failure with --force leaves what was there, and nothing else.
+    // A failure with --force leaves the existing file, and no other file.
     fs::write(d.path().join("none.raw"), []).unwrap();
     assert_fails(&d, "convert none.raw b.vhd --from raw --to dynamic --force", "convert: b.vhd", "virtual size");
     assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
@@ -587,7 +587,7 @@ fn what_exists_is_replaced_only_by_force_and_at_once() {
 #[test]
 fn an_interrupted_conversion_leaves_nothing() {
     let d = folder();
-    // Long enough to be interrupted: all of it is data.
+    // The disk consists of data only, so that the conversion takes long enough to be interrupted.
     let source = fs::File::create(d.path().join("a.raw")).unwrap();
     for n in 0..256 {
         source.write_all_at(&vec![7; MIB as usize], n * MIB).unwrap();
@@ -595,7 +595,7 @@ fn an_interrupted_conversion_leaves_nothing() {
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("diffdisk"));
     command.current_dir(&d).args(["convert", "a.raw", "b.vhd", "--from", "raw", "--to", "dynamic"]);
     let child = command.stderr(Stdio::piped()).spawn().unwrap();
-    // The copy has no name before it is whole: the descriptor shows that it was begun.
+    // The copy has no name before it is complete. Its file descriptor shows that the conversion has begun.
     let descriptors = format!("/proc/{}/fd", child.id());
     let begun =
         |entry: fs::DirEntry| fs::read_link(entry.path()).is_ok_and(|to| to.display().to_string().contains("/#"));
@@ -611,7 +611,7 @@ fn an_interrupted_conversion_leaves_nothing() {
 }
 
 #[test]
-fn who_writes_keeps_readers_out() {
+fn a_writer_excludes_readers() {
     let d = folder();
     ok(&d, "create r.vhd --size 10M");
     ok(&d, "create c.vhd --parent r.vhd");
@@ -638,7 +638,7 @@ fn who_writes_keeps_readers_out() {
 }
 
 #[test]
-fn readers_that_leave_are_no_panic() {
+fn a_closed_pipe_is_an_error_and_no_panic() {
     let d = folder();
     ok(&d, "create r.vhd --size 64M");
     let program = assert_cmd::cargo::cargo_bin("diffdisk");
@@ -651,8 +651,8 @@ fn readers_that_leave_are_no_panic() {
     };
     let out = start("convert r.vhd - --to raw");
     assert_eq!(out.status.code(), Some(1));
-    let said = text(&out.stderr);
-    assert!(said.starts_with("diffdisk: convert: ") && said.contains("Broken pipe"), "{said}");
+    let message = text(&out.stderr);
+    assert!(message.starts_with("diffdisk: convert: ") && message.contains("Broken pipe"), "{message}");
     for line in ["info r.vhd", "map r.vhd", "map r.vhd --json", "check r.vhd"] {
         let out = start(line);
         assert_eq!((out.status.code(), text(&out.stderr)), (Some(0), ""), "{line}");

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the test guest: Debian's cloud kernel, and a small initramfs around busybox that runs one script.
+# Builds the test guest: Debian's cloud kernel, and a small initramfs with busybox that runs one script.
 #
 #   vm-images/build-guest.sh [demo|full]
 #
@@ -7,8 +7,8 @@
 #
 #   vmlinuz      the kernel
 #   base.cpio    init, busybox, modules for virtio-blk (on PCI and MMIO) and ext4, mke2fs, e2fsck
-#   fio.cpio     fio and its libraries, added for jobs that say `# needs: fio` (`full` only)
-#   built-from   what it was made from; while that stays the same, nothing is done
+#   fio.cpio     fio and its libraries, added for jobs with the line `# needs: fio` (`full` only)
+#   built-from   the inputs of the build; while they stay the same, the guest is not built again
 #
 # Kernel and busybox are unpacked from their packages, never installed. mke2fs, e2fsck and fio are this machine's.
 set -euo pipefail
@@ -39,7 +39,7 @@ cache=$(cd "$cache" && pwd)
 exec 9>"$cache/lock"
 flock 9
 
-# ---- what it is to be made from
+# ---- inputs of the build
 
 candidate() { apt-cache policy "$1" 2>/dev/null | sed -n 's/^  Candidate: //p'; }
 installed() { dpkg-query -W -f '${Version}' "$1" 2>/dev/null || echo none; }
@@ -57,7 +57,7 @@ look_up() {
     )
 }
 
-# The whole guest serves the demo too.
+# The full guest also serves the demo.
 up_to_date() {
     [ -e "$cache/built-from" ] || return 1
     local line
@@ -93,7 +93,7 @@ fetch() {
 if ! fetch; then
     say "cannot fetch: the package lists may be old"
     if ! { "$install" refresh && look_up && fetch; }; then
-        # Offline, an older kernel is better than none, as long as these scripts made it.
+        # Offline, an older kernel is used if these scripts have built it.
         grep -qxF "$(head -n 1 <<<"$recipe")" "$cache/built-from" 2>/dev/null || die "cannot fetch the packages"
         [ "$kind" = demo ] || grep -q ' fio$' "$cache/built-from" || die "cannot fetch the packages"
         say "cannot fetch the packages: keeping the guest in $cache as it is"
@@ -128,7 +128,7 @@ for applet in $("$busybox" --list); do
 done
 [ ! -e /etc/mke2fs.conf ] || cp /etc/mke2fs.conf "$root/etc/"
 
-# add_program ROOT NAME: the program and the libraries it asks for, which the init finds in /opt/lib.
+# add_program ROOT NAME: adds a program and the libraries that it needs, which the init finds in /opt/lib.
 add_program() {
     local path library
     path=$(command -v "$2")
@@ -144,15 +144,15 @@ add_program() {
 for program in mke2fs e2fsck; do
     add_program "$root" "$program"
 done
-# busybox's shell prefers its own small mke2fs to any in PATH, but knows no program of this name.
+# busybox's shell prefers its built-in mke2fs to any in PATH, but has no program of this name.
 ln -s mke2fs "$root/opt/bin/mkfs.ext4"
 
-# Modules with everything they need, in the order to load them; what the kernel has built in drops out.
+# Modules with their dependencies, in the order to load them, without those that are built into the kernel.
 case $modules in
 */usr/lib/*) prefix=$work/unpacked/usr ;;
 *) prefix=$work/unpacked ;;
 esac
-# depmod and modprobe look in PREFIX/lib/modules; newer ones in PREFIX/usr/lib/modules, so both names lead there.
+# depmod and modprobe use PREFIX/lib/modules, newer versions PREFIX/usr/lib/modules, so both names exist.
 mkdir -p "$work/tree/usr"
 ln -s "$prefix/lib" "$work/tree/lib"
 ln -s "$prefix/lib" "$work/tree/usr/lib"
@@ -178,14 +178,14 @@ pack() { (cd "$1" && find . -mindepth 1 | sort | cpio -o -H newc -R +0:+0 --quie
 pack "$root" >"$work/base.cpio"
 if [ "$kind" = full ]; then
     add_program "$work/fio" fio
-    # What the base already has need not come twice.
+    # Files of the base are left out.
     (cd "$work/fio" && find . -type f) | while read -r file; do
         [ ! -e "$root/$file" ] || rm "$work/fio/$file"
     done
     pack "$work/fio" >"$work/fio.cpio"
 fi
 
-# ---- put it in place: the list of what it was made from last, so that a broken run leaves no guest that counts as whole
+# ---- installation: the list of inputs is written last, so that an interrupted build does not count as complete
 
 rm -f "$cache/built-from"
 mv "$work/base.cpio" "$cache/base.cpio"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The demo: a golden image stays untouched while a virtual machine works on a child of it. Run by `make demo`.
+# The demo: a golden image stays unchanged while a virtual machine works on a child of it. Run by `make demo`.
 #
-# Installs what it needs (.ci/install demo), builds diffdisk, and works in target/demo.* (or $DIFFDISK_DEMO_DIR, which is
-# then kept). Ends with 0 only when everything was as promised; what went wrong is shown with the daemon's log.
+# Installs its dependencies (.ci/install demo), builds diffdisk, and works in target/demo.* (or $DIFFDISK_DEMO_DIR, which is
+# then kept). Exits with 0 only if every step succeeded. An error is printed with the daemon's log.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,7 +22,7 @@ step() {
     printf '\n%s%d. %s%s\n' "$bold" "$steps" "$*" "$plain"
 }
 say() { printf '  %s\n' "$*"; }
-# Shows a command as one would type it, then runs it.
+# Prints a command as it would be typed, then runs it.
 run() {
     printf '  $ %s' "${1##*/}"
     printf ' %s' "${@:2}"
@@ -69,7 +69,7 @@ else
     mkdir -p "$target"
     work=$(mktemp -d "$target/demo.XXXXXX")
 fi
-# A socket's path must be short; the work folder's may not be.
+# A socket's path must be short, and that of the work folder may be long.
 rendezvous=$(mktemp -d "${TMPDIR:-/tmp}/diffdisk.XXXXXX")
 socket=$rendezvous/disk.sock
 cd "$work"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Boots the test guest on vhost-user-blk disks, runs one job in it, and ends as the job ended.
+# Boots the test guest on vhost-user-blk disks, runs one job in it, and exits with the job's status.
 #
 #   vm-images/run-guest.sh --socket PATH [--socket PATH2 ...] --job FILE
 #       [--machine q35|microvm] [--private-memory] [--queues N] [--memory SIZE] [--reconnect] [--timeout SECONDS]
@@ -7,15 +7,15 @@
 #   --socket PATH   a back-end's socket; the first is /dev/vda, the next /dev/vdb, ...
 #   --job FILE      a shell script for the guest; it runs under `sh -eu` as root
 #   --machine M     QEMU's machine: q35 (the default), with disks on PCI, or microvm, with disks on virtio-mmio
-#   --private-memory  the guest's memory is not shared with the back-end, which is a mistake
+#   --private-memory  the guest's memory is not shared with the back-end: a configuration error
 #   --queues N      request queues of each disk, and processors of the guest (1)
 #   --memory SIZE   the guest's memory (512M)
 #   --reconnect     a back-end that goes away may come back on the same socket
 #   --timeout S     the guest is stopped after that many seconds (300)
 #
-# Whether a disk is read-only is for the back-end to say. The guest's console goes to standard output.
-# Ends with the job's own status; 124 for the timeout, 1 when the guest ended without a result.
-# DIFFDISK_ACCEL (tcg) is QEMU's accelerator; DIFFDISK_CACHE is where build-guest.sh put the guest; QEMU the program.
+# The back-end decides whether a disk is read-only. The guest's console goes to standard output.
+# Exits with the job's status, 124 after the timeout, 1 if the guest ended without a result.
+# DIFFDISK_ACCEL (tcg) is QEMU's accelerator, DIFFDISK_CACHE the folder of the built guest, QEMU the program.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -51,7 +51,7 @@ case $machine in
 q35) device=vhost-user-blk-pci ;;
 microvm)
     device=vhost-user-blk
-    # An emulated microvm has no timer by which the kernel could find its speed.
+    # An emulated microvm has no timer with which the kernel could calibrate the processor's speed.
     kernel_extra=" tsc_early_khz=2000000 lpj=4000000"
     ;;
 *) usage ;;
@@ -67,7 +67,7 @@ done
 
 work=$(mktemp -d)
 guest=
-# shellcheck disable=SC2317 # the traps reach it
+# shellcheck disable=SC2317 # called by the traps
 clean_up() {
     [ -z "$guest" ] || kill "$guest" 2>/dev/null || true
     rm -rf "$work"
@@ -76,7 +76,7 @@ trap clean_up EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-# The kernel unpacks archives that stand one behind the other, each from a multiple of four bytes; cpio pads to 512.
+# The kernel unpacks concatenated archives, each of which begins at a multiple of four bytes. cpio pads to 512.
 install -m 755 "$job" "$work/job.sh"
 archives=("$cache/base.cpio")
 if grep -q '^# needs: fio$' "$job"; then

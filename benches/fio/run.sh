@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the jobs of this folder in the guest on three disks in turn, and prints the results side by side:
+# Runs the jobs of this folder in the guest on three disks one after another, and prints the results in one table:
 #
 #   chain    diffdiskd on a fresh child of a chain of 16 VHDs, which has the data
 #   flat     diffdiskd on one fixed VHD with the same data
@@ -7,8 +7,8 @@
 #
 #   benches/fio/run.sh [JOB ...]     randread randwrite seq mixed, or some of them
 #
-# SECONDS_EACH (5) is how long a job runs. The guest's processor is emulated unless DIFFDISK_ACCEL=kvm works here, so
-# that figures are the guest's as much as the server's: what counts is the comparison. `make bench` has no guest in it.
+# SECONDS_EACH (5) is the duration of a job. The guest's processor is emulated unless DIFFDISK_ACCEL=kvm works here, so
+# the absolute figures include the emulation and only the comparison is meaningful. `make bench` uses no guest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -19,14 +19,14 @@ jobs=("$@")
 
 work=$(mktemp -d) runtime=$(mktemp -d -p /dev/shm)
 server=
-# shellcheck disable=SC2317 # the trap reaches it
+# shellcheck disable=SC2317 # called by the trap
 clean_up() {
     [ -z "$server" ] || kill "$server" 2>/dev/null || true
     rm -rf "$work" "$runtime"
 }
 trap clean_up EXIT
 
-# Starts a server of the disk in $work: serve KIND
+# serve KIND: starts a server of the disk in $work
 serve() {
     rm -f "$work/socket"
     case $1 in

@@ -1,5 +1,5 @@
-//! Rounds: several systems run the same load in turn, and another one begins in each round, so that whatever else the machine does
-//! hits all of them. Ratios compare runs of the same round.
+//! Rounds: in each round all systems run the same load one after another, and the first one changes from round to round, so that
+//! other load of the machine affects all of them. Ratios compare runs of the same round.
 
 use super::stats::{median, spread};
 use super::target::{Bound, Target};

@@ -1,4 +1,4 @@
-//! How a bench goes and what its results have besides its own: shared by the benches that compare.
+//! Command line and common results of the comparing benches.
 
 use std::fs;
 use std::path::Path;
@@ -9,20 +9,20 @@ use serde_json::{Value, json};
 use super::rng::{Rng, seed_or};
 use super::target::{self, Target};
 
-/// A part of a bench by its name.
+/// A part of a bench, with its name.
 pub type Section<B> = (&'static str, fn(&mut B));
 
-/// What the machine did besides: `/proc/loadavg` before and after.
+/// Other load of the machine: `/proc/loadavg` before and after the bench.
 pub struct RunReport {
     load: [String; 2],
 }
 
-/// Whether the command line asks for all the time it takes.
+/// Returns whether the command line has `--full`.
 pub fn is_full() -> bool {
     std::env::args().any(|a| a == "--full")
 }
 
-/// Runs the parts that the command line names, all of them where it names none.
+/// Runs the parts that the command line names. If it names none, runs all.
 pub fn run<B>(bench: &mut B, parts: &[Section<B>]) -> RunReport {
     seed();
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
@@ -38,13 +38,13 @@ pub fn run<B>(bench: &mut B, parts: &[Section<B>]) -> RunReport {
 }
 
 impl RunReport {
-    /// Prints what has been met of the targets, and how busy the machine was.
+    /// Prints the targets and the load of the machine.
     pub fn print(&self, targets: &[Target]) {
         target::print(targets);
         println!("\nload of the machine before and after: {}", self.load.join(" | "));
     }
 
-    /// The results of a bench with so many bytes of data, each row in its own form.
+    /// Returns the results of a bench with `size` bytes of data as JSON.
     pub fn as_json(&self, full: bool, bytes: u64, rows: Vec<Value>, targets: &[Target]) -> String {
         let all = json!({
             "full": full,
@@ -57,7 +57,7 @@ impl RunReport {
     }
 }
 
-/// Writes a file of results and says so.
+/// Writes a file of results and prints its path.
 pub fn write(path: &Path, text: String) {
     fs::write(path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     println!("written: {}", path.display());

@@ -1,8 +1,8 @@
-//! What must hold, and how it is told: shared by the benches that compare.
+//! Targets of the comparing benches, and their output.
 
 use serde_json::json;
 
-/// What must hold.
+/// A target.
 pub struct Target {
     pub what: String,
     pub ratio: f64,
@@ -27,7 +27,7 @@ impl Target {
     }
 }
 
-/// Prints whether they are met.
+/// Prints for each target whether it is met.
 pub fn print(targets: &[Target]) {
     println!("\n{:<108}{:>8}  {:<8}", "target", "ratio", "wanted");
     for target in targets {

@@ -1,4 +1,4 @@
-//! Chains whose blocks are cut up between their layers, made through the library itself.
+//! Chains whose blocks are fragmented over their layers, created through the library.
 #![allow(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -19,17 +19,17 @@ const HOST: NullEnv = NullEnv { idle: None };
 pub const BLOCKS: u64 = 32;
 const BLOCK_SECTORS: u64 = 4096;
 
-/// How finely the data of a block is cut up.
+/// Fragmentation of the data of a block.
 #[derive(Clone, Copy, Debug)]
 pub enum Fragmentation {
-    /// One layer has all of it.
+    /// One layer has the whole block.
     Whole,
-    /// So many runs of equal length: every second one is nobody's, the others belong to one layer after the other.
+    /// A number of runs of equal length. Every second run has no data, the others belong to the layers in rotation.
     Runs(u64),
 }
 
-/// An empty child over `depth` layers that have the data, over an empty root (whose blocks would be all in one piece), as
-/// it is served.
+/// Opens a chain for serving: an empty child over `depth` layers with the data, over an empty root. (Blocks of a root cannot be
+/// fragmented.)
 pub fn version(folder: &Path, depth: u64, cut: Fragmentation) -> Version {
     let top = make(folder, depth, cut);
     let chain =
@@ -37,7 +37,7 @@ pub fn version(folder: &Path, depth: u64, cut: Fragmentation) -> Version {
     chain.into_writable(&HOST, &Durability::FlushOnly).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 
-/// Has everything decided, so that only look-ups are left.
+/// Resolves all sectors once, so that only cached look-ups remain.
 pub fn plan_all(version: &Version) {
     let mut plan = PlanBuffer::default();
     for block in 0..BLOCKS {
@@ -52,7 +52,7 @@ pub fn open(env: Arc<dyn Env>, path: &Path) -> Arc<Disk> {
     Disk::open(env, &options).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 
-/// Makes the files; the youngest.
+/// Creates the files. Returns the youngest.
 pub fn make(folder: &Path, depth: u64, cut: Fragmentation) -> PathBuf {
     std::fs::create_dir(folder).expect("a folder of our own");
     let name = |layer: u64| folder.join(format!("{layer}.vhd"));
@@ -85,7 +85,8 @@ fn fill(path: &Path, layer: u64, depth: u64, cut: Fragmentation) {
         for run in (0..runs).step_by(2).filter(|run| (block + run / 2) % depth == layer) {
             let start = block * BLOCK_SECTORS + run * len;
             let mut from = GuestIovecs::new(memory.clone(), 1);
-            // SAFETY: inside the boxed slice, which the owner keeps; it is only read.
+            // SAFETY: the range lies inside the boxed slice, which the request keeps as its owner until it is done. A write
+            // request only reads it.
             unsafe { from.push(memory.as_ptr().cast_mut(), (len * 512) as usize) };
             lane.push(Request { tag: 0, work: Work::Write { range: SectorRange::between(start, start + len), from } });
             lane.drain(&mut answers).expect("the engine works");

@@ -1,4 +1,4 @@
-//! Requests that come through a virtqueue and meet an engine that does nothing: what is left is our own work.
+//! Requests from a virtqueue to an engine that does nothing. The cost is that of the daemon's own code.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -29,7 +29,7 @@ const DATA: u64 = 0x10_0000;
 /// Requests in a batch.
 const BATCH: u16 = 32;
 
-/// Serves at least `count` reads of 4 KiB in batches of 32, by operations or by copies.
+/// Serves at least `count` reads of 4 KiB in batches of 32, with operations or with copies.
 pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
     let disk = open(Arc::new(NullEnv { idle: Some(engine) }), &make(path, 16, Fragmentation::Whole));
     plan_all(disk.version());
@@ -63,7 +63,7 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
             avail = avail.wrapping_add(1);
         }
         memory.write_obj(avail.to_le(), GuestAddress(AVAIL + 2)).expect("inside");
-        // In turns.
+        // One call serves a part of the batch, so it is repeated until the batch is complete.
         for _ in 0..BATCH {
             queue.serve(&vring).expect("the engine works");
             let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("inside");
@@ -76,7 +76,7 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
     queue.stop(&vring).expect("the engine works");
 }
 
-/// The host, as valgrind knows it, with engines that do nothing if so wished.
+/// The host's environment, without what valgrind does not support, and optionally with engines that do nothing.
 pub struct NullEnv {
     pub idle: Option<NullMode>,
 }
@@ -84,9 +84,9 @@ pub struct NullEnv {
 /// An engine that does nothing.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum NullMode {
-    /// Completes the operations it is given.
+    /// Completes all operations at once.
     Operations,
-    /// Says that it copied.
+    /// Reports every copy as done.
     Copies,
 }
 
@@ -125,7 +125,7 @@ impl Env for NullEnv {
         Host.uuid()
     }
     fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
-        // The room that a disk makes for itself when it is opened is real.
+        // The preallocation of a disk when it is opened is real.
         match (kind, self.idle) {
             (EngineKind::Blocking, _) | (_, None) => Host.engine(kind, depth),
             (_, Some(idle)) => Ok(Box::new(NullEngine(Vec::new(), idle))),

@@ -1,4 +1,4 @@
-//! Syncs a guest's flush costs, by situation, whatever the number of writes before it: counted, not timed.
+//! Number of syncs per guest flush, by situation, for any number of writes before it. Syncs are counted, not timed.
 #![allow(unsafe_code)]
 
 use std::path::Path;
@@ -44,7 +44,7 @@ pub fn barriers(bench: &mut Bench) {
     }
 }
 
-/// A queue of a disk in this process.
+/// A queue of a disk that is served in this process.
 struct Guest {
     disk: Arc<Disk>,
     lane: Lane,
@@ -66,7 +66,7 @@ impl Guest {
         assert!(answers.iter().all(|a| a.outcome == Outcome::Done), "{answers:?}");
     }
 
-    /// Syncs that it took.
+    /// Number of syncs of the flush.
     fn flush(&mut self) -> f64 {
         let count = |guest: &Guest| guest.disk.counters().syncs.load(Ordering::Relaxed);
         let before = count(self);
@@ -78,7 +78,8 @@ impl Guest {
         for i in 0..WRITES {
             let start = i * 7919 % (1 << 17) * 8;
             let mut from = GuestIovecs::new(self.page.clone(), 1);
-            // SAFETY: the page stays as long as its owner; it is only read.
+            // SAFETY: the request keeps the page as its owner until it is done, so the page outlives it. A write request only
+            // reads it.
             unsafe { from.push(self.page.as_ptr().cast_mut(), self.page.len()) };
             self.run(Work::Write { range: SectorRange::between(start, start + 8), from });
         }

@@ -1,4 +1,4 @@
-//! What reads of a chain in the page cache come down to, without any server: copies from the mapped files.
+//! Baseline of reads of a chain in the page cache, without a server: copies from the mapped files.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -13,11 +13,11 @@ use crate::baseline_reads::{BLOCK, DEPTH, measure, pages};
 use crate::harness::random_stream;
 use crate::sample::Sample;
 
-/// Copies of a turn: the processor begins to fetch all of them first.
+/// Copies per batch. All of them are prefetched before the first is copied.
 const BATCH: usize = 16;
 const LINE: usize = 64;
 
-/// A file that is mapped.
+/// A mapped file.
 struct Mapping {
     start: *mut u8,
     len: usize,
@@ -25,19 +25,19 @@ struct Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped in `copies`, and no pointer into it is used any more.
+        // SAFETY: `copies` has created the mapping with this address and length. It uses no pointer into it after the drop.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
     }
 }
 
-/// Random copies of 4 KiB from where the files of a chain have data.
+/// Measures random copies of 4 KiB from the data of the files of a chain.
 pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
     let mut mappings = HashMap::new();
     let mut places = Vec::new();
     for (file, at) in pages(files) {
         let mapping = mappings.entry(Rc::as_ptr(&file)).or_insert_with(|| {
             let len = file.metadata().expect("our own file").len() as usize;
-            // SAFETY: a fresh mapping at a place that the kernel chooses.
+            // SAFETY: the address is null, so the kernel chooses a free range, and no existing mapping is replaced.
             let start = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, &*file, 0) };
             Mapping { start: start.expect("the image can be mapped").cast(), len }
         });
@@ -45,7 +45,8 @@ pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
     }
     let mut memory = vec![0u8; DEPTH * BLOCK];
     let copy = |from: *const u8, to: &mut [u8]| {
-        // SAFETY: a page of a file that nobody cuts, in its mapping; `to` is memory of ours, a page long.
+        // SAFETY: the page lies in the mapping of a file that the bench owns and does not truncate. `to` has the length of a page
+        // and belongs to this function, so the ranges do not overlap.
         unsafe { ptr::copy_nonoverlapping(from, to.as_mut_ptr(), BLOCK) };
     };
     places.iter().for_each(|place| copy(*place, &mut memory[..BLOCK]));

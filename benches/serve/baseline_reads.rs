@@ -1,4 +1,4 @@
-//! What the reads cost without any server: the same file by io_uring in batches, and by plain calls, in this process.
+//! Baseline of reads, without a server: this process reads the same file by io_uring in batches, and by plain calls.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -17,22 +17,22 @@ use crate::sample::{Latencies, Sample};
 
 /// Bytes of a read.
 pub const BLOCK: usize = 4096;
-/// Reads of a batch.
+/// Reads per batch.
 pub const DEPTH: usize = 32;
 
-/// Processor time of this thread.
+/// Returns the processor time of this thread.
 pub fn thread_time() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
 }
 
-/// Has the host read all of a file.
+/// Reads a file, so that it is in the page cache.
 pub fn warm(file: &File, region: u64) {
     let mut piece = vec![0; 1 << 20];
     (0..region >> 20).for_each(|i| file.read_exact_at(&mut piece, i << 20).expect("the image can be read"));
 }
 
-/// Calls `batch` until the time is over; it does so many reads.
+/// Calls `batch`, which does `count` reads, until the time is over.
 pub fn measure(time: Duration, reads: usize, mut batch: impl FnMut()) -> Sample {
     let (start, before) = (Instant::now(), thread_time());
     let (mut count, mut latencies, mut now) = (0, Latencies::default(), start);
@@ -48,7 +48,7 @@ pub fn measure(time: Duration, reads: usize, mut batch: impl FnMut()) -> Sample 
     sample
 }
 
-/// Where the files of a chain have data, page by page.
+/// Returns the pages of the files of a chain that have data.
 pub fn pages(files: &[PathBuf]) -> Vec<(Rc<File>, u64)> {
     const LEAST: u64 = 32 << 10; // a bitmap is no data
     let page = BLOCK as u64;
@@ -63,7 +63,7 @@ pub fn pages(files: &[PathBuf]) -> Vec<(Rc<File>, u64)> {
     pages
 }
 
-/// The same in the files of a chain, where their data is: what its being spread costs without any server.
+/// Measures random reads of the data in the files of a chain: the cost of spread data without a server.
 pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
     let pages = pages(files);
     let mut memory = vec![0; DEPTH * BLOCK];
@@ -77,7 +77,7 @@ pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
     })
 }
 
-/// Random reads of 4 KiB by preadv(2), one behind the other.
+/// Measures random reads of 4 KiB by preadv(2), one after another.
 pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
@@ -91,8 +91,8 @@ pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
     })
 }
 
-/// Random reads of 4 KiB by io_uring, 32 in a submit. Completions wait until they are asked for (`defer`), or do not
-/// interrupt, as in our own ring.
+/// Measures random reads of 4 KiB by io_uring, 32 per submit. The ring uses deferred task work (`defer`), or cooperative task
+/// work as the daemon's ring does.
 pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
@@ -112,7 +112,7 @@ pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample
         for page in memory.chunks_mut(BLOCK) {
             let at = rng.below(region / BLOCK as u64) * BLOCK as u64;
             let read = opcode::Read::new(types::Fixed(0), page.as_mut_ptr(), BLOCK as u32).offset(at).build();
-            // SAFETY: the pages live until all of the batch has completed, below.
+            // SAFETY: the pages outlive the batch and are not accessed until all of it has completed, below.
             unsafe { ring.submission().push(&read).expect("there is room for a batch") };
         }
         ring.submit_and_wait(DEPTH).expect("the batch is taken");

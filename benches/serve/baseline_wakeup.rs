@@ -1,5 +1,5 @@
-//! What a reader on one processor and its customer on another cost each other without any server, rings, or requests: reads by
-//! preadv(2) for one who sleeps and has to be woken, or for one who waits looking at memory.
+//! Baseline of waking and polling, without server, rings or requests: one thread reads with preadv(2) for a consumer thread on
+//! another processor. The consumer either sleeps and is woken, or polls memory.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use crate::harness::random_stream;
 use crate::processors::{pin_this_thread, processors};
 use crate::sample::Sample;
 
-/// Reads between two notifications: half of what is in flight, as the daemon does.
+/// Reads between two notifications: half of the queue depth, as in the daemon.
 const BATCH: usize = DEPTH / 2;
 
 fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
@@ -27,7 +27,7 @@ fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
     }
 }
 
-/// Random reads of 4 KiB; after every 16 one who sleeps on the other processor is woken.
+/// Measures random reads of 4 KiB. After every 16 reads the thread wakes the consumer, which sleeps on the other processor.
 pub fn eventfd_reader(path: &Path, region: u64, time: Duration) -> Sample {
     let (mut read, bell) = (reader(path, region), EventFd::new(0).expect("an eventfd can be made"));
     let over = AtomicU64::new(0);
@@ -55,10 +55,11 @@ pub fn eventfd_reader(path: &Path, region: u64, time: Duration) -> Sample {
     })
 }
 
-/// Random reads of 4 KiB, each when one on the other processor asks for it by changing a word; both look all the time.
+/// Measures random reads of 4 KiB, each requested by the consumer on the other processor through a change of a word. Both threads
+/// poll.
 pub fn polling_reader(path: &Path, region: u64, time: Duration) -> Sample {
     const OVER: u64 = u64::MAX;
-    // Each its own line.
+    // One cache line each.
     #[repr(align(128))]
     #[derive(Default)]
     struct Word(AtomicU64);

@@ -1,5 +1,5 @@
-//! What writes into a fresh child cost without any server: pwrite(2) to the places that the blocks get one after the other,
-//! and for a flush what two syncs and the bitmaps between them cost; and what writes over old bytes cost; in this process.
+//! Baseline of writes, without a server: this process writes with pwrite(2) to the places that new blocks of a child get one
+//! after another. A flush is two syncs with the bitmap writes between them. Overwrites are measured, too.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -15,14 +15,14 @@ use crate::load::{Load, Order, Until, permute};
 use crate::sample::{Latencies, Sample};
 
 const BLOCK: u64 = 2 << 20;
-/// Where block data is aligned, as in the images that we make.
+/// Alignment of block data in the images of the bench.
 const UNIT: u64 = 64 << 10;
-/// A block with the gap that ends in its bitmap.
+/// Bytes of a block with the gap before it, which ends in its bitmap.
 const STRIDE: u64 = BLOCK + UNIT;
 const SECTOR: usize = 512;
 const PIECE: usize = 64 << 10;
 
-/// Writes as `load` says, into a new file with room for all of it.
+/// Runs `load` on a new file, preallocated for all of it.
 pub fn fresh(path: &Path, load: &Load) -> Sample {
     let Until::Count(count) = load.until else { panic!("fresh writes are counted") };
     let (blocks, pieces) = (load.region / BLOCK, load.region / load.block as u64);
@@ -64,7 +64,7 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     sample
 }
 
-/// Writes as `load` says, one after the other, over what a file has, which was made as the images of the contest were.
+/// Runs `load` on a file with data, created like the images of the comparison. Overwrites one request after another.
 pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     let file = File::create(path).expect("a file can be made");
     let data = vec![0x5a; load.block.max(PIECE)];

@@ -1,11 +1,11 @@
-//! Sequential reads of what is not in memory: how near a chain whose data lies in turns in 16 files comes to the disk's own
-//! speed, which is what read(2) gets from one flat file.
+//! Sequential reads of data outside the page cache: the speed of a chain whose data alternates between 16 files, as a share of
+//! the speed of read(2) on one flat file.
 //!
-//! Before each run the files leave the page cache and a server is started, so that what it remembers (bitmaps) is cold too.
-//! A chain whose pieces are small cannot be as fast: the disk is slower where it is read piece by piece. What it gives then is
-//! what direct reads of the very pieces get, [`DEPTH`] at once.
+//! Before each run the files are evicted from the page cache and a server is started, so that its bitmap cache is cold, too.
+//! A chain of small pieces cannot reach the speed of a flat file, because the disk is slower for small reads. Its limit is
+//! measured with direct reads of the same pieces, [`DEPTH`] in flight.
 //!
-//! The host's own cache may still answer in a virtual machine: then the disk is fast, and the comparison the harder.
+//! In a virtual machine the reads may come from the host's cache. The disk is then faster, and the target harder to reach.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -26,15 +26,16 @@ use crate::load::{Load, Order, Until};
 use crate::sample::{Latencies, Sample};
 use crate::server::{Kind, Server};
 
-/// The share of the disk's own speed that is wanted.
+/// Target: the share of the disk's own speed.
 const SHARE: f64 = 0.9;
 const FLAT: &str = "read(2) of 1 MiB, flat file";
 const PIECES: &str = "io_uring, the chain's pieces of 64 KiB";
-/// Direct reads at once.
+/// Direct reads in flight.
 const DEPTH: usize = 32;
 const RAW: &str = "QSD raw";
 
-/// Requests: bytes, in flight, and whether the share is wanted of them. Small ones one at a time are not bound by the disk.
+/// Loads: bytes per request, requests in flight, and whether the target applies. Single small requests are not limited by the
+/// disk.
 const LOADS: [(usize, usize, bool); 4] =
     [(1 << 20, 4, true), (128 << 10, 4, true), (1 << 20, 1, false), (4 << 10, 1, false)];
 
@@ -63,16 +64,16 @@ pub fn cold(bench: &mut Bench) {
             ..Load::random_read(size, Duration::ZERO)
         };
         let raw = std::slice::from_ref(&raw);
-        let mut contestants = vec![
+        let mut candidates = vec![
             Candidate::new(FLAT, || flat(&raw[0], size, block)),
             Candidate::new(RAW, || once(&Format::Raw.server(), raw, &load)),
         ];
         let small = &chains[2].1;
-        contestants.push(Candidate::new(PIECES, || pieces(small, 64 << 10, size, block)));
+        candidates.push(Candidate::new(PIECES, || pieces(small, 64 << 10, size, block)));
         for (system, files) in &chains {
-            contestants.push(Candidate::new(system, || once(&Kind::ours(), files, &load)));
+            candidates.push(Candidate::new(system, || once(&Kind::ours(), files, &load)));
         }
-        bench.compare(&name, contestants);
+        bench.compare(&name, candidates);
         for (system, own) in [(&chains[1].0, FLAT), (&chains[2].0, PIECES)].into_iter().filter(|_| wanted) {
             let ratio = bench.results.ratio(&name, system, own, |s| s.iops);
             bench.results.target(format!("{name}: {system} / {own}"), ratio, Bound::AtLeast(SHARE));
@@ -80,7 +81,7 @@ pub fn cold(bench: &mut Bench) {
     }
 }
 
-/// One run of a server that has seen nothing, on files (youngest first) that are not in memory.
+/// Measures one run of a new server on files (youngest first) that are not in the page cache.
 fn once(kind: &Kind, files: &[PathBuf], load: &Load) -> Sample {
     files.iter().for_each(|file| drop_page_cache(file));
     let server = Server::start(kind, &files[0]);
@@ -94,7 +95,7 @@ fn once(kind: &Kind, files: &[PathBuf], load: &Load) -> Sample {
     sample
 }
 
-/// The same bytes of a flat file by plain calls, as dd reads them; counted as requests of `block`.
+/// Measures reads of the same bytes of a flat file by plain calls, as dd does. Counts them as requests of `block` bytes.
 fn flat(path: &Path, size: u64, block: usize) -> Sample {
     drop_page_cache(path);
     let mut file = File::open(path).expect("the image can be read");
@@ -105,8 +106,8 @@ fn flat(path: &Path, size: u64, block: usize) -> Sample {
     per_request(start.elapsed(), size, block)
 }
 
-/// The pieces of a chain (files youngest first) in the order of the disk, by direct reads without a server; counted as
-/// requests of `block`.
+/// Measures direct reads, without a server, of the pieces of a chain (files youngest first) in the order of the disk. Counts
+/// them as requests of `block` bytes.
 fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
     let open = |path: &PathBuf| {
         File::options().read(true).custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path).expect("our own file")
@@ -134,7 +135,8 @@ fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
                 .offset(offsets[file][number])
                 .build()
                 .user_data(slot as u64);
-            // SAFETY: the memory lives until all reads have completed, below.
+            // SAFETY: `memory` outlives the ring's reads, because the outer loop ends only after all have completed. A slot of
+            // it has one read at a time: it returns to `free` when its read has completed.
             unsafe { ring.submission().push(&read).expect("there is room for all at once") };
             next += 1;
         }
@@ -148,7 +150,7 @@ fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
     per_request(start.elapsed(), size, block)
 }
 
-/// What took so long, counted as requests of `block`.
+/// Returns the sample of a run of a given time. Counts the bytes as requests of `block` bytes.
 fn per_request(taken: Duration, size: u64, block: usize) -> Sample {
     let count = size / block as u64;
     let mut latencies = Latencies::default();

@@ -1,4 +1,4 @@
-//! The comparisons: which servers, under which loads, and what must come of it (the targets).
+//! The comparisons: the servers, the loads, and the targets.
 
 use std::path::Path;
 use std::time::Duration;
@@ -17,24 +17,24 @@ use crate::server::{Kind, Server};
 /// A system that takes part in a comparison of servers.
 pub type Candidate<'a> = harness::Candidate<'a, Sample>;
 
-/// Disks to serve, and all that was measured.
+/// The disks to serve, and all measurements.
 pub struct Bench {
     pub pace: Pace,
-    /// Length of a run that ends after a time.
+    /// Duration of a run that ends after a time.
     pub time: Duration,
     pub disks: Disks,
     pub results: Results<Sample>,
 }
 
-/// A server that stays for the whole comparison.
+/// A server that runs for the whole comparison.
 fn served<'a>(system: &str, kind: &Kind, image: &Path, load: Load) -> Candidate<'a> {
     let server = Server::start(kind, image);
     let mut guest = server.connect(1);
     Candidate::new(system, move || measure(&server, &mut guest, &load))
 }
 
-/// One run, with the processor time of the server. What is read is in the host's memory before, even if the host gives up
-/// what has not been used for a while.
+/// Measures one run, with the processor time of the server. A load that reads is preceded by an unmeasured read of the data,
+/// because the kernel may have reclaimed pages of the page cache.
 pub fn measure(server: &Server, guest: &mut Guest, load: &Load) -> Sample {
     if !load.write {
         guest.warm(load.region).unwrap_or_else(|e| panic!("a request failed: {e}"));
@@ -51,7 +51,7 @@ impl Bench {
         Bench { pace, time, disks: Disks::new(pace.size), results: Results::default() }
     }
 
-    /// Runs each candidate once unmeasured, then in turn.
+    /// Runs each candidate once unmeasured, then all of them in rounds.
     pub fn compare(&mut self, load: &str, mut candidates: Vec<Candidate<'_>>) {
         for candidate in &mut candidates {
             candidate.measure();
@@ -59,8 +59,8 @@ impl Bench {
         self.results.compare(load, self.pace.rounds, candidates);
     }
 
-    /// Writes into a fresh overlay: two for each of qcow2's clusters, whatever the size. The first has to allocate the cluster; with
-    /// many more the overlay is not fresh.
+    /// Writes into a fresh overlay: two per cluster of qcow2, for any size. The first one has to allocate the cluster. With many
+    /// more writes the overlay would not be fresh.
     pub fn writes(&self) -> u64 {
         self.pace.size / disks::CHUNK * 2
     }
@@ -79,7 +79,8 @@ const OURS_16: &str = "diffdiskd, 16 layers";
 const QCOW2_16: &str = "QSD qcow2, 16 layers";
 const READ: &str = "rand read 4 KiB, qd 32";
 
-/// Random reads at depth 32 of the queue, by depth of the chain. Each round has the files read anew, and new servers.
+/// Random reads at queue depth 32, by depth of the chain. In each round the files are read into the page cache again, and new
+/// servers are started.
 pub fn random_reads(bench: &mut Bench) {
     for round in 0..bench.pace.rounds {
         bench.disks.invalidate_cache(ReadOrder::Interleaved);
@@ -98,8 +99,8 @@ pub fn random_reads(bench: &mut Bench) {
         all.push(Candidate::new("preadv for a sleeper, no server", || {
             baseline_wakeup::eventfd_reader(&raw, size, time)
         }));
-        for contestant in &mut all {
-            contestant.measure();
+        for candidate in &mut all {
+            candidate.measure();
         }
         bench.results.round(READ, round, &mut all);
     }
@@ -136,7 +137,7 @@ fn read_servers<'a>(bench: &Bench) -> Vec<Candidate<'a>> {
     all
 }
 
-/// One request at a time: both sides asleep in between, or both looking.
+/// One request in flight. Guest and server both sleep between requests, or both poll.
 pub fn latency(bench: &mut Bench) {
     let (vhd, raw) = (bench.disks.striped_chain(Format::Vhd, 16), bench.disks.striped_chain(Format::Raw, 1));
     for (name, poll, extra, most) in [
@@ -149,7 +150,7 @@ pub fn latency(bench: &mut Bench) {
             served("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         if poll {
-            // Nobody else may have the processor of one who looks: the servers are started for each run.
+            // A polling server needs a processor of its own, so a server is started for each run.
             all.clear();
             let (vhd, raw) = (&vhd, &raw);
             let alone = move |kind: Kind, image: &Path| {
@@ -174,10 +175,10 @@ pub fn latency(bench: &mut Bench) {
     }
 }
 
-/// The depths of the queue in the drawing of latencies.
+/// Queue depths in the plot of latencies.
 pub const QUEUE_DEPTHS: [usize; 6] = [1, 2, 4, 8, 16, 64];
 
-/// Latency by depth of the queue.
+/// Latency by queue depth.
 pub fn queue_depths(bench: &mut Bench) {
     let images = [Format::Vhd, Format::Qcow2].map(|f| bench.disks.striped_chain(f, 16));
     let raw = bench.disks.striped_chain(Format::Raw, 1);
@@ -194,12 +195,12 @@ pub fn queue_depths(bench: &mut Bench) {
 
 const OURS: &str = "diffdiskd, fresh child";
 const FRESH: &str = "QSD qcow2, fresh overlay";
-/// The limit: not a peer.
+/// The name of the upper limit, which is no server.
 const BARE: &str = "pwrite, no server";
 const EXTENDED: &str = "QSD qcow2, fresh overlay, extended_l2";
 
 fn fresh(bench: &mut Bench, name: &str, load: Load) {
-    // Killed and removed at the end: what one contestant has left to write back must not be another's burden.
+    // Killed and removed at the end, so that the writeback of one candidate does not slow down the next.
     let once = |disks: &Disks, format: Format, options: &[&str]| {
         let image = disks.fresh_child(format, options);
         let server = Server::start(&format.server(), &image);
@@ -219,7 +220,7 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
     bench.compare(name, all);
 }
 
-/// Small writes into an overlay that has nothing yet.
+/// Small writes into an empty overlay.
 pub fn fresh_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, fresh";
     let load = Load { write: true, order: Order::Shuffled, until: Until::Count(bench.writes()), ..bench.random_read() };
@@ -233,7 +234,7 @@ pub fn fresh_writes(bench: &mut Bench) {
     bench.require_iops(name, OURS, FRESH, 1.0);
 }
 
-/// The same with a flush after every 32.
+/// Small writes into an empty overlay, with a flush after every 32 writes.
 pub fn flushed_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, flush every 32, fresh";
     let load = Load {
@@ -248,7 +249,7 @@ pub fn flushed_writes(bench: &mut Bench) {
     bench.require_iops(name, OURS, EXTENDED, 1.2);
 }
 
-/// Small writes where there is room already.
+/// Small writes into allocated blocks.
 pub fn allocated_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, allocated";
     let load = Load { write: true, ..bench.random_read() };
@@ -279,7 +280,7 @@ fn label(format: Format) -> &'static str {
     }
 }
 
-/// Streams: the best peer counts.
+/// Sequential reads and writes, compared with the best peer.
 pub fn sequential(bench: &mut Bench) {
     let formats = [Format::Vhd, Format::Raw, Format::Qcow2, Format::Vpc];
     for (write, block, depth) in
@@ -289,7 +290,7 @@ pub fn sequential(bench: &mut Bench) {
         let name = format!("seq {verb} {} KiB, qd {depth}", block >> 10);
         let load = Load { write, block, depth, order: Order::Sequential, ..bench.random_read() };
         if write {
-            // Writing back would decide the race; a quarter fits into what the host leaves dirty.
+            // Writeback would dominate the result. A quarter of the data fits into the kernel's limit of dirty pages.
             let load = Load { region: bench.disks.size / 4, ..load };
             written(bench, &name, load, &formats);
         } else {
@@ -311,7 +312,7 @@ pub fn sequential(bench: &mut Bench) {
     }
 }
 
-/// Two queues against one. Each queue has a processor, which its part of the guest shares on small machines.
+/// Two queues compared with one. Each queue has a processor. On small machines the guest's thread shares it.
 pub fn two_queues(bench: &mut Bench) {
     if processors() < 2 {
         return eprintln!("two queues want two processors");

@@ -1,7 +1,7 @@
-//! The disks that are served, the same data everywhere: in one file, or spread over the layers of a chain.
+//! The served disks. All have the same data, in one file or spread over the layers of a chain.
 //!
-//! What is only read is made once and kept in `target/bench/disks`, and read anew by the host before it is used; what is written
-//! is made anew for every run.
+//! Read-only disks are created once, kept in `target/bench/disks`, and read into the page cache before use. Disks that are
+//! written to are created for every run.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -15,20 +15,20 @@ use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 
 use crate::server::{Kind, Server};
 
-/// A cluster of qcow2, the finest at which QEMU need not copy: there data changes from layer to layer.
+/// A cluster of qcow2: the smallest unit that QEMU writes without copying. Consecutive chunks lie in different layers.
 pub const CHUNK: u64 = 64 << 10;
-/// Chunks in 2 MiB, a block of a VHD. Each block's chunks alternate between two neighbouring layers, the next block's
-/// between the next two: so every look-up meets a block of many runs, and a chain takes but twice the room of its data.
+/// Chunks in 2 MiB, a block of a VHD. The chunks of a block alternate between two adjacent layers, those of the next block
+/// between the next two. So every block has many runs, and a chain needs only twice the space of its data.
 const CHUNKS: u64 = 32;
 
-/// The layer that holds a chunk.
+/// Returns the layer of a chunk.
 fn layer_of(chunk: u64, layers: u64) -> u64 {
     (chunk / CHUNKS * 2 + chunk % 2) % layers
 }
-/// Names what [`Disks`] makes; to be raised when that changes.
+/// Version of the disks that [`Disks`] creates. Increase it when they change.
 const LAYOUT: &str = "2";
 
-/// A format of images, and who makes them.
+/// A format of images, and the program that creates them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     Vhd,
@@ -48,24 +48,24 @@ impl Format {
     }
 }
 
-/// Data in turns: `piece` bytes in the oldest layer, as many in the next, and so on, over and over.
+/// Interleaved data: `piece` bytes in the oldest layer, as many in the next, and so on in rotation.
 #[derive(Clone, Copy)]
 pub struct Interleaving {
     pub layers: u64,
     pub piece: u64,
 }
 
-/// In which order the host reads a file anew. It decides how large the folios of the page cache are, whoever wrote the file.
+/// Order in which a file is read into the page cache. It determines the sizes of the folios.
 #[derive(Clone, Copy)]
 pub enum ReadOrder {
-    /// From end to end, in folios as large as the host likes. A file that is all data gets such of 2 MiB, which are mapped at
-    /// once and which a processor finds with one look; one in which data and holes take turns cannot.
+    /// Sequentially, with folios of the kernel's choice. A file without holes gets folios of 2 MiB, which are mapped as one huge
+    /// page each; a file in which data and holes alternate does not.
     Sequential,
-    /// A chunk at a time and every other one first, as guests do: so folios are of one size whatever the file.
+    /// Every second chunk first, then the rest, similar to a guest's reads. All files then have folios of the same size.
     Interleaved,
 }
 
-/// Where the disks are.
+/// The folder of the disks.
 pub struct Disks {
     folder: PathBuf,
     settled: RefCell<HashSet<PathBuf>>,
@@ -83,7 +83,7 @@ impl Disks {
         Disks { folder, settled: RefCell::default(), order: Cell::new(ReadOrder::Sequential), size }
     }
 
-    /// A chain of `layers` images with the data spread over all of them; the youngest.
+    /// Creates a chain of `layers` images with the data spread over all of them. Returns the youngest.
     pub fn striped_chain(&self, format: Format, layers: u64) -> PathBuf {
         let name = |layer: u64| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)));
         let (top, ready) = (name(layers - 1), name(0).with_extension("ready"));
@@ -103,23 +103,23 @@ impl Disks {
         top
     }
 
-    /// The files of a chain that `spread` made.
+    /// Returns the files of a chain created by `spread`.
     pub fn files(&self, format: Format, layers: u64) -> Vec<PathBuf> {
         (0..layers).map(|layer| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)))).collect()
     }
 
-    /// Has all files read anew when they are next used, in this order. The pages that the host takes for them are faster or
-    /// slower by luck, so what is compared closely draws more than once.
+    /// Lets all files be read into the page cache again before their next use, in a given order. The placement of the pages
+    /// affects the speed by chance, so close comparisons repeat it.
     pub fn invalidate_cache(&self, order: ReadOrder) {
         self.settled.borrow_mut().clear();
         self.order.set(order);
     }
 
-    /// A copy of the single VHD that is settled from end to end, whatever the order is.
+    /// Returns a copy of the single VHD that is read into the page cache sequentially, regardless of the current order.
     pub fn in_large_folios(&self) -> PathBuf {
         let (single, copy) = (self.striped_chain(Format::Vhd, 1), self.folder.join("vhd-1-large"));
         if !copy.exists() {
-            // A copy that was cut short must not be taken for one.
+            // An interrupted copy must not count as complete.
             fs::copy(single, self.scratch()).expect("there is room");
             fs::rename(self.scratch(), &copy).expect("the target folder can be written");
         }
@@ -134,7 +134,7 @@ impl Disks {
         }
     }
 
-    /// A chain of VHDs with the data in turns; its files, youngest first. What a layer has no data in takes no room.
+    /// Creates a chain of VHDs with interleaved data. Returns its files, youngest first. The ranges without data are holes.
     pub fn interleaved(&self, Interleaving { layers, piece }: Interleaving) -> Vec<PathBuf> {
         let name = |layer: u64| self.folder.join(format!("turns-{layers}-{}-{layer}", piece >> 10));
         let files: Vec<_> = (0..layers).rev().map(name).collect();
@@ -155,7 +155,7 @@ impl Disks {
         files
     }
 
-    /// A new child of the single image of a format, with what QEMU calls options.
+    /// Creates a child of the single image of a format, with options for `qemu-img create`.
     pub fn fresh_child(&self, format: Format, options: &[&str]) -> PathBuf {
         let (parent, child) = (self.striped_chain(format, 1), self.folder.join(format!("{}-fresh", suffix(format))));
         let _ = fs::remove_file(&child);
@@ -163,7 +163,7 @@ impl Disks {
         child
     }
 
-    /// A new child, of `size` bytes, of an empty root.
+    /// Creates a child of `size` bytes over an empty root.
     pub fn empty_child(&self, format: Format, size: u64) -> PathBuf {
         let name = |what: &str| self.folder.join(format!("{}-{what}-{}", suffix(format), size >> 30));
         let (root, child) = (name("empty"), name("empty-child"));
@@ -175,13 +175,14 @@ impl Disks {
         child
     }
 
-    /// A name for a file of one run.
+    /// Returns a name for a file of one run.
     pub fn scratch(&self) -> PathBuf {
         self.folder.join("scratch")
     }
 
-    /// An image of its own that may be written, and has all the data: for VHD a child over a root, for others one file. Read anew
-    /// as guests read: writes to large folios of ext4 cost ten times as much if they are small, and half if they are long.
+    /// Creates a writable image with all the data: for VHD a child over a root, for other formats one file. The file is read
+    /// into the page cache as guests read it, because on large folios of ext4 small writes cost ten times as much, and long
+    /// writes half as much.
     pub fn writable(&self, format: Format) -> PathBuf {
         let name = self.folder.join(format!("{}-written", suffix(format)));
         let ready = name.with_extension("ready");
@@ -197,7 +198,7 @@ impl Disks {
         name
     }
 
-    /// A chain of `layers` images of 1 TiB without data; the youngest.
+    /// Creates a chain of `layers` images of 1 TiB without data. Returns the youngest.
     pub fn sparse_chain(&self, format: Format, layers: u64) -> PathBuf {
         let name = |layer: u64| self.folder.join(format!("{}-sparse-{layer}", suffix(format)));
         for layer in 0..layers {
@@ -209,7 +210,7 @@ impl Disks {
         name(layers - 1)
     }
 
-    /// Writes the chunks that are a layer's `own`, through a server of the format.
+    /// Writes the chunks for which `own` is true, through a server of the format.
     fn fill(&self, format: Format, image: &Path, own: impl Fn(u64) -> bool) {
         let server = Server::start(&format.server(), image);
         let mut guest = server.connect(1);
@@ -226,7 +227,7 @@ impl Disks {
         server.stop();
     }
 
-    /// Whether each page says where it is: a server that is fast and wrong must not be measured.
+    /// Asserts that each page contains its own offset, so that no incorrect server is measured.
     fn verify(&self, format: Format, image: &Path) {
         let server = Server::start(&format.server(), image);
         let mut guest = server.connect(1);
@@ -243,7 +244,7 @@ impl Disks {
     }
 }
 
-/// Gives back the room in which a file has no data.
+/// Punches holes into the ranges in which a file has no data.
 fn punch_holes(path: &Path) {
     let file = File::options().read(true).write(true).open(path).expect("our own file");
     let len = file.metadata().expect("our own file").len();
@@ -259,15 +260,15 @@ fn punch_holes(path: &Path) {
     }
 }
 
-/// Has the host forget a file.
+/// Evicts a file from the page cache.
 pub fn drop_page_cache(path: &Path) {
     let file = File::open(path).expect("the image can be read");
     file.sync_all().expect("the image can be synced");
     fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
 }
 
-/// Removes a file and waits until the host has given back its room: where that is discarded on the disk beneath, it goes on after
-/// the name is gone, by a kernel thread on the processor of whoever had the file open last, for a second if it is in many pieces.
+/// Removes a file and waits until its space is freed. If the file system discards freed space, a kernel thread continues the
+/// discard after the unlink, on the processor of the last process that had the file open. A file in many pieces takes a second.
 pub fn remove_and_wait(path: &Path) {
     fs::remove_file(path).expect("it was made a moment ago");
     let start = Instant::now();
@@ -280,7 +281,7 @@ pub fn remove_and_wait(path: &Path) {
     }
 }
 
-/// Discards that the host's disks have carried out.
+/// Returns the number of discards that the kernel has completed on all disks.
 fn discards() -> u64 {
     /// Of a line of the file, from 0 (the kernel's Documentation/admin-guide/iostats.rst).
     const DISCARDS: usize = 14;
@@ -288,7 +289,7 @@ fn discards() -> u64 {
     table.lines().filter_map(|line| line.split_whitespace().nth(DISCARDS)?.parse::<u64>().ok()).sum()
 }
 
-/// Has the host read a file anew.
+/// Reads a file into the page cache in a given order, after it was evicted.
 pub fn populate_cache(path: &Path, order: ReadOrder) {
     drop_page_cache(path);
     let file = File::open(path).expect("the image can be read");
@@ -307,7 +308,7 @@ pub fn populate_cache(path: &Path, order: ReadOrder) {
     }
 }
 
-/// The runs of at least `least` bytes in which a file has data: offset and length.
+/// Returns the runs of at least `least` bytes in which a file has data, as offset and length.
 pub fn runs_of_data(path: &Path, least: u64) -> Vec<(u64, u64)> {
     let file = File::open(path).expect("our own file");
     let (mut at, mut runs) = (0, Vec::new());

@@ -1,7 +1,7 @@
-//! A guest that does nothing but load a vhost-user-blk socket: the `virtio-driver` crate, memory laid out beforehand, no
-//! copy and no allocation while it runs.
+//! A guest that only loads a vhost-user-blk socket. It uses the `virtio-driver` crate and memory laid out beforehand, and
+//! neither copies nor allocates while it runs.
 //!
-//! One kick for all that was added at once; asleep on the call eventfd, or looking at the used ring without a pause.
+//! It kicks once per batch of added requests, and either sleeps on the call eventfd or polls the used ring.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -23,32 +23,32 @@ use crate::sample::{Latencies, Sample};
 
 /// Bytes of guest memory: the deepest queue of 4 KiB, or eight requests of 1 MiB.
 const MEMORY: usize = 8 << 20;
-/// A back-end that completes nothing for this long is stuck.
+/// A back-end that completes no request for this time counts as stuck.
 const TIMEOUT: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
-/// Entries of a queue; a request takes three.
+/// Entries of a queue. A request takes three.
 const QUEUE_SIZE: u16 = 512;
 
-/// Where the requests of a load lie.
+/// Offsets of the requests of a load.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// Anywhere, with repetition.
+    /// Random, with repetition.
     Random,
-    /// Each block once, in an order that looks random: what finds a fresh overlay fresh.
+    /// A pseudo-random permutation: each block once, so that every write goes to a new place.
     Shuffled,
-    /// One behind the other.
+    /// Sequential.
     Sequential,
 }
 
-/// When a load ends.
+/// Condition at which a load ends.
 #[derive(Clone, Copy)]
 pub enum Until {
     /// After this time.
     Time(Duration),
-    /// After so many requests.
+    /// After a number of requests.
     Count(u64),
 }
 
-/// What is asked of a server.
+/// Description of a load.
 #[derive(Clone, Copy)]
 pub struct Load {
     /// Whether the requests write.
@@ -58,17 +58,17 @@ pub struct Load {
     /// Requests in flight.
     pub depth: usize,
     pub order: Order,
-    /// Bytes of the disk that are touched, from its start; a power of two.
+    /// Bytes of the disk in use, from its start. A power of two.
     pub region: u64,
-    /// After so many writes, all completed, comes a flush.
+    /// Number of writes before each flush. The flush is submitted after all of them have completed.
     pub flush_every: Option<u64>,
-    /// Whether the guest looks at its ring all the time, rather than sleep until it is signalled.
+    /// Whether the guest polls its ring instead of sleeping on the call eventfd.
     pub poll: bool,
     pub until: Until,
 }
 
 impl Load {
-    /// Reads of 4 KiB anywhere, 32 in flight.
+    /// Random reads of 4 KiB, 32 in flight.
     pub fn random_read(region: u64, time: Duration) -> Load {
         let until = Until::Time(time);
         Load {
@@ -84,9 +84,9 @@ impl Load {
     }
 }
 
-/// A connected guest with one queue in use, or one of a guest's several queues.
+/// A connected guest.
 pub struct Guest {
-    // Before `transport`, which owns the memory the queue lies in.
+    // Declared before `transport`, which owns the memory of the queues, so that it is dropped first.
     queues: Vec<VirtioBlkQueue<'static, usize>>,
     transport: Box<VirtioBlkTransport>,
     memory: MmapMut,
@@ -107,22 +107,22 @@ impl Guest {
         let queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, QUEUE_SIZE)?;
         let memfd: File = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC)?.into();
         memfd.set_len((MEMORY * queues.len()) as u64)?;
-        // SAFETY: the memfd is private to this guest and the server, and nobody truncates it.
+        // SAFETY: only this guest and the server have the memfd, and neither truncates it, so the whole mapping stays valid.
         let mut memory = unsafe { MmapMut::map_mut(&memfd)? };
-        // All of it there before anything is measured.
+        // All pages are allocated before the first measurement.
         memory.fill(0x5a);
         transport.map_mem_region(memory.as_ptr() as usize, memory.len(), memfd.as_raw_fd(), 0)?;
         Ok(Guest { queues, transport, memory, _memfd: memfd, rng: random_stream(0), next: 0 })
     }
 
-    /// One load on the first queue.
+    /// Runs a load on the first queue.
     pub fn run(&mut self, load: &Load) -> io::Result<Sample> {
         let Guest { queues, transport, memory, rng, next, .. } = self;
         let mut lane = QueueRun { ring: &mut queues[0], transport: &**transport, queue: 0, rng, next };
         lane.run(load, &mut memory[..MEMORY])
     }
 
-    /// Reads all of the disk's first `size` bytes, so that the host has them in memory.
+    /// Reads the first `size` bytes of the disk, so that they are in the page cache.
     pub fn warm(&mut self, size: u64) -> io::Result<()> {
         self.next = 0;
         let until = Until::Count(size >> 20);
@@ -138,7 +138,7 @@ impl Guest {
         Ok(())
     }
 
-    /// The same load on every queue, each by a thread of its own on processor `i`.
+    /// Runs a load on every queue, that of queue `i` in a separate thread on processor `i`.
     pub fn run_on_all(&mut self, load: &Load) -> io::Result<Vec<Sample>> {
         let Guest { queues, transport, memory, .. } = self;
         let transport = SyncTransport(&**transport);
@@ -163,7 +163,7 @@ impl Guest {
         })
     }
 
-    /// Writes `data` (up to 1 MiB) at `offset`, and waits for it.
+    /// Writes `data` (up to 1 MiB) at `offset`, and waits for the completion.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.memory[..data.len()].copy_from_slice(data);
         self.queues[0].write(offset, &self.memory[..data.len()], 0)?;
@@ -177,7 +177,7 @@ impl Guest {
         Ok(&self.memory[..len])
     }
 
-    /// Makes writes durable.
+    /// Flushes, and waits for the completion.
     pub fn flush(&mut self) -> io::Result<()> {
         self.queues[0].flush(0)?;
         self.finish()
@@ -198,14 +198,16 @@ impl Guest {
     }
 }
 
-/// The transport as the threads of several queues use it.
+/// The transport, shared by the threads of several queues.
 struct SyncTransport<'a>(&'a VirtioBlkTransport);
-// SAFETY: the threads only fetch event descriptors of their own queue from it, which changes nothing.
+// SAFETY: the threads share only `&VirtioBlkTransport` and call only methods that return the eventfds of their own queue. These
+// methods read fields that do not change after setup.
 unsafe impl Sync for SyncTransport<'_> {}
 
-/// A queue in the hands of its thread.
+/// A queue, borrowed by its thread.
 struct SendQueue<'a>(&'a mut VirtioBlkQueue<'static, usize>);
-// SAFETY: exclusively borrowed, and `Virtqueue` itself is Send; only its owner's box of contexts hides that.
+// SAFETY: the queue is borrowed exclusively, so one thread at a time uses it. Its `Virtqueue` is Send. Only the box of request
+// contexts is not, and the contexts here are plain data.
 unsafe impl Send for SendQueue<'_> {}
 
 /// One queue at work.
@@ -235,7 +237,7 @@ impl QueueRun<'_> {
         loop {
             let most = match load.flush_every {
                 None => count,
-                // Nothing is added over the next flush before that is done.
+                // No request after the next flush is added before the flush has completed.
                 Some(every) => count.min((over / every + 1) * every),
             };
             let any = !free.is_empty() && added < most && now < end;
@@ -306,7 +308,7 @@ impl QueueRun<'_> {
         index * load.block as u64
     }
 
-    /// Tells the server of what was added, if it wants to know.
+    /// Kicks the server for the added requests, unless it has suppressed notifications.
     fn kick(&mut self) -> io::Result<()> {
         if self.ring.avail_notif_needed() {
             self.transport.get_submission_notifier(self.queue).notify()?;
@@ -324,7 +326,7 @@ impl QueueRun<'_> {
         Ok(())
     }
 
-    /// Sleeps until the server signals, unless something completed meanwhile.
+    /// Sleeps until the server signals, unless a request has completed meanwhile.
     fn sleep(&mut self) -> io::Result<()> {
         self.ring.set_used_notif_enabled(true);
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
@@ -341,7 +343,7 @@ impl QueueRun<'_> {
     }
 }
 
-/// The place of `index` in a shuffling of `blocks`, a power of two: steps that each can be undone.
+/// Returns the place of `index` in a permutation of `blocks`, a power of two. Each step of the computation is invertible.
 pub fn permute(index: u64, blocks: u64) -> u64 {
     let (mask, half) = (blocks - 1, blocks.trailing_zeros().div_ceil(2));
     let mut x = index;

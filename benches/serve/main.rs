@@ -1,10 +1,9 @@
-//! The daemon under load, beside qemu-storage-daemon in the same run.
+//! The daemon under load, compared with qemu-storage-daemon in the same run.
 //!
-//! Each comparison starts all its servers, then loads them in turn, over and over, so that whatever the machine does
-//! besides hits all of them; the guest (see [`load`]) and the server have a processor each. The table gives medians;
-//! ratios are medians of the ratios of neighbouring runs. `--full` takes longer and more often; words pick comparisons; `--disks`
-//! only makes the chains.
-//! Results: `target/bench/serve.json`, and drawings beside it.
+//! Each comparison starts all its servers, then loads them in rounds, so that other load of the machine affects all of them. The
+//! guest (see [`load`]) and the server have a processor each. The table has medians; ratios are medians of the ratios of adjacent
+//! runs. `--full` measures longer and more often, words select comparisons, and `--disks` only creates the chains.
+//! Results: `target/bench/serve.json`, and plots in the same folder.
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // nobody else sees it
 
@@ -42,7 +41,7 @@ fn main() {
     };
     let mut bench = Bench::new(pace, time);
     if std::env::args().any(|a| a == "--disks") {
-        // For fio in the guest: the chains, and where they are.
+        // Creates the chains for fio in the guest, and prints their paths.
         for format in [Format::Vhd, Format::Qcow2] {
             bench.disks.striped_chain(format, 16);
         }

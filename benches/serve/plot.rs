@@ -1,4 +1,4 @@
-//! Drawings as SVG: lines over a logarithmic axis, and bars.
+//! SVG plots: lines over a logarithmic axis, and bars.
 
 use std::fmt::Write;
 
@@ -10,19 +10,19 @@ const BOTTOM: f64 = 60.0;
 const RIGHT: f64 = 20.0;
 const COLOURS: [&str; 4] = ["#1b6ca8", "#c8553d", "#588157", "#7a5195"];
 
-/// Points joined by a line; x is above zero.
+/// Points joined by a line. All x are above zero.
 pub struct Line {
     pub name: String,
     pub points: Vec<(f64, f64)>,
 }
 
-/// A bar with its value written behind it.
+/// A bar, labelled with its value.
 pub struct Bar {
     pub name: String,
     pub value: f64,
 }
 
-/// Lines from y = 0 on, x by powers of two.
+/// Draws lines. The y axis begins at 0; the x axis is logarithmic to base 2.
 pub fn lines(title: &str, x_title: &str, lines: &[Line]) -> String {
     let all = || lines.iter().flat_map(|l| &l.points);
     let x_end = all().map(|p| p.0.log2()).fold(1.0, f64::max);
@@ -70,7 +70,7 @@ pub fn lines(title: &str, x_title: &str, lines: &[Line]) -> String {
     svg + "</svg>\n"
 }
 
-/// Bars from left to right, one beneath the other.
+/// Draws horizontal bars, one below another.
 pub fn bars(title: &str, bars: &[Bar]) -> String {
     const ROW: f64 = 26.0;
     const NAMES: f64 = 190.0;
@@ -105,7 +105,7 @@ fn begin(title: &str, height: f64) -> String {
     svg
 }
 
-/// A round end of an axis at or above `most`, and a step of which it has at most eight.
+/// Returns a round end of an axis at or above `most`, and a step that divides the axis into at most eight parts.
 fn scale(most: f64) -> (f64, f64) {
     let most = most.max(f64::MIN_POSITIVE);
     let power = 10f64.powf(most.log10().floor());

@@ -4,20 +4,20 @@
 use std::io;
 use std::sync::OnceLock;
 
-/// Processors of this machine, whichever this thread is tied to.
+/// Returns the number of processors of this machine, independent of this thread's affinity.
 pub fn processors() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
     *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
-/// Ties the calling thread to a processor.
+/// Pins the calling thread to a processor.
 pub fn pin_this_thread(processor: usize) {
     pin(0, processor);
 }
 
-/// Ties a thread to a processor; 0 is the calling thread.
+/// Pins a thread to a processor. Thread 0 is the calling thread.
 pub fn pin(thread: i32, processor: usize) {
-    // SAFETY: a set of processors is plain data; the call only reads it.
+    // SAFETY: `cpu_set_t` is plain data, for which zeros are valid. The call only reads the set, and its length is passed.
     let done = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(processor, &mut set);

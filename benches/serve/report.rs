@@ -1,4 +1,4 @@
-//! The table, the JSON and the drawings.
+//! The table, the JSON and the plots.
 
 use std::fs;
 use std::path::Path;

@@ -1,11 +1,11 @@
-//! What one run of a load measured, and medians over runs.
+//! Measurements of one run of a load.
 
 use std::time::Duration;
 
-/// Buckets of an octave.
+/// Buckets per octave.
 const PARTS: usize = 32;
 
-/// How often each latency was seen, to 3 per cent.
+/// Histogram of latencies, with a precision of 3 per cent.
 pub struct Latencies {
     counts: Vec<u64>,
     sum: u128,
@@ -28,7 +28,7 @@ impl Latencies {
         self.total += 1;
     }
 
-    /// The latency, in microseconds, that `share` of all stay below.
+    /// Returns a quantile of the latency in microseconds: the share `share` of all requests is below.
     fn quantile(&self, share: f64) -> f64 {
         let wanted = (self.total as f64 * share) as u64;
         let mut seen = 0;
@@ -43,18 +43,18 @@ impl Latencies {
     }
 }
 
-/// One run.
+/// Measurements of one run.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// Requests a second.
+    /// Requests per second.
     pub iops: f64,
     /// Requests.
     pub count: u64,
-    /// Latency in microseconds: mean, median, and what 99 of 100 stay below.
+    /// Latency in microseconds: mean, median, and 99th percentile.
     pub mean: f64,
     pub p50: f64,
     pub p99: f64,
-    /// Processor time of the server a request, in microseconds.
+    /// Processor time of the server per request, in microseconds.
     pub cpu: f64,
 }
 
@@ -70,7 +70,7 @@ impl Sample {
         }
     }
 
-    /// A run whose only result is a time in microseconds.
+    /// Returns the sample of a run whose only result is a time in microseconds.
     pub fn time(taken: Duration) -> Sample {
         let mean = taken.as_secs_f64() * 1e6;
         Sample { iops: 1e6 / mean, count: 1, mean, p50: mean, p99: mean, cpu: 0.0 }

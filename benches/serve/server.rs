@@ -1,5 +1,5 @@
-//! The servers under load: the real `diffdiskd`, and qemu-storage-daemon. Each on the first processor, the guest on the
-//! last.
+//! The servers under load: the real `diffdiskd`, and qemu-storage-daemon. A server runs on the first processor, the guest on
+//! the last.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -14,10 +14,10 @@ use tempfile::TempDir;
 use crate::load::Guest;
 use crate::processors::{pin, pin_this_thread, processors};
 
-/// How long a server may take to offer its socket, and to end.
+/// Time limit for a server to create its socket, and to end.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What serves a disk.
+/// A server program.
 #[derive(Clone)]
 pub enum Kind {
     /// `diffdiskd`, with further arguments.
@@ -32,21 +32,21 @@ impl Kind {
     }
 }
 
-/// A running server. Dropped, it is ended.
+/// A running server. It is killed on drop.
 pub struct Server {
     child: Child,
     folder: TempDir,
-    /// When it was started.
+    /// Time of the start.
     pub started: Instant,
 }
 
 impl Server {
-    /// Serves `image`; returns when the socket is there.
+    /// Starts a server for `image`. Returns when its socket exists.
     pub fn start(kind: &Kind, image: &Path) -> Server {
         let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let (program, arguments) = command(kind, image, folder.path());
         let log = File::create(folder.path().join("log")).expect("a log file");
-        // It inherits the processor.
+        // The child process inherits the affinity.
         pin_this_thread(0);
         let started = Instant::now();
         let child = Command::new(&program)
@@ -72,7 +72,7 @@ impl Server {
         }
     }
 
-    /// Ties each of its threads to a processor, by name.
+    /// Pins each thread of the server to a processor, selected by the thread's name.
     pub fn pin(&self, processor: impl Fn(&str) -> usize) {
         for task in self.tasks() {
             let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
@@ -89,9 +89,9 @@ impl Server {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 
-    /// A guest with `queues` queues.
+    /// Connects a guest with `queues` queues.
     pub fn connect(&self, queues: usize) -> Guest {
-        // qemu-storage-daemon's socket is there a moment before it listens.
+        // The socket of qemu-storage-daemon exists a moment before it listens.
         let until = Instant::now() + Duration::from_secs(5);
         loop {
             match Guest::connect(&self.socket(), queues) {
@@ -102,7 +102,7 @@ impl Server {
         }
     }
 
-    /// Processor time used so far, by all threads that are there.
+    /// Returns the processor time used so far by all current threads.
     pub fn processor_time(&self) -> Duration {
         let nanos = |task: PathBuf| {
             let text = fs::read_to_string(task.join("schedstat")).ok()?;
@@ -111,7 +111,7 @@ impl Server {
         Duration::from_nanos(self.tasks().filter_map(nanos).sum())
     }
 
-    /// Resident memory in bytes: now, and at its highest.
+    /// Returns the current and the peak resident memory in bytes.
     pub fn memory(&self) -> (u64, u64) {
         let text = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("the server is there");
         let value = |name: &str| {
@@ -126,7 +126,7 @@ impl Server {
         folder.filter_map(|entry| entry.ok().map(|e| e.path()))
     }
 
-    /// Ends it as an administrator does.
+    /// Stops the server with SIGTERM.
     pub fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the server can be signalled");
         let deadline = Instant::now() + TIMEOUT;

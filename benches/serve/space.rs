@@ -1,6 +1,6 @@
-//! What an overlay takes of the host's room, beside qcow2, and what sparse allocation costs in time.
+//! Disk space of an overlay compared with qcow2, and the time that sparse allocation costs.
 //!
-//! `DIFFDISK_BENCH_FOLDER` puts the disks on another file system.
+//! `DIFFDISK_BENCH_FOLDER` selects a folder on another file system.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +20,7 @@ const BLOCK: &str = "diffdiskd, block";
 const QCOW2: &str = "QSD qcow2";
 const KIB: f64 = 1024.0;
 
-/// What is taken.
+/// Measures the disk space of overlays and the cost of sparse allocation.
 pub fn space(bench: &mut Bench) {
     scattered_writes(bench);
     reads_alone(bench);
@@ -42,8 +42,8 @@ fn extents(path: &Path) -> Option<u64> {
     text.rsplit_once(": ")?.1.split(' ').next()?.parse().ok()
 }
 
-/// A child of 64 GiB over an empty root: what it takes beyond its creation, served and closed, after so many random writes of
-/// 4 KiB; of how many extents it is, and how long it takes to delete.
+/// Measures a child of 64 GiB over an empty root after a number of random writes of 4 KiB: its space while served and
+/// after closing, its extents, and the time to delete it.
 fn scattered_writes(bench: &mut Bench) {
     for count in [1, 100, 1000] {
         let of = |system: &str, format: Format, kind: &Kind| {
@@ -83,7 +83,7 @@ fn scattered_writes(bench: &mut Bench) {
     }
 }
 
-/// A child of 1 TiB that is only read.
+/// Measures a child of 1 TiB that is only read.
 fn reads_alone(bench: &mut Bench) {
     for (system, format, kind) in [(SPARSE, Format::Vhd, Kind::ours()), (BLOCK, Format::Vhd, block())] {
         let image = bench.disks.empty_child(format, 1 << 40);
@@ -105,7 +105,7 @@ fn reads_alone(bench: &mut Bench) {
     }
 }
 
-/// Data dealt to 16 layers in pieces of 64 KiB, in an order that looks random.
+/// Data in 16 layers, in pieces of 64 KiB assigned pseudo-randomly.
 fn spread_over_layers(bench: &mut Bench) {
     let (layers, pieces) = (16u64, bench.disks.size / disks::CHUNK);
     let files: Vec<PathBuf> = (0..layers).map(|n| bench.disks.scratch().with_extension(format!("layer{n}"))).collect();
@@ -135,7 +135,7 @@ fn spread_over_layers(bench: &mut Bench) {
     files.iter().for_each(|file| drop(fs::remove_file(file)));
 }
 
-/// Fresh writes, flushes, commits, and what is read afterwards, by both ways of allocation.
+/// Measures fresh writes, flushes, commits, and reads afterwards, with both kinds of allocation.
 pub fn allocation(bench: &mut Bench) {
     let writes = bench.writes();
     let fresh = Load {
@@ -205,7 +205,7 @@ pub fn allocation(bench: &mut Bench) {
     }
 }
 
-/// One load on a fresh child; with `after` the sample is that of this load on the same child, read cold.
+/// Runs one load on a fresh child. With `after`, returns the sample of that second load on the same child, read cold.
 fn once(disks: &Disks, format: Format, kind: &Kind, load: &Load, after: Option<&Load>) -> Sample {
     let image = disks.fresh_child(format, &[]);
     let server = Server::start(kind, &image);

@@ -1,4 +1,4 @@
-//! A chain of 1 TiB images: from exec to the first sector, and memory.
+//! Start with a chain of 1 TiB images: the time from exec to the first sector, and the memory.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ pub fn start(bench: &mut Bench) {
             let mut guest = server.connect(1);
             guest.read(1 << 39, 4096).expect("the disk can be read");
             let mut sample = Sample::time(server.started.elapsed());
-            // The highest, in KiB, where other loads have the processor time.
+            // The peak memory in KiB, in the field that other loads use for processor time.
             sample.cpu = (server.memory().1 >> 10) as f64;
             drop(guest);
             server.stop();

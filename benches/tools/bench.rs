@@ -1,4 +1,4 @@
-//! The image tool beside other programs at the same work, and what must come of it.
+//! Comparison of the image tool with other programs, and the targets.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ impl<'a> Candidate<'a> {
     }
 }
 
-/// The folder of the files, and all that was measured.
+/// The folder of the files, and all measurements.
 pub struct Bench {
     pub pace: Pace,
     pub folder: PathBuf,
@@ -39,7 +39,7 @@ impl Bench {
         self.folder.join(name)
     }
 
-    /// Measures the candidates in turn. `bytes` are the data in the work; 0 if a speed says nothing.
+    /// Measures the candidates in rounds. `bytes` is the number of bytes processed, 0 if a speed has no meaning.
     pub fn compare(&mut self, work: &str, bytes: u64, candidates: Vec<Candidate<'_>>) {
         let folder = &self.folder;
         let measured = candidates.into_iter().map(|Candidate { system, mut prepare }| {
@@ -52,13 +52,13 @@ impl Bench {
         self.results.compare(work, self.pace.rounds, measured.collect());
     }
 
-    /// `diffdisk` must be so many times as fast as `other`.
+    /// Adds the target that `diffdisk` is at least `least` times as fast as `other`.
     pub fn require_speed(&mut self, work: &str, other: &str, least: f64) {
         let ratio = self.results.ratio(work, other, "diffdisk", |run| run.seconds);
         self.results.target(format!("{work}: speed of diffdisk / {other}"), ratio, Bound::AtLeast(least));
     }
 
-    /// `diffdisk` must not take longer, nor more memory.
+    /// Adds limits for the time and the memory of `diffdisk`.
     pub fn require_at_most(&mut self, work: &str, seconds: f64, mebibytes: f64) {
         let row = self.results.row(work, "diffdisk");
         let (took, had) = (row.median(|r| r.seconds), row.median(|r| r.mebibytes));
@@ -67,7 +67,7 @@ impl Bench {
     }
 }
 
-/// Waits until the file system has nothing more to write.
+/// Syncs the file system.
 fn sync_file_system(folder: &Path) {
     let folder = File::open(folder).expect("our own folder");
     rustix::fs::syncfs(&folder).expect("the file system can be synced");

@@ -1,4 +1,4 @@
-//! The disks: dense ones that no program can make smaller, the same spread over a chain, sparse ones, and deep chains.
+//! The disks: dense ones without zeros, the same data spread over a chain, sparse ones, and deep chains.
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
@@ -10,16 +10,16 @@ use crate::harness::random_stream;
 use crate::layer::{BLOCK, Layer};
 use crate::run::{diffdisk, run};
 
-/// Bytes that belong to one layer of a spread chain, before the next one's begin.
+/// Bytes of each piece of a spread chain. Consecutive pieces belong to different layers.
 const CHUNK: u64 = 64 << 10;
-/// The largest disk that a VHD can have.
+/// The largest disk of a VHD.
 const LARGEST: u64 = 2040 << 30;
-/// Layers of the deep chain, and blocks that each has.
+/// Layers of the deep chain, and blocks of each.
 pub const LAYERS: u64 = 16;
 pub const BLOCKS: u64 = 4000;
 
 impl Bench {
-    /// A raw file full of data.
+    /// Creates a raw file full of data.
     pub fn dense(&self) -> PathBuf {
         let path = self.path("dense.raw");
         if !path.exists() {
@@ -33,7 +33,7 @@ impl Bench {
         warm(&path)
     }
 
-    /// The same as a dynamic VHD.
+    /// Creates a dynamic VHD with the data of the raw file.
     pub fn dense_vhd(&self) -> PathBuf {
         let path = self.path("dense.vhd");
         if !path.exists() {
@@ -42,7 +42,7 @@ impl Bench {
         warm(&path)
     }
 
-    /// The same spread over the layers of a chain; the youngest.
+    /// Creates a chain with the data of the raw file spread over its layers. Returns the youngest.
     pub fn spread(&self, layers: u64) -> PathBuf {
         let name = |layer: u64| self.path(&format!("spread-{layer}.vhd"));
         let dense = File::open(self.dense()).expect("it was just made");
@@ -60,7 +60,7 @@ impl Bench {
                     bitmap[chunk as usize * bits..][..bits].fill(0xFF);
                 }
                 if number == 0 {
-                    bitmap.fill(0xFF); // a root has all of a block
+                    bitmap.fill(0xFF); // a block of a root is always complete
                 }
                 let found: Vec<_> = found.iter().map(|(at, bytes)| (*at, bytes.as_slice())).collect();
                 layer.add(block, &bitmap, &found);
@@ -71,7 +71,7 @@ impl Bench {
         name(layers - 1)
     }
 
-    /// A raw file of 1 TiB in which `bytes` are data, in pieces of 1 MiB far from each other.
+    /// Creates a raw file of 1 TiB with `bytes` of data, in pieces of 1 MiB far from each other.
     pub fn sparse(&self, bytes: u64) -> PathBuf {
         let (path, mut dense) = (self.path("sparse.raw"), File::open(self.dense()).expect("it was just made"));
         let file = File::create(&path).expect("our own folder");
@@ -84,14 +84,14 @@ impl Bench {
         path
     }
 
-    /// A chain of the largest disks, each layer with blocks of its own all over the disk, every second of which hides one
-    /// of the layer beneath; the youngest and the oldest.
+    /// Creates a chain of the largest disks. Each layer has blocks all over the disk, and every second block masks one of the
+    /// layer below. Returns the youngest and the oldest.
     pub fn deep(&self) -> (PathBuf, PathBuf) {
         let name = |layer: u64| self.path(&format!("deep-{layer}.vhd"));
         let page = [7; 4096];
         for number in 0..LAYERS {
             let mut layer = empty_layer(name, number, LARGEST);
-            // Of a child the first three quarters of each block, of the root all.
+            // A child has the first three quarters of each block, the root the whole block.
             let mut bitmap = [0; 512];
             bitmap[..if number == 0 { 512 } else { 384 }].fill(0xFF);
             for block in 0..BLOCKS {
@@ -103,7 +103,7 @@ impl Bench {
         (name(LAYERS - 1), name(0))
     }
 
-    /// A new child of `parent` that has all the data itself.
+    /// Creates a child of `parent` that contains all the data.
     pub fn dense_child(&self, path: &Path, parent: &Path) {
         create_child(path, parent);
         let (mut layer, mut dense) = (Layer::new(path), File::open(self.dense()).expect("it was just made"));
@@ -117,23 +117,23 @@ impl Bench {
     }
 }
 
-/// An empty root.
+/// Creates an empty root.
 pub fn create(path: &Path, size: u64) {
     run(&mut diffdisk("create", &[path], &["--size", &size.to_string()]));
 }
 
-/// An empty child.
+/// Creates an empty child.
 pub fn create_child(path: &Path, parent: &Path) {
     let mut command = diffdisk("create", &[path], &["--parent"]);
     run(command.arg(parent));
 }
 
-/// Whether two disks are the same: a tool that is fast and wrong must not be measured.
+/// Asserts that two disks are equal, so that no incorrect tool is measured.
 pub fn verify(a: (&str, &Path), b: (&str, &Path)) {
     run(&mut diffdisk("compare", &[a.1, b.1], &["--from", a.0, "--from", b.0]));
 }
 
-/// An empty layer to be filled; the oldest is a root.
+/// Creates an empty layer. The oldest is a root.
 fn empty_layer(name: impl Fn(u64) -> PathBuf, number: u64, size: u64) -> Layer {
     match number.checked_sub(1) {
         None => create(&name(0), size),
@@ -142,7 +142,7 @@ fn empty_layer(name: impl Fn(u64) -> PathBuf, number: u64, size: u64) -> Layer {
     Layer::new(&name(number))
 }
 
-/// Has a file in memory.
+/// Reads a file, so that it is in the page cache.
 fn warm(path: &Path) -> PathBuf {
     let mut file = File::open(path).expect("it was just made");
     let mut buffer = vec![0; 1 << 20];

@@ -1,4 +1,5 @@
-//! What is paid for by the data and not by the size of the disk: a sparse disk copied and compared, a deep chain looked at.
+//! Operations whose cost must depend on the data and not on the size of the disk: copy and comparison of a sparse disk, inspection
+//! of a deep chain.
 
 use crate::bench::{Bench, Candidate};
 use crate::dense::removed;
@@ -7,10 +8,10 @@ use crate::run::{diffdisk, qemu_convert, run};
 
 /// Data of the sparse disk.
 const DATA: u64 = 64 << 20;
-/// What any of it may take: who reads holes takes minutes.
+/// Time limit. A program that reads the holes takes minutes.
 const SECONDS: f64 = 1.0;
 const MEBIBYTES: f64 = 100.0;
-/// And a check, which reads all that is not data.
+/// Time limit of a check, which reads all metadata.
 const CHECK_SECONDS: f64 = 3.0;
 
 pub fn sparse(bench: &mut Bench) {
@@ -56,7 +57,7 @@ pub fn deep(bench: &mut Bench) {
     ];
     for (what, verb, options, seconds) in looks {
         let look = || diffdisk(verb, &[&top], options);
-        run(&mut look()); // what it reads is in memory then
+        run(&mut look()); // brings the files into the page cache
         bench.compare(&of(what), 0, vec![Candidate::new("diffdisk", look)]);
         bench.require_at_most(&of(what), seconds, MEBIBYTES);
     }

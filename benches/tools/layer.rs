@@ -1,24 +1,24 @@
-//! Fills images by writing their bytes: blocks behind blocks, entries in the table, the footer behind them. So a layer of
-//! thousands of blocks with holes for data costs next to nothing, whatever the tool's own writers do.
+//! Fills images by writing their bytes: blocks one after another, BAT entries, the footer after the blocks. A layer of thousands
+//! of blocks with holes for data is thus cheap and does not depend on the tool's own writers.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 const SECTOR: u64 = 512;
-/// Bytes of a block; its bitmap takes one sector.
+/// Bytes of a block. Its bitmap takes one sector.
 pub const BLOCK: u64 = 2 << 20;
-/// Where the header of a new image lies, and in it the fields for the place and the length of the table.
+/// Offset of the header of a new image, and offsets in the header of the fields for the place and the length of the BAT.
 const HEADER: u64 = 512;
 const TABLE_OFFSET: u64 = HEADER + 16;
 const TABLE_LEN: u64 = HEADER + 28;
 
-/// An image that was just created, with blocks of 2 MiB.
+/// A new image with blocks of 2 MiB.
 pub struct Layer {
     file: File,
     table: u64,
     entries: u64,
-    /// Byte behind all that is in use.
+    /// End of the used part of the file.
     end: u64,
 }
 
@@ -32,13 +32,13 @@ impl Layer {
         Layer { file, table: u64::from_be_bytes(table), entries: u32::from_be_bytes(entries).into(), end }
     }
 
-    /// Adds a block: its bitmap, and runs of data at offsets in the block. All else is a hole.
+    /// Adds a block: its bitmap, and runs of data at offsets in the block. The rest of the block is a hole.
     pub fn add(&mut self, block: u64, bitmap: &[u8; 512], data: &[(u64, &[u8])]) {
         assert!(block < self.entries, "block {block} is not on the disk");
         if self.end == self.file.metadata().expect("it is open").len() - SECTOR {
             self.write(&[0; 512], self.end); // the footer moves
         }
-        // The data begins on a page, the bitmap lies before it.
+        // The data is aligned to a page. The bitmap lies before it.
         let start = (self.end + SECTOR).next_multiple_of(4096);
         let place = u32::try_from(start / SECTOR - 1).expect("places have 32 bits");
         self.write(&place.to_be_bytes(), self.table + block * 4);
@@ -49,7 +49,7 @@ impl Layer {
         self.end = start + BLOCK;
     }
 
-    /// Ends it with the footer, whose copy is at its beginning.
+    /// Writes the footer at the end: a copy of the one at the beginning.
     pub fn finish(self) {
         let mut footer = [0; 512];
         self.file.read_exact_at(&mut footer, 0).expect("there is a copy of the footer");

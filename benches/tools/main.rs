@@ -1,12 +1,12 @@
-//! The image tool beside `dd`, `cmp` and `qemu-img`: copying, comparing and folding dense disks, what a sparse disk and a
-//! look at a deep chain cost.
+//! The image tool compared with `dd`, `cmp` and `qemu-img`: copying, comparing and merging dense disks, and the cost of a sparse
+//! disk and of inspecting a deep chain.
 //!
-//! All files lie in one folder below `target/bench`, and those that are read are in memory before. What writes makes its
-//! work durable: `dd` by `conv=fsync`, `qemu-img` by `-t writeback`. Before each run the file system is synced, so that
-//! nobody pays for another. The contestants take turns; the table gives medians, and ratios are medians of the ratios of
-//! neighbouring runs. `--full` takes longer; words pick parts. Results: `target/bench/tools.json`.
+//! All files lie in one folder below `target/bench`, and source files are in the page cache before a run. Every writer makes its
+//! output durable: `dd` with `conv=fsync`, `qemu-img` with `-t writeback`. The file system is synced before each run, so that no
+//! run includes the writeback of another. The programs run in rounds. The table has medians; ratios are medians of the ratios
+//! of adjacent runs. `--full` takes longer; words select parts. Results: `target/bench/tools.json`.
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
-#![allow(missing_docs, unreachable_pub)] // nobody else sees it
+#![allow(missing_docs, unreachable_pub)] // no other crate uses it
 
 mod bench;
 mod dense;

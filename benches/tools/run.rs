@@ -1,4 +1,4 @@
-//! One run of a program: its seconds, and the most memory it had.
+//! One run of a program: time and peak memory.
 #![allow(unsafe_code)]
 
 use std::ffi::OsStr;
@@ -7,23 +7,22 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-/// What a run took.
+/// Measurements of one run.
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
     pub seconds: f64,
-    /// Processor time, of the program and of the kernel for it, in seconds.
+    /// Processor time in seconds, user and system.
     pub cpu: f64,
-    /// Resident memory at its highest, in MiB. (Linux counts what the bench had when it started the program, too: it must
-    /// stay small itself.)
+    /// Peak resident memory in MiB. (Linux includes the memory of the bench at the fork, so the bench must stay small.)
     pub mebibytes: f64,
-    /// Bytes of data in the work; 0 if a speed says nothing.
+    /// Bytes of data processed. 0 if a speed has no meaning.
     pub bytes: u64,
 }
 
-/// Runs a program to its end.
+/// Runs a program and waits for its end.
 ///
 /// # Panics
-/// Where it does not end well.
+/// If the program cannot be run or fails.
 #[allow(clippy::zombie_processes, reason = "wait4 below waits for it, and tells its memory")]
 pub fn run(command: &mut Command) -> Run {
     let started = Instant::now();
@@ -31,10 +30,11 @@ pub fn run(command: &mut Command) -> Run {
     let child = child.unwrap_or_else(|e| panic!("{}: {e}; run `make bench`", command.get_program().display()));
     let pid = i32::try_from(child.id()).expect("a process number");
     let mut status = 0;
-    // SAFETY: `rusage` is plain data.
+    // SAFETY: `rusage` is plain data, for which zeros are valid.
     let mut used: libc::rusage = unsafe { std::mem::zeroed() };
     loop {
-        // SAFETY: both places are ours; nobody else waits for the child, so the number is still its own.
+        // SAFETY: both pointers are to local variables of the right types. Only this call waits for the child, so the process id
+        // still belongs to it.
         let ended = unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut used) };
         if ended == pid {
             break;
@@ -48,14 +48,14 @@ pub fn run(command: &mut Command) -> Run {
     Run { seconds, cpu: time(used.ru_utime) + time(used.ru_stime), mebibytes: used.ru_maxrss as f64 / 1024.0, bytes: 0 }
 }
 
-/// A program with its arguments.
+/// Returns the command of a program with its arguments.
 pub fn program<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(name);
     command.args(arguments);
     command
 }
 
-/// `diffdisk VERB`, which sees no daemon of this machine.
+/// Returns the command `diffdisk VERB`, isolated from the daemons of this machine.
 pub fn diffdisk(verb: &str, paths: &[&Path], options: &[&str]) -> Command {
     let runtime = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-runtime-folder");
     let mut command = program(env!("CARGO_BIN_EXE_diffdisk"), [verb, "--quiet", "--runtime-dir"]);
@@ -63,7 +63,7 @@ pub fn diffdisk(verb: &str, paths: &[&Path], options: &[&str]) -> Command {
     command
 }
 
-/// `dd` of a file to another, durably.
+/// Returns the command of a durable copy with `dd`.
 pub fn dd(from: &Path, to: &Path) -> Command {
     let operand = |name: &str, path: &Path| [OsStr::new(name), path.as_os_str()].join(OsStr::new("="));
     let mut command = Command::new("dd");
@@ -71,7 +71,7 @@ pub fn dd(from: &Path, to: &Path) -> Command {
     command
 }
 
-/// `qemu-img convert`, durably.
+/// Returns the command of a durable `qemu-img convert`.
 pub fn qemu_convert(from: (&str, &Path), to: (&str, &Path), options: &[&str]) -> Command {
     let mut command = program("qemu-img", ["convert", "-t", "writeback", "-f", from.0, "-O", to.0]);
     for option in options {

@@ -1,4 +1,4 @@
-//! BAT entries and what lies where they failpoint: O12 to O15 of the opener's rules.
+//! BAT entries and the blocks that they point to: O12 to O15 of the opener's rules.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use crate::verdict::{Case, ErrorLocation::Table, Expected, corrupt};
 const BLOCK: u32 = 64 << 10;
 const SIZE: u64 = 8 * BLOCK as u64;
 
-/// Blocks 0, 2 and 5 are there, one behind another.
+/// Creates an image with blocks 0, 2 and 5, stored one after another.
 fn dynamic(dir: &Path) -> VhdFile {
     VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 2, 5]))
 }
@@ -17,7 +17,7 @@ fn sector(at: u64) -> u32 {
     u32::try_from(at / 512).expect("a BAT entry")
 }
 
-/// Block 7's entry set to a place.
+/// A case in which the entry of block 7 is set to a given sector.
 fn entry(name: &'static str, want: Expected, place: impl Fn(&VhdFile) -> u32 + 'static) -> Case {
     Case::new(name, want, move |dir| {
         let vhd = dynamic(dir);
@@ -25,7 +25,7 @@ fn entry(name: &'static str, want: Expected, place: impl Fn(&VhdFile) -> u32 + '
     })
 }
 
-/// An image by XenServer, its batmap behind the BAT; `keyhash` says it is encrypted.
+/// Creates an image as XenServer does, with a batmap after the BAT. A `keyhash` other than 0 marks it as encrypted.
 fn with_batmap(dir: &Path, keyhash: u8) -> VhdFile {
     let vhd = VhdFile::create(&dir.join("t.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
     vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
@@ -104,7 +104,7 @@ fn overlaps() -> Vec<Case> {
         }),
         Case::new("O13 a sector between two blocks", Expected::Accepted, |dir| {
             let vhd = dynamic(dir);
-            // Block 5 moves on by a sector; its old bitmap becomes the gap, its new one all zeros.
+            // Block 5 moves by one sector. Its old bitmap becomes the gap; its new bitmap is all zeros.
             let at = vhd.blocks_at + 2 * vhd.stride();
             let mut last = [0; 512];
             std::os::unix::fs::FileExt::read_exact_at(&vhd.file, &mut last, vhd.footer_at).expect("its footer");

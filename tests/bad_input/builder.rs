@@ -1,4 +1,4 @@
-//! The builder's images are right where they claim to be: strangers read them.
+//! The images of the test builder are valid: independent programs read them.
 
 use std::process::Command;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use crate::common::vhd_bytes::{VhdFile, VhdSpec, id};
 use crate::common::{pattern, temp, tool};
 
 #[test]
-fn strangers_read_what_the_builder_makes() {
+fn other_programs_read_the_builders_images() {
     tool::require(&["7zz", "qemu-img"]);
     let folder = temp::scratch("builder");
     let size = 5 * 65536 - 512;

@@ -1,17 +1,17 @@
-//! Chains: O11 and O17 of the opener's rules. Everything lies in one folder; what leads out of it is in parent_traps.rs.
+//! Chains: O11 and O17 of the opener's rules. All files lie in one folder; parent_traps.rs has the parents outside of it.
 
 use std::path::{Path, PathBuf};
 
 use crate::common::vhd_bytes::{DIFFERENCING, DYNAMIC, VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::verdict::{Case, Expected};
 
-/// Files in a chain, unless an option says otherwise.
+/// The largest number of files in a chain, by default.
 pub(crate) const MAX_DEPTH: u8 = 64;
 
 pub(crate) const BLOCK: u32 = 4096;
 pub(crate) const SIZE: u64 = 16 * BLOCK as u64;
 
-/// `files` images, each the parent of the next; the root has blocks 0 and 1. Returns the leaf.
+/// Creates `files` images, each the parent of the next. The root has blocks 0 and 1. Returns the leaf.
 pub(crate) fn chain(dir: &Path, files: u8) -> PathBuf {
     let root =
         VhdFile::create(&dir.join("n0.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1]).with_uuid(id(0)));
@@ -21,7 +21,7 @@ pub(crate) fn chain(dir: &Path, files: u8) -> PathBuf {
     })
 }
 
-/// `files` differencing images in a ring.
+/// Creates `files` differencing images in a cycle.
 pub(crate) fn ring(dir: &Path, files: u8) -> PathBuf {
     for n in 0..files {
         let parent = (n + 1) % files;
@@ -31,13 +31,13 @@ pub(crate) fn ring(dir: &Path, files: u8) -> PathBuf {
     dir.join("r0.vhd")
 }
 
-/// A child `c.vhd` of `p.vhd`, the parent made by `parent` or not at all.
+/// Creates a child `c.vhd` of `p.vhd`. `parent` creates the parent, or nothing.
 fn pair(dir: &Path, parent: impl Fn(&Path)) -> PathBuf {
     parent(&dir.join("p.vhd"));
     VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, id(1), "p.vhd")).path
 }
 
-/// A sound pair whose child has one more locator.
+/// A case with a valid pair whose child has one more locator.
 fn with_locator(name: &'static str, add: impl Fn(&VhdFile) + 'static) -> Case {
     Case::new(name, Expected::Accepted, move |dir| {
         VhdFile::create(&dir.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[3]));
@@ -47,7 +47,7 @@ fn with_locator(name: &'static str, add: impl Fn(&VhdFile) + 'static) -> Case {
     })
 }
 
-/// Refused when the chain is opened; the leaf alone is sound, so `info` and `check` have nothing against it.
+/// The chain is refused when it is opened. The leaf alone is valid, so `info` and `check` accept it.
 pub(crate) fn refused_as_chain(words: &'static [&'static str]) -> Expected {
     Expected::ChainRefused { words, memory_mib: 64 }
 }

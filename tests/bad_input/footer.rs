@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::common::vhd_bytes::{DYNAMIC, UNUSED, VhdFile, VhdSpec, footer, write_file};
 use crate::verdict::{Case, ErrorLocation::Footer, Expected, corrupt, refused};
 
-/// The largest disk the format knows.
+/// The largest disk that the format allows.
 const MAX_SIZE: u64 = 2040 << 30;
 const SIZE: u64 = 4 << 20;
 const BLOCK: u32 = 2 << 20;
@@ -18,22 +18,22 @@ fn fixed(dir: &Path, size: u64) -> VhdFile {
     VhdFile::create(&dir.join("f.vhd"), VhdSpec::fixed(size))
 }
 
-/// A dynamic image with a field of both footers changed.
+/// A case with a dynamic image in which one field of both footers is changed.
 fn with_field(name: &'static str, want: Expected, field: u64, bytes: &'static [u8]) -> Case {
     Case::new(name, want, move |dir| dynamic(dir).set_footers(field, bytes).path.clone())
 }
 
-/// A dynamic image of this size, its BAT as long as it must be.
+/// A case with a dynamic image of a given size and a BAT of the required length.
 fn sized(name: &'static str, want: Expected, size: u64) -> Case {
     Case::new(name, want, move |dir| VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(size, BLOCK)).path)
 }
 
-/// A dynamic image whose size field claims something else.
+/// A case with a dynamic image whose size field has a wrong value.
 fn claimed(name: &'static str, want: Expected, size: u64) -> Case {
     Case::new(name, want, move |dir| dynamic(dir).set_footers(footer::SIZE, &size.to_be_bytes()).path.clone())
 }
 
-/// Not an image at all.
+/// A case with a file that is no image.
 fn junk(name: &'static str, bytes: impl Fn() -> Vec<u8> + 'static) -> Case {
     Case::new(name, NO_FOOTER, move |dir| write_file(&dir.join("junk.vhd"), &bytes()))
 }
@@ -58,7 +58,7 @@ fn lengths() -> Vec<Case> {
     let cut = |bytes: u64| {
         move |dir: &Path| -> PathBuf {
             let vhd = fixed(dir, SIZE);
-            // The footer at the new end still claims SIZE.
+            // The footer at the new end still contains SIZE.
             let mut footer = vec![0; 512];
             std::os::unix::fs::FileExt::read_exact_at(&vhd.file, &mut footer, vhd.footer_at).expect("its footer");
             vhd.put(vhd.footer_at - bytes, &footer);

@@ -12,12 +12,12 @@ fn dynamic(dir: &std::path::Path) -> VhdFile {
     VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[1]))
 }
 
-/// A field of the header changed.
+/// A case with one changed field of the header.
 fn with_field(name: &'static str, want: Expected, field: u64, bytes: &'static [u8]) -> Case {
     Case::new(name, want, move |dir| dynamic(dir).set_header(field, bytes).path.clone())
 }
 
-/// The footers name another place for the header.
+/// A case in which the footers contain another offset of the header.
 fn header_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Case {
     let want = corrupt(ErrorLocation::Footer, &["header", "data offset"]);
     Case::new(name, want, move |dir| {
@@ -26,7 +26,7 @@ fn header_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> C
     })
 }
 
-/// The header names another place for the BAT.
+/// A case in which the header contains another offset of the BAT.
 fn table_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Case {
     let want = corrupt(ErrorLocation::Header, &["table", "bat"]);
     Case::new(name, want, move |dir| {
@@ -35,13 +35,13 @@ fn table_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Ca
     })
 }
 
-/// A block size claimed by the header.
+/// A case in which the header contains a wrong block size.
 fn block_claimed(name: &'static str, bytes: u32) -> Case {
     let want = Expected::Refused { check: &[1, 3], words: &["block size"], place: ErrorLocation::Header };
     Case::new(name, want, move |dir| dynamic(dir).set_header(header::BLOCK_SIZE, &bytes.to_be_bytes()).path.clone())
 }
 
-/// An image that has this block size.
+/// A case with an image of a given block size.
 fn block_real(name: &'static str, size: u64, bytes: u32) -> Case {
     Case::new(name, Expected::Accepted, move |dir| {
         let blocks: &[u32] = if bytes <= BLOCK { &[0] } else { &[] };
@@ -49,7 +49,7 @@ fn block_real(name: &'static str, size: u64, bytes: u32) -> Case {
     })
 }
 
-/// A number of BAT entries claimed by the header.
+/// A case in which the header contains a wrong number of BAT entries.
 fn entries(name: &'static str, count: u32) -> Case {
     let want = Expected::Refused { check: &[1, 3], words: &["entries", "table", "bat"], place: ErrorLocation::Header };
     Case::new(name, want, move |dir| dynamic(dir).set_header(header::ENTRIES, &count.to_be_bytes()).path.clone())
@@ -204,7 +204,7 @@ fn tables() -> Vec<Case> {
             "O10 BAT's last sector is cut off",
             corrupt(ErrorLocation::Header, &["table", "bat", "footer"]),
             |dir| {
-                // A BAT of 16 sectors, of which the file ends in the eighth.
+                // The BAT has 16 sectors, and the file ends within the eighth.
                 let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(2048 << 12, 4096));
                 let mut copy = [0; 512];
                 vhd.file.read_exact_at(&mut copy, 0).expect("its footer");

@@ -1,7 +1,7 @@
-//! Hostile images: every limit of the opener at both sides, and parents that lead astray.
+//! Hostile images: every limit of the opener at both sides, and parents outside the allowed folders.
 //!
-//! A case builds a file, names the verdict, and is then shown to `info`, `check`, `convert` and the daemon. A refusal
-//! must come as one line that names file, rule and place, in under a second and 64 MiB; no case may change a file.
+//! A case builds a file and states the expected result. Then `info`, `check`, `convert` and the daemon open the file. A refusal
+//! must be one line that names file, rule and offset, within a second and 64 MiB. No case may change a file.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -18,7 +18,7 @@ mod verdict;
 
 use verdict::{Case, run_case};
 
-/// The classes written by hand, those of the trap table excluded.
+/// The classes of cases, without the parent traps.
 const CLASSES: usize = 60;
 
 fn all() -> Vec<Case> {

@@ -1,7 +1,7 @@
-//! Runs one program on hostile input: under a time limit, with its peak memory from the kernel's own account.
+//! Runs one program on hostile input with a time limit, and reads its peak memory from the kernel's resource usage.
 //!
-//! GNU time stands between: a program's account begins with what the memory of the process was that forked it, and this
-//! one has grown large on images by the time it runs the last case.
+//! The program is run through GNU time. A child's peak memory includes that of the process that forked it, and the test process
+//! has grown large by the time it runs the last case.
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 
-/// A hang is a defect; the promise is a second, this is where a busy machine's noise ends.
+/// Time limit of a run. The requirement is one second; the rest allows for a busy machine.
 const KILL_AFTER: Duration = Duration::from_secs(5);
-/// Peak resident memory a refusal may take.
+/// Limit of the peak resident memory of a refusal.
 const MEMORY_MIB: i64 = 64;
 
-/// One run.
+/// The result of one run.
 pub(crate) struct Run {
     /// Exit code, or the negative number of the signal that ended it.
     pub(crate) code: i32,
@@ -27,13 +27,13 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// What no input may cause, whatever the verdict on it: a signal (a panic, an abort, the time limit), a backtrace,
-    /// memory by a number from the file.
+    /// Asserts what must hold for every input: no signal (panic, abort, time limit), no backtrace, and no memory allocated
+    /// by a number from the file.
     pub(crate) fn assert_sane(&self, what: &str) {
         self.assert_sane_within(what, MEMORY_MIB);
     }
 
-    /// Like [`Run::assert_sane`], where the format allows more memory.
+    /// [`Run::assert_sane`] with another limit of memory.
     pub(crate) fn assert_sane_within(&self, what: &str, memory_mib: i64) {
         assert!(self.elapsed < KILL_AFTER, "{what}: still running after {:?}: {}", self.elapsed, self.stderr);
         assert!(self.code >= 0, "{what}: ended by signal {}: {}", -self.code, self.stderr);
@@ -41,11 +41,11 @@ impl Run {
         assert!(self.rss_kib <= memory_mib << 10, "{what}: took {} KiB of memory", self.rss_kib);
     }
 
-    /// The one line that says what failed.
+    /// Returns the only error line.
     pub(crate) fn error_line(&self, what: &str) -> &str {
-        let mut said = self.stderr.lines().filter(|line| line.starts_with("diffdisk: "));
-        let line = said.next().unwrap_or_else(|| panic!("{what}: no line of diffdisk on stderr: {:?}", self.stderr));
-        assert_eq!(said.next(), None, "{what}: more than one error line");
+        let mut lines = self.stderr.lines().filter(|line| line.starts_with("diffdisk: "));
+        let line = lines.next().unwrap_or_else(|| panic!("{what}: no line of diffdisk on stderr: {:?}", self.stderr));
+        assert_eq!(lines.next(), None, "{what}: more than one error line");
         line
     }
 }
@@ -62,14 +62,14 @@ pub(crate) fn run(command: &mut Command) -> Run {
             None => timed.env_remove(name),
         };
     }
-    // A group of its own, so that the time limit ends both.
+    // A separate process group, so that the time limit kills both processes.
     timed.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let started = Instant::now();
     let mut child = timed.spawn().unwrap_or_else(|e| panic!("{timed:?}: {e}; `make test` installs it"));
     let (mut out, mut err) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
     let read_out = thread::spawn(move || {
         let mut all = Vec::new();
-        // A disk that is shown by mistake may be endless; its start is enough to fail.
+        // A disk printed by mistake may be very long. Its first bytes suffice to fail the test.
         out.by_ref().take(1 << 20).read_to_end(&mut all).expect("stdout is readable");
         all
     });
@@ -90,7 +90,7 @@ pub(crate) fn run(command: &mut Command) -> Run {
         thread::sleep(Duration::from_millis(1));
     };
     let took = started.elapsed();
-    // As shells do, time tells a program that a signal ended by a code above 128.
+    // Like a shell, GNU time reports a signal as an exit code above 128.
     let code = status.code().map_or_else(
         || -status.signal().expect("no code: a signal"),
         |code| match code {
@@ -109,7 +109,7 @@ pub(crate) fn run(command: &mut Command) -> Run {
 }
 
 #[test]
-fn memory_is_that_of_the_program_alone() {
+fn peak_memory_excludes_the_test_process() {
     let ours = vec![1u8; 100 << 20];
     let little = run(&mut Command::new("true"));
     assert!(ours.iter().all(|b| *b == 1) && little.rss_kib < 20 << 10, "true counts {} KiB", little.rss_kib);

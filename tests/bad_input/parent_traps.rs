@@ -1,5 +1,5 @@
-//! Parents that lead astray: at least forty children whose parent strings failpoint where nobody may look. Each is opened
-//! under strace, and every file that was opened is compared with what may be.
+//! Parent traps: at least forty children whose parent strings point outside the allowed folders. Each is opened under strace,
+//! and every opened file must be an allowed one.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,13 +15,13 @@ use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::measure::{self, Run};
 
-/// In every sector of the files outside; must never be shown.
+/// The content of every sector of the files outside. It must never be printed.
 const SECRET: &str = "SECRET";
-/// The classes asked for.
+/// The required classes of traps.
 const CLASSES: usize = 40;
 
-/// Folders and files a run may open besides the child's own folder: what the loader, the C library and the Rust
-/// runtime read, and the daemon's own state.
+/// Folders and files that a run may open in addition to the child's own folder: those that the loader, the C library and the
+/// Rust runtime read, and the daemon's own state.
 const SYSTEM: [&str; 9] = [
     "/lib/",
     "/lib64/",
@@ -33,19 +33,19 @@ const SYSTEM: [&str; 9] = [
     "/sys/fs/cgroup",
     "/sys/kernel/mm/",
 ];
-/// Files of the process's own folder in /proc the runtime reads.
+/// Files of the process's own folder in /proc that the runtime reads.
 const OWN_PROC: [&str; 7] = ["maps", "cgroup", "mountinfo", "fd", "status", "limits", "auxv"];
 
 /// One trap.
 struct Trap {
     name: String,
-    /// Makes what the child's strings failpoint at; returns the child.
+    /// Creates the files that the child's strings point at. Returns the child.
     build: Box<dyn Fn(&TrapFolders) -> PathBuf>,
-    /// The sound parent beside it must be found all the same.
+    /// Whether a valid parent in the child's folder must be found nevertheless.
     reads: bool,
 }
 
-/// Where a trap is laid: the child's folder, and beside it one that holds `secret.vhd`, whose id is the recorded one.
+/// The folders of a trap: the child's, and next to it one with `secret.vhd`, which has the recorded parent id.
 struct TrapFolders {
     inside: PathBuf,
     outside: PathBuf,
@@ -63,7 +63,7 @@ impl TrapFolders {
         place
     }
 
-    /// `@` in a trap's string stands for the path of the folder outside.
+    /// Replaces `@` in a trap's string by the path of the folder outside.
     fn path(&self, text: &str) -> String {
         text.replace('@', &self.outside.display().to_string())
     }
@@ -77,7 +77,7 @@ fn trap(name: impl Into<String>, build: impl Fn(&TrapFolders) -> PathBuf + 'stat
     Trap { name: name.into(), build: Box::new(build), reads: false }
 }
 
-/// The string in a locator or, for the code `name`, in the header.
+/// Stores a parent string in a locator or, for the code `name`, in the header.
 fn set(place: &TrapFolders, child: &VhdFile, slot: u64, code: &str, text: &str) {
     let text = place.path(text);
     match code {
@@ -89,7 +89,7 @@ fn set(place: &TrapFolders, child: &VhdFile, slot: u64, code: &str, text: &str) 
     }
 }
 
-/// A child whose only parent string is this.
+/// A trap whose child has a single parent string.
 fn with_string(code: &'static str, text: &'static str) -> Trap {
     trap(format!("{code} {text}"), move |place| {
         let child = place.child();
@@ -98,7 +98,7 @@ fn with_string(code: &'static str, text: &'static str) -> Trap {
     })
 }
 
-/// A child of `p.vhd` in its own folder, where something else lies under that name.
+/// A trap whose child names `p.vhd` in its own folder. The entry of that name is no valid parent.
 fn with_file(name: &'static str, lay: impl Fn(&TrapFolders, &Path) + 'static) -> Trap {
     trap(format!("p.vhd is {name}"), move |place| {
         lay(place, &place.inside.join("p.vhd"));
@@ -109,7 +109,7 @@ fn with_file(name: &'static str, lay: impl Fn(&TrapFolders, &Path) + 'static) ->
     })
 }
 
-/// A child whose first strings are bad and whose last leads to a sound parent beside it.
+/// A trap whose child's first strings are bad. The last one names a valid parent in the same folder.
 fn sound_parent_despite(code: &'static str, text: &'static str) -> Trap {
     let build = move |place: &TrapFolders| {
         VhdFile::create(&place.inside.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
@@ -121,7 +121,7 @@ fn sound_parent_despite(code: &'static str, text: &'static str) -> Trap {
     Trap { name: format!("sound parent in spite of {code} {text}"), build: Box::new(build), reads: true }
 }
 
-/// A child whose only string leads to the sound parent beside it.
+/// A trap whose child's only string names a valid parent in the same folder.
 fn sound_parent_by(what: &'static str, code: &'static str, text: &'static str) -> Trap {
     let build = move |place: &TrapFolders| {
         VhdFile::create(&place.inside.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
@@ -196,7 +196,7 @@ fn files() -> Vec<Trap> {
         with_file("a socket", |_, p| tool::leave_socket(p)),
         with_file("a device", |_, p| {
             let zero = rustix::fs::makedev(1, 5);
-            // Only root may make a device; a link to one is the next best.
+            // Only root may create a device node, so this is a link to an existing device.
             mknodat(CWD, p, FileType::CharacterDevice, Mode::RUSR, zero)
                 .or_else(|_| symlink("/dev/zero", p).map_err(|_| rustix::io::Errno::IO))
                 .expect("a device");
@@ -285,8 +285,9 @@ fn no_parent_string_opens_a_file_outside() {
         .filter_map(|trap| {
             let result = catch_unwind(AssertUnwindSafe(|| run_trap(trap)));
             result.err().map(|panic| {
-                let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-                format!("{}: {}", trap.name, said.unwrap_or("panicked"))
+                let message =
+                    panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+                format!("{}: {}", trap.name, message.unwrap_or("panicked"))
             })
         })
         .collect();
@@ -294,7 +295,7 @@ fn no_parent_string_opens_a_file_outside() {
     assert!(failed.is_empty(), "\n{}", failed.join("\n"));
 }
 
-/// Opens the trap's child by every way in.
+/// Opens the trap's child with every program and verb.
 fn run_trap(trap: &Trap) {
     let folder = temp::scratch("trap");
     let place = TrapFolders::within(folder.path());
@@ -307,7 +308,7 @@ fn run_trap(trap: &Trap) {
     assert_eq!(alone.code, 0, "info of the file alone: {}", alone.stderr);
     let socket = format!("--socket-path={}", state.path().join("sock").display());
     let image = format!("--blk-file={leaf_text}");
-    // Live journals are looked for there.
+    // The daemon looks for live journals there.
     let runtime = format!("--runtime-dir={}", state.path().display());
     let mut runs = vec![
         ("info --chain", vec![DIFFDISK, "info", "--chain", &leaf_text, &runtime]),
@@ -324,7 +325,7 @@ fn run_trap(trap: &Trap) {
             assert_eq!(run.code, 0, "{who}: {}", run.stderr);
             assert!(who != "convert" || shown.starts_with("<R s=0>"), "{who}: the sound parent's data is missing");
         } else if who == "info --chain" && run.code == 0 {
-            // It shows the child alone, and says why.
+            // `info` prints the child alone, and the reason.
             assert!(run.stderr.starts_with("warn: "), "{who}: {}", run.stderr);
             assert!(!shown.contains("└─"), "{who}: shows a parent: {shown}");
         } else {
@@ -336,22 +337,22 @@ fn run_trap(trap: &Trap) {
     }
 }
 
-/// Runs a program under strace and panics if it opened (to read or write) a file that is neither below `allowed` nor the system's.
+/// Runs a program under strace. Panics if it opened (to read or write) a file that is neither below `allowed` nor the system's.
 fn traced(args: &[&str], allowed: &[PathBuf]) -> Run {
     let log = tempfile::NamedTempFile::new().expect("a file for the trace");
     let mut command = Command::new("strace");
     command.args(["-f", "-y", "-qq", "-e", "trace=open,openat,openat2,open_by_handle_at", "-o"]).arg(log.path());
-    // No files of a locale, whose names differ from host to host.
+    // LC_ALL=C prevents reads of locale files, whose names differ between hosts.
     let run = measure::run(command.args(args).env("LC_ALL", "C"));
     run.assert_sane(args[1]);
     let trace = fs::read_to_string(log.path()).expect("the trace is text");
-    assert!(trace.contains("open"), "strace saw nothing");
-    // With O_PATH nothing of a file is read: that is how it is asked whether one is there.
+    assert!(trace.contains("open"), "strace recorded no open call");
+    // An open with O_PATH reads nothing of a file. The programs use it to test whether a file exists.
     for line in trace.lines().filter(|line| !line.contains("O_PATH")) {
-        // A call that succeeded ends in the descriptor and, in angle brackets, the file it really is.
+        // A successful call ends in the descriptor and, in angle brackets, the real path of the file.
         let Some((_, file)) = line.rsplit_once(") = ").and_then(|(_, result)| result.split_once('<')) else { continue };
         let file = file.trim_end().trim_end_matches('>');
-        // The folder of an image is listed: records of merges lie beside their images.
+        // The folder of an image may be listed: merge records lie in the folders of their images.
         let is_own_folder = line.contains("O_DIRECTORY") && allowed.iter().any(|allowed| allowed.starts_with(file));
         assert!(is_own_folder || may_open(file, allowed), "opened {file}: {line}");
     }
@@ -371,7 +372,7 @@ fn may_open(file: &str, allowed: &[PathBuf]) -> bool {
 }
 
 #[test]
-fn the_trace_tells_inside_from_outside() {
+fn the_trace_detects_files_outside() {
     tool::require(&["strace"]);
     let folder = temp::scratch("trace");
     let place = TrapFolders::within(folder.path());
@@ -384,8 +385,8 @@ fn the_trace_tells_inside_from_outside() {
     assert_eq!(caught(write_file(&place.inside.join("fine"), b"x")), None);
     let secret = place.outside.join("secret.vhd").display().to_string();
     for (file, real) in [(secret.clone().into(), &*secret), (place.inside.join("link"), &*secret)] {
-        let said = caught(file).expect("a file outside was read unseen");
-        assert!(said.starts_with(&format!("opened {real}: ")), "{said}");
+        let message = caught(file).expect("the trace missed a file outside");
+        assert!(message.starts_with(&format!("opened {real}: ")), "{message}");
     }
-    assert!(caught("/etc/passwd".into()).expect("it was read unseen").starts_with("opened /etc/passwd: "));
+    assert!(caught("/etc/passwd".into()).expect("the trace missed /etc/passwd").starts_with("opened /etc/passwd: "));
 }

@@ -1,4 +1,4 @@
-//! Files that are not files: O1 of the opener's rules, for the image given on the command line.
+//! Files that are not regular: O1 of the opener's rules, for the image given on the command line.
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 

@@ -1,4 +1,4 @@
-//! What a case expects, and showing it to the four ways in.
+//! Expected results of a case, and the check of `info`, `check`, `convert` and the daemon against them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,35 +13,35 @@ use crate::common::temp;
 use crate::common::tool::{DIFFDISK, DIFFDISKD};
 use crate::measure::{self, Run};
 
-/// Disks up to this size are converted when accepted.
+/// Accepted disks up to this size are converted, too.
 const CONVERTED: u64 = 64 << 20;
 
-/// Where the error line must failpoint.
+/// The part of the file to which the offset in the error line must point.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum ErrorLocation {
-    /// The defect has no place in the file.
+    /// The defect has no offset in the file.
     Nowhere,
     /// Either footer.
     Footer,
     /// The dynamic header.
     Header,
-    /// The BAT, or what it points at.
+    /// The BAT, or a block.
     Table,
 }
 
-/// What must happen.
+/// The expected result of a case.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Expected {
-    /// Read and served writable.
+    /// The image can be read and served writable.
     Accepted,
-    /// Read and served read-only; a writable start is not judged.
+    /// The image can be read and served read-only. A writable start is not tested.
     Readable,
-    /// Read and served read-only; a writable start is refused.
+    /// The image can be read and served read-only. A writable start is refused.
     ReadOnly,
-    /// The file alone is sound: `info` and `check` look at it only. What opens the chain refuses it, one of the words
-    /// in the reason, within this much memory.
+    /// The file alone is valid, so `info` and `check` accept it. Every command that opens the chain refuses it within
+    /// `memory_mib`, and the reason contains one of `words`.
     ChainRefused { words: &'static [&'static str], memory_mib: i64 },
-    /// Refused by all, one of the words in the reason; `check` exits with one of `check`.
+    /// All programs refuse the image, and the reason contains one of `words`. `check` exits with one of the codes in `check`.
     Refused { check: &'static [i32], words: &'static [&'static str], place: ErrorLocation },
 }
 
@@ -49,7 +49,7 @@ pub(crate) enum Expected {
 pub(crate) struct Case {
     pub(crate) name: &'static str,
     pub(crate) want: Expected,
-    /// Makes the files in an empty folder; returns the one to open.
+    /// Creates the files in an empty folder. Returns the one to open.
     pub(crate) build: Box<dyn Fn(&Path) -> PathBuf>,
 }
 
@@ -59,17 +59,17 @@ impl Case {
     }
 }
 
-/// An image whose bytes are corrupt: `check` says so with 3.
+/// Expects a corrupt image: `check` exits with 3.
 pub(crate) fn corrupt(place: ErrorLocation, words: &'static [&'static str]) -> Expected {
     Expected::Refused { check: &[3], words, place }
 }
 
-/// Nothing `check` could call an image, or a matter of policy: 1, or 3 where it lists it among the defects.
+/// Expects a file that is no image, or one refused by policy: `check` exits with 1, or with 3 if it lists a defect.
 pub(crate) fn refused(words: &'static [&'static str]) -> Expected {
     Expected::Refused { check: &[1, 3], words, place: ErrorLocation::Nowhere }
 }
 
-/// Shows the case to every way in. The error names the case.
+/// Runs every program on the case. The error names the case.
 pub(crate) fn run_case(case: &Case) -> Result<(), String> {
     let result = catch_unwind(AssertUnwindSafe(|| {
         let folder = temp::scratch("bad");
@@ -84,23 +84,23 @@ pub(crate) fn run_case(case: &Case) -> Result<(), String> {
         }
         assert_eq!(snapshot(&images), before, "a file was changed");
         if matches!(case.want, Expected::Accepted) {
-            // Last: a writable start may prepare room in the file.
+            // Last, because a writable start may preallocate space in the file.
             Daemon::start(&image, &[]).stop();
         }
     }));
     result.map_err(|panic| {
-        let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
-        format!("{}: {}", case.name, said.unwrap_or("panicked"))
+        let message = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        format!("{}: {}", case.name, message.unwrap_or("panicked"))
     })
 }
 
-/// Hash and modification time of every regular file.
+/// Returns hash and modification time of every regular file.
 pub(crate) fn snapshot(folder: &Path) -> BTreeMap<PathBuf, (String, SystemTime)> {
     let mut seen = BTreeMap::new();
     for entry in fs::read_dir(folder).expect("the folder is readable") {
         let path = entry.expect("an entry").path();
         let meta = fs::symlink_metadata(&path).expect("the entry is there");
-        // Huge sparse files are told by length and time: hashing terabytes of holes takes hours.
+        // Huge sparse files are compared by length and time: hashing terabytes of holes takes hours.
         if meta.is_file() {
             let hash = if meta.len() > 1 << 30 { meta.len().to_string() } else { sha256_of_file(&path) };
             seen.insert(path, (hash, meta.modified().expect("a modification time")));
@@ -113,7 +113,7 @@ fn tool_run(args: &[&str], image: &Path, rest: &[&str]) -> Run {
     measure::run(Command::new(DIFFDISK).args(args).arg(image).args(rest))
 }
 
-/// The daemon's options for one disk, its socket in a short-lived folder.
+/// Returns the command of a daemon that serves one disk, with its socket in `folder`.
 pub(crate) fn daemon_command(image: &Path, folder: &Path) -> Command {
     let mut command = Command::new(DIFFDISKD);
     command.arg(format!("--socket-path={}", folder.join("sock").display()));
@@ -123,22 +123,22 @@ pub(crate) fn daemon_command(image: &Path, folder: &Path) -> Command {
 
 fn assert_refused(name: &str, image: &Path, check: &[i32], words: &[&str], place: ErrorLocation) {
     let len = fs::symlink_metadata(image).map_or(0, |meta| meta.len());
-    let judge_line = |who: &str, run: &Run| {
-        run.assert_sane(who);
-        println!("{name}: {who}: {} KiB, {:?}: {}", run.rss_kib, run.elapsed, run.stderr.trim_end());
-        let line = run.error_line(who);
-        assert!(line.contains(&image.display().to_string()), "{who}: does not name the file: {line}");
+    let assert_error_line = |program: &str, run: &Run| {
+        run.assert_sane(program);
+        println!("{name}: {program}: {} KiB, {:?}: {}", run.rss_kib, run.elapsed, run.stderr.trim_end());
+        let line = run.error_line(program);
+        assert!(line.contains(&image.display().to_string()), "{program}: does not name the file: {line}");
         let lower = line.to_lowercase();
-        assert!(words.iter().any(|word| lower.contains(word)), "{who}: none of {words:?} in: {line}");
-        assert!(points_at(line, place, len), "{who}: no offset of the {place:?} in: {line}");
+        assert!(words.iter().any(|word| lower.contains(word)), "{program}: none of {words:?} in: {line}");
+        assert!(points_at(line, place, len), "{program}: no offset of the {place:?} in: {line}");
     };
-    for (who, run) in
+    for (program, run) in
         [("info", tool_run(&["info"], image, &[])), ("convert", tool_run(&["convert"], image, &["-", "--to", "raw"]))]
     {
-        judge_line(who, &run);
-        assert_eq!(run.code, 1, "{who}: exit code");
-        assert_eq!(run.stderr.lines().count(), 1, "{who}: more than its line on stderr: {}", run.stderr);
-        assert!(run.stdout.is_empty(), "{who}: showed {} bytes", run.stdout.len());
+        assert_error_line(program, &run);
+        assert_eq!(run.code, 1, "{program}: exit code");
+        assert_eq!(run.stderr.lines().count(), 1, "{program}: more than its line on stderr: {}", run.stderr);
+        assert!(run.stdout.is_empty(), "{program}: printed {} bytes", run.stdout.len());
     }
     let run = tool_run(&["check"], image, &[]);
     run.assert_sane("check");
@@ -150,45 +150,49 @@ fn assert_refused(name: &str, image: &Path, check: &[i32], words: &[&str], place
             command.arg("--read-only");
         }
         let run = measure::run(&mut command);
-        judge_line("diffdiskd", &run);
+        assert_error_line("diffdiskd", &run);
         assert_eq!(run.code, 1, "diffdiskd: exit code");
         assert!(!folder.path().join("sock").exists(), "diffdiskd: left a socket behind");
     }
 }
 
 fn assert_chain_refused(image: &Path, words: &[&str], memory_mib: i64) {
-    for (who, args) in [("info", "info"), ("check", "check")] {
+    for (program, args) in [("info", "info"), ("check", "check")] {
         let run = tool_run(&[args], image, &[]);
-        run.assert_sane(who);
-        // What its own bytes show of a parent that is never opened is a defect of the file.
-        let names_none = who == "check" && run.code == 3 && run.stderr.contains("parent");
-        assert!(matches!(run.code, 0 | 4) || names_none, "{who} alone: exit code {}: {}", run.code, run.stderr);
+        run.assert_sane(program);
+        // A defect of the parent strings is visible without opening the parent, so `check` may report it.
+        let names_none = program == "check" && run.code == 3 && run.stderr.contains("parent");
+        assert!(matches!(run.code, 0 | 4) || names_none, "{program} alone: exit code {}: {}", run.code, run.stderr);
     }
     let socket = tempfile::tempdir().expect("a folder for the socket");
-    for (who, run) in [
+    for (program, run) in [
         ("info --chain", tool_run(&["info", "--chain"], image, &[])),
         ("map", tool_run(&["map"], image, &[])),
         ("convert", tool_run(&["convert"], image, &["-", "--to", "raw"])),
         ("diffdiskd", measure::run(&mut daemon_command(image, socket.path()))),
     ] {
-        run.assert_sane_within(who, memory_mib);
-        if who == "info --chain" && run.stderr.contains("the parent is not there") {
-            // The chain is shown as far as it is found.
-            assert_eq!(run.code, 0, "{who}: exit code: {}", run.stderr);
-            assert!(run.stderr.starts_with("warn: the chain is shown without what is below "), "{who}: {}", run.stderr);
+        run.assert_sane_within(program, memory_mib);
+        if program == "info --chain" && run.stderr.contains("the parent is not there") {
+            // `info --chain` prints the images that exist.
+            assert_eq!(run.code, 0, "{program}: exit code: {}", run.stderr);
+            assert!(
+                run.stderr.starts_with("warn: the chain is shown without what is below "),
+                "{program}: {}",
+                run.stderr
+            );
             continue;
         }
-        assert_eq!(run.code, 1, "{who}: exit code: {}", run.stderr);
-        assert!(run.stdout.is_empty(), "{who}: showed {} bytes", run.stdout.len());
-        let line = run.error_line(who);
+        assert_eq!(run.code, 1, "{program}: exit code: {}", run.stderr);
+        assert!(run.stdout.is_empty(), "{program}: printed {} bytes", run.stdout.len());
+        let line = run.error_line(program);
         let folder = image.parent().expect("an image lies in a folder").display().to_string();
-        assert!(line.contains(&folder), "{who}: names no file: {line}");
+        assert!(line.contains(&folder), "{program}: names no file: {line}");
         let lower = line.to_lowercase();
-        assert!(words.iter().any(|word| lower.contains(word)), "{who}: none of {words:?} in: {line}");
+        assert!(words.iter().any(|word| lower.contains(word)), "{program}: none of {words:?} in: {line}");
     }
 }
 
-/// True if the line says `at byte N` for an N in `place`.
+/// Returns whether the line contains `at byte N` with an offset N in `place`.
 fn points_at(line: &str, place: ErrorLocation, len: u64) -> bool {
     let offsets = line.split("at byte ").skip(1).filter_map(|rest| {
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
@@ -207,8 +211,8 @@ fn assert_read(case: &Case, image: &Path, folder: &Path) {
     let info = tool_run(&["info", "--json"], image, &[]);
     info.assert_sane("info");
     assert_eq!(info.code, 0, "info: {}", info.stderr);
-    let told: serde_json::Value = serde_json::from_slice(&info.stdout).expect("info prints JSON");
-    let size = told["virtual_size"].as_u64().expect("info tells the size");
+    let report: serde_json::Value = serde_json::from_slice(&info.stdout).expect("info prints JSON");
+    let size = report["virtual_size"].as_u64().expect("info prints the size");
     let check = measure::run(Command::new(DIFFDISK).arg("check").arg(image));
     check.assert_sane("check");
     let fine: &[i32] = if matches!(case.want, Expected::Accepted) { &[0, 4] } else { &[0, 3, 4] };

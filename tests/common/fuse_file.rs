@@ -1,5 +1,5 @@
-//! A FUSE file system with one file, served by the test process. A test implements [`FileContent`]: what reads, writes and syncs do.
-//! This module supplies the rest: folder, attributes, opening.
+//! A FUSE file system with one file, served by the test process. A test implements [`FileContent`]: what reads, writes and syncs
+//! do. This module supplies the rest: folder, attributes, opening.
 
 use std::ffi::OsStr;
 use std::io;

@@ -28,8 +28,8 @@ impl TestMemory {
         let mut at = 0;
         for cut in cuts.iter().copied().chain([bytes.len()]) {
             let cut = cut.clamp(at, bytes.len());
-            // SAFETY: the range lies in the boxed slice, which the iovecs' owner keeps alive. The bytes are `UnsafeCell`s, so they may
-            // be written through shared references.
+            // SAFETY: the range lies in the boxed slice, which the iovecs' owner keeps alive. The bytes are `UnsafeCell`s, so they
+            // may be written through shared references.
             unsafe { slices.push(start.wrapping_add(at), cut - at) };
             at = cut;
         }

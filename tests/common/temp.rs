@@ -17,8 +17,8 @@ pub(crate) fn in_memory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").expect("a folder in memory")
 }
 
-/// A runtime folder of the test's own, on tmpfs as `/run` is. No other test finds its live journals, even if another file system hands
-/// out the same inode numbers.
+/// A runtime folder of the test's own, on tmpfs as `/run` is. No other test finds its live journals, even if another file system
+/// hands out the same inode numbers.
 pub(crate) struct RuntimeDir {
     folder: TempDir,
     option: String,

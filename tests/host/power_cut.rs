@@ -228,7 +228,8 @@ impl MediumReplay<'_> {
         for entry in &self.log[self.at..cut] {
             match &entry.event {
                 Event::Write { offset, data } => {
-                    // File systems rely on whole blocks, so pages survive whole. A write smaller than a page survives or not as a whole.
+                    // File systems rely on whole blocks, so pages survive whole. A write smaller than a page survives or not as a
+                    // whole.
                     for (at, piece) in (*offset..).step_by(PAGE).zip(data.chunks(PAGE)) {
                         if survives() {
                             pages.write(at, piece);

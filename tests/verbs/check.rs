@@ -307,7 +307,8 @@ fn a_repair_survives_power_cuts_and_faults_at_every_step() {
             let units = host.unsynced().len();
             for fate in 0..30 {
                 let (few, salt) = (random.below(8), random.next_u64());
-                // In most cases one unit alone survives or is lost, which finds wrong orders: lengths come last, footers among the first.
+                // In most cases one unit alone survives or is lost, which finds wrong orders: lengths come last, footers among the
+                // first.
                 let lone = if fate < 20 { units.saturating_sub(1 + fate / 2) } else { random.index(units.max(1)) };
                 let survives = |unit: usize| match fate {
                     0..22 if fate % 2 == 0 => unit == lone,

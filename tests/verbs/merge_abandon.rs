@@ -43,8 +43,8 @@ fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(disk))
 }
 
-/// Checks that each image by itself shows its own disk or CHILD's, or is refused, and that CHILD shows its disk. Returns whether one
-/// was refused.
+/// Checks that each image by itself shows its own disk or CHILD's, or is refused, and that CHILD shows its disk. Returns whether
+/// one was refused.
 fn check(case: &MergeCase, host: &SimHost) -> Result<bool, String> {
     let disk = |mut values: Vec<u8>, layer: usize| {
         values.resize(usize::try_from(case.chain.sectors(layer)).expect("small"), 0);

@@ -122,8 +122,8 @@ impl SequenceRun<'_> {
         format!("rebase {of} on {to}")
     }
 
-    /// Merges an image, and perhaps some of its parents, into one of its parents. The merge is refused if another child would change
-    /// or the sizes do not fit.
+    /// Merges an image, and perhaps some of its parents, into one of its parents. The merge is refused if another child would
+    /// change or the sizes do not fit.
     fn merge(&mut self) -> String {
         let Some(of) = self.pick(|_, image| image.parent.is_some()) else { return "-".into() };
         let chain = self.chain(of);

@@ -1,5 +1,5 @@
 #![allow(unsafe_code)]
-//! A well-behaved guest: reads and writes sectors by way of a virtio-blk driver in this process.
+//! A correct guest: reads and writes sectors through a virtio-blk driver in this process.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -47,18 +47,18 @@ impl Guest {
         Guest { queues: made, transport, memory, config }
     }
 
-    /// The outcome of one request on a queue: 0 or an error number.
+    /// Notifies the daemon and waits for the completion of one request. Returns 0 or an error number.
     fn finish(&mut self, queue: usize) -> i32 {
         self.transport.get_submission_notifier(queue).notify().unwrap();
         loop {
             if let Some(done) = self.queues[queue].completions().next() {
                 return done.ret;
             }
-            // The daemon has made it non-blocking.
+            // The daemon has made the eventfd non-blocking, so the wait is a poll.
             let counter = self.transport.get_completion_fd(queue);
             let patience = Timespec { tv_sec: 60, tv_nsec: 0 };
             let signalled = poll(&mut [PollFd::new(&*counter, PollFlags::IN)], Some(&patience)).unwrap();
-            assert!(signalled > 0, "a request has no answer");
+            assert!(signalled > 0, "a request was not completed");
             counter.read().unwrap();
         }
     }
@@ -71,8 +71,9 @@ impl Guest {
     pub(crate) fn write(&mut self, queue: usize, offset: u64, data: &[u8]) -> i32 {
         let (at, buffer) = self.buffer(queue);
         self.memory.write_slice(data, at).unwrap();
-        // SAFETY: `data.len()` bytes at `buffer` were just written through the mapping, which lives as long as self;
-        // the request is over when `finish` returns.
+        // SAFETY: `write_slice` above has checked that `data.len()` bytes at `buffer` lie in the mapping, and `self.memory`
+        // keeps the mapping as long as self. `finish` returns only after the request has completed, so the daemon does not
+        // use the buffer after this call.
         unsafe { self.queues[queue].write_raw(offset, buffer, data.len(), ()) }.unwrap();
         self.finish(queue)
     }
@@ -80,8 +81,9 @@ impl Guest {
     pub(crate) fn read(&mut self, queue: usize, offset: u64, len: usize) -> Result<Vec<u8>, i32> {
         assert!(len <= BUFFER);
         let (at, buffer) = self.buffer(queue);
-        // SAFETY: the queue's part of the mapping has `BUFFER` bytes and lives as long as self; the request is over
-        // when `finish` returns.
+        // SAFETY: the queue's part of the mapping has `BUFFER` bytes, at least `len` by the assertion above, and
+        // `self.memory` keeps the mapping as long as self. No reference into it exists. `finish` returns only after the
+        // request has completed, so the daemon does not use the buffer after this call.
         unsafe { self.queues[queue].read_raw(offset, buffer, len, ()) }.unwrap();
         match self.finish(queue) {
             0 => {

@@ -1,4 +1,4 @@
-//! The daemon as a child of the test: started, waited for, stopped.
+//! The daemon as a child process of the test: start, wait, stop.
 
 use std::fs::File;
 use std::io::Read;
@@ -39,7 +39,7 @@ impl Daemon {
         let (socket, log) = (dir.join(SOCKET), dir.join("log"));
         let child = command.stderr(File::create(&log).unwrap()).stdin(Stdio::null()).spawn().unwrap();
         let mut daemon = Daemon { child, socket, log };
-        // Its line in the log comes after its socket listens: between the name and that lies a moment.
+        // The daemon logs this line after the socket listens. The socket's name appears a moment earlier.
         let serves = format!(" on {}, ", daemon.socket.display());
         daemon.wait_until("the disk is served", |daemon| daemon.log().contains(&serves));
         daemon
@@ -53,14 +53,14 @@ impl Daemon {
         UnixStream::connect(&self.socket).unwrap()
     }
 
-    /// What it has said so far.
+    /// Returns the log written so far.
     pub(crate) fn log(&self) -> String {
         let mut text = String::new();
         File::open(&self.log).unwrap().read_to_string(&mut text).unwrap();
         text
     }
 
-    /// Waits until it has said `words` this often.
+    /// Waits until the log contains `words` at least `times` times.
     pub(crate) fn wait_for_log(&mut self, words: &str, times: usize) {
         self.wait_until(words, |daemon| daemon.log().matches(words).count() >= times);
     }
@@ -75,16 +75,16 @@ impl Daemon {
             }
             sleep(Duration::from_millis(10));
         }
-        panic!("in vain waited for {what:?}:\n{}", self.log());
+        panic!("timed out waiting for {what:?}:\n{}", self.log());
     }
 
-    /// Asks it to end, and waits.
+    /// Sends SIGTERM and waits for the exit.
     pub(crate) fn terminate(&mut self) -> ExitStatus {
         self.send_term();
         self.child.wait().unwrap()
     }
 
-    /// Asks it to end, and waits for `time` at most.
+    /// Sends SIGTERM and waits at most `time`. Returns `None` if the daemon still runs then.
     pub(crate) fn terminate_within(&mut self, time: Duration) -> Option<ExitStatus> {
         self.send_term();
         let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! Descriptors that a front-end passes, and that must not hold a thread of the daemon.
+//! File descriptors passed by a front-end must not block a thread of the daemon.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,14 +13,14 @@ use super::raw::*;
 use super::setup::{MIB, event, memory, started};
 use super::stuck_storage::StuckDisk;
 
-/// An event counter at its limit: a write that blocks waits for a reader, who never comes.
+/// Sets an eventfd to its limit. A blocking write to it would wait for a read that never happens.
 fn fill_counter(counter: &File) {
     rustix::io::write(counter, (u64::MAX - 1).as_bytes()).unwrap();
 }
 
-/// A driver that never looks at its call counter.
+/// The driver never reads its call eventfd.
 #[test]
-fn a_full_call_counter_holds_nothing() {
+fn a_full_call_eventfd_blocks_no_thread() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     let mut guest = ManualGuest::new(Part::Data);
     fill_counter(&guest.call);
@@ -32,7 +32,7 @@ fn a_full_call_counter_holds_nothing() {
         guest.publish();
         assert!(guest.wait(), "{}", daemon.log());
     }
-    // A change of the counter gives a signal, too.
+    // Setting a new call eventfd also signals it.
     let other = event();
     fill_counter(&other);
     assert!(front_end.set(SET_VRING_CALL, 0u64.as_bytes(), &[other.as_fd()]));
@@ -46,7 +46,7 @@ fn a_full_call_counter_holds_nothing() {
 }
 
 #[test]
-fn a_full_error_counter_holds_nothing() {
+fn a_full_error_eventfd_blocks_no_thread() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     let mut guest = ManualGuest::new(Part::Data);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
@@ -65,7 +65,7 @@ fn a_full_error_counter_holds_nothing() {
 }
 
 #[test]
-fn only_event_counters_are_taken() {
+fn only_eventfds_are_accepted() {
     let (dir, mut daemon) = started(&["--num-queues=1"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let (reader, writer) = std::io::pipe().unwrap();
@@ -91,9 +91,9 @@ fn only_event_counters_are_taken() {
     assert!(daemon.terminate().success());
 }
 
-/// Regions of guest memory may come from tmpfs and hugetlbfs; every other file is refused, and the log says what to do.
+/// Regions of guest memory may come from tmpfs and hugetlbfs. Every other file is refused, and the log names the remedy.
 #[test]
-fn only_memory_files_are_guest_memory() {
+fn only_memory_files_are_accepted_as_guest_memory() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let region = |guest: u64| [0u64.as_bytes(), [guest, 0x10000, USER + guest, 0].as_bytes()].concat();
@@ -108,9 +108,9 @@ fn only_memory_files_are_guest_memory() {
     assert!(daemon.log().contains("memory-backend-memfd"), "{}", daemon.log());
 }
 
-/// A file whose file system does not answer any question.
+/// The front-end passes a file whose file system answers no request.
 #[test]
-fn a_file_that_does_not_answer_is_refused_at_once() {
+fn a_file_on_stuck_storage_is_refused_at_once() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let Some(stuck) = StuckDisk::mount(vec![0; 0x10000]) else { return };
@@ -127,9 +127,9 @@ fn a_file_that_does_not_answer_is_refused_at_once() {
     assert!(daemon.terminate_within(Duration::from_secs(5)).is_some_and(|status| status.success()), "{}", daemon.log());
 }
 
-/// One call of the kernel moves 1024 runs. What is left after three of them must not wait for the next tick of the queue.
+/// One system call transfers at most 1024 runs. The rest of a longer transfer must not wait for the next tick of the queue.
 #[test]
-fn a_transfer_of_very_many_runs_does_not_wait_between_its_parts() {
+fn a_transfer_of_very_many_runs_does_not_wait_for_a_tick() {
     const RUNS: u64 = 4096;
     let (_dir, daemon) = started(&["--num-queues=1"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
@@ -158,7 +158,7 @@ fn a_transfer_of_very_many_runs_does_not_wait_between_its_parts() {
         describe(header + 64, 1, 2);
         put(0, &table);
         put(avail + 4 + 2 * u64::from(round), 0u16.as_bytes());
-        // The queue is idle, and its next tick is some time away.
+        // The queue is idle now, and its next tick is some time away.
         std::thread::sleep(Duration::from_millis(50));
         let begun = Instant::now();
         put(avail + 2, (round + 1).as_bytes());
@@ -180,7 +180,7 @@ fn a_transfer_of_very_many_runs_does_not_wait_between_its_parts() {
     assert!(slowest < Duration::from_millis(400), "{slowest:?}");
 }
 
-/// What others put into names and messages does not command a terminal that shows the log, and forges no line.
+/// Control characters in names and messages reach neither the terminal that shows the log nor forge a log line.
 #[test]
 fn the_log_escapes_control_characters() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! A guest by hand: rings and requests in pages of a memory file, where each page can be taken away.
+//! A guest without a driver: the test writes rings and requests into pages of a memory file and can remove each page.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 use super::raw::*;
 use super::setup::event;
 
-/// Where the front-end has the guest's memory, which begins at guest address 0.
+/// Front-end address of the guest's memory, which begins at guest address 0.
 pub(crate) const USER: u64 = 0x7000_0000;
 pub(crate) const PAGE: u64 = 4096;
 /// Entries of the ring.
@@ -24,7 +24,7 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// What has a page of its own in the guest's memory.
+/// The parts of the guest's memory. Each has a page of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Part {
     Table,
@@ -39,14 +39,14 @@ pub(crate) enum Part {
 pub(crate) const PARTS: [Part; 7] =
     [Part::Table, Part::Avail, Part::Used, Part::Header, Part::Status, Part::Data, Part::Indirect];
 
-/// What the guest asks for.
+/// The type of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum GuestRequest {
     Read,
     Write,
     GetId,
     WriteZeroes,
-    /// A read by a table of indirect descriptors.
+    /// A read described by a table of indirect descriptors.
     Indirect,
 }
 
@@ -58,28 +58,28 @@ pub(crate) struct ManualGuest {
     pub(crate) ram: File,
     pub(crate) kick: File,
     pub(crate) call: File,
-    /// The part that has the last page.
+    /// The part in the last page.
     last: Part,
     /// Requests published.
     pub(crate) submitted: u16,
 }
 
 impl ManualGuest {
-    /// A guest whose `last` part has the last page of its memory.
+    /// Creates a guest with the part `last` in the last page of its memory.
     pub(crate) fn new(last: Part) -> ManualGuest {
         let ram = File::from(memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
         ram.set_len(PARTS.len() as u64 * PAGE).unwrap();
-        // A write after the cut must not bring the page back.
+        // A write after the file was cut must not bring the page back.
         fcntl_add_seals(&ram, SealFlags::GROW).unwrap();
         ManualGuest::with_memory(ram, last)
     }
 
-    /// The same over a file of at least 7 pages.
+    /// Creates a guest over a given file of at least 7 pages, with the part `last` in the last one.
     pub(crate) fn with_memory(ram: File, last: Part) -> ManualGuest {
         ManualGuest { ram, kick: event(), call: event(), last, submitted: 0 }
     }
 
-    /// Guest address of a part: in the order of [`PARTS`], but for the one that changes places with the last.
+    /// Returns the guest address of a part. Parts follow the order of [`PARTS`], but `self.last` and the last part are swapped.
     fn part_address(&self, part: Part) -> u64 {
         let place = |part: Part| PARTS.iter().position(|p| *p == part).unwrap() as u64;
         let last = PARTS.len() as u64 - 1;
@@ -90,17 +90,17 @@ impl ManualGuest {
         }
     }
 
-    /// Writes into the page of a part, if it is there.
+    /// Writes into the page of a part, if the page still exists.
     fn put(&self, part: Part, offset: u64, bytes: &[u8]) {
         let _ = self.ram.write_all_at(bytes, self.part_address(part) + offset);
     }
 
-    /// Connects as far as a ring that runs.
+    /// Describes memory and ring 0 to the daemon, up to and without SET_VRING_ENABLE.
     pub(crate) fn attach(&self, front_end: &mut FrontEnd) {
         self.attach_to(front_end, 0);
     }
 
-    /// The same by another queue.
+    /// Describes memory and the ring of a given queue to the daemon.
     pub(crate) fn attach_to(&self, front_end: &mut FrontEnd, queue: u32) {
         assert!(front_end.set(SET_FEATURES, (FEATURES | MORE_FEATURES).as_bytes(), &[]));
         let region = [0u64.as_bytes(), [0, PARTS.len() as u64 * PAGE, USER, 0].as_bytes()].concat();
@@ -118,7 +118,7 @@ impl ManualGuest {
         front_end.set(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[])
     }
 
-    /// Describes a request for sector 8 and puts it into the avail ring, but for the index.
+    /// Writes a request for sector 8 into the avail ring, without publishing the index.
     pub(crate) fn prepare(&self, ask: GuestRequest) {
         let slot = self.submitted % SLOTS;
         let offset = u64::from(slot);
@@ -161,34 +161,34 @@ impl ManualGuest {
         self.put(Part::Avail, 4 + 2 * u64::from(self.submitted % SIZE), head.as_bytes());
     }
 
-    /// Shows the device the request that was prepared, and kicks.
+    /// Publishes the index of the prepared request, and kicks.
     pub(crate) fn publish(&mut self) {
         self.submitted = self.submitted.wrapping_add(1);
         self.put(Part::Avail, 2, self.submitted.as_bytes());
         self.notify();
     }
 
-    /// Kicks.
+    /// Writes to the kick eventfd.
     pub(crate) fn notify(&self) {
         rustix::io::write(&self.kick, 1u64.as_bytes()).unwrap();
     }
 
-    /// Has every page but the last, so that a file with holes has one only there.
+    /// Touches every page but the last, so that a file with holes has its only hole there.
     pub(crate) fn allocate_pages(&self) {
         for part in PARTS.into_iter().filter(|part| *part != self.last) {
             self.put(part, PAGE - 1, &[1]);
         }
     }
 
-    /// How many requests were answered.
+    /// Returns the number of completed requests.
     pub(crate) fn completed(&self) -> u16 {
         let mut index = 0u16;
-        // Zero if the page is gone.
+        // Zero if the page was removed.
         let _ = self.ram.read_exact_at(index.as_mut_bytes(), self.part_address(Part::Used) + 2);
         index
     }
 
-    /// Waits until all requests are answered; false after some seconds.
+    /// Waits until all requests are completed. Returns false after some seconds.
     pub(crate) fn wait(&self) -> bool {
         let begun = std::time::Instant::now();
         while self.completed() != self.submitted {
@@ -200,7 +200,7 @@ impl ManualGuest {
         true
     }
 
-    /// The status byte of the last request that was published.
+    /// Returns the status byte of the last published request.
     pub(crate) fn status(&self) -> u8 {
         let mut status = [0xff];
         let slot = u64::from(self.submitted.wrapping_sub(1) % SLOTS);
@@ -208,7 +208,7 @@ impl ManualGuest {
         status[0]
     }
 
-    /// Takes the last page away.
+    /// Removes the last page: cuts the memory file before it.
     pub(crate) fn truncate_last_page(&self) {
         self.ram.set_len((PARTS.len() as u64 - 1) * PAGE).unwrap();
     }

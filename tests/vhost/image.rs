@@ -1,8 +1,8 @@
-//! The smallest image there is: a fixed VHD, which is a disk with a footer behind it.
+//! The simplest image: a fixed VHD, which is a disk followed by a footer.
 
 use std::path::Path;
 
-/// Makes a fixed VHD of `size` bytes of zeros (vhd-format.md: all fields big-endian, the checksum over the rest).
+/// Creates a fixed VHD of `size` bytes of zeros (vhd-format.md: all fields big-endian, the checksum over the rest).
 pub(crate) fn make_fixed(path: &Path, size: u64) {
     let mut footer = [0u8; 512];
     footer[..8].copy_from_slice(b"conectix");

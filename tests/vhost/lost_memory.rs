@@ -1,5 +1,5 @@
-//! Guest memory that cannot be had: a front-end cuts its memory file, or the host has no pages for it. The disk is then out of
-//! service until a front-end connects again, and all other disks are served on.
+//! Guest memory that cannot be accessed: a front-end cuts its memory file, or the host has no pages for it. The disk is then
+//! out of service until a front-end connects again. All other disks stay in service.
 
 use std::fs::File;
 use std::io::Read;
@@ -22,10 +22,10 @@ use super::rng::Rng;
 use super::setup::{MIB, event};
 use super::temp::RuntimeDir;
 
-/// What the log has of it.
+/// The log line of a lost page.
 const LOST: &str = "an access to guest memory failed";
 
-/// A daemon with a dynamic image on its main socket, and a fixed one on `b.sock`; and its runtime folder.
+/// A daemon with a dynamic image on its main socket and a fixed one on `b.sock`, and its runtime folder.
 fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, RuntimeDir) {
     let runtime = RuntimeDir::new();
     let (a, b) = (dir.join("a.vhd"), dir.join("b.vhd"));
@@ -37,7 +37,7 @@ fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, RuntimeDir) {
     (Daemon::start_disks(dir, &[disk(&b, "b.sock"), disk(&a, SOCKET)], &options), runtime)
 }
 
-/// A request that is answered, so that the ring runs and its pages are there.
+/// Completes one request, so that the ring is started and its pages are allocated.
 fn warm_up(guest: &mut ManualGuest, ask: GuestRequest) {
     guest.prepare(ask);
     guest.publish();
@@ -45,7 +45,7 @@ fn warm_up(guest: &mut ManualGuest, ask: GuestRequest) {
     assert_eq!(guest.status(), 0, "{ask:?}");
 }
 
-/// Sets the flag when dropped, by a panic, too.
+/// Sets the flag when dropped, also during a panic.
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
@@ -54,7 +54,7 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// One page is taken away, then a request comes that needs it.
+/// The test removes one page, then submits a request that needs it.
 #[test]
 fn a_disk_survives_the_loss_of_any_part_of_a_request() {
     let dir = tempfile::tempdir().unwrap();
@@ -88,7 +88,7 @@ fn a_disk_survives_the_loss_of_any_part_of_a_request() {
     assert!(daemon.terminate().success());
 }
 
-/// A front-end that shrinks the guest's memory at random moments under load, beside one whose data is verified throughout.
+/// One front-end shrinks the guest's memory at random moments under load, while the data of another one is verified.
 #[test]
 fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
     let dir = tempfile::tempdir().unwrap();
@@ -121,7 +121,7 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
                 ram.set_len(pages * PAGE).unwrap();
             });
             let begun = Instant::now();
-            // The load goes on until the daemon hangs up.
+            // The load continues until the daemon closes the connection.
             while !front_end.has_hung_up() {
                 assert!(begun.elapsed() < Duration::from_secs(30), "round {round}, {guest:?}: {}", daemon.log());
                 if !guest.submitted.is_multiple_of(SLOTS) || guest.completed() == guest.submitted {
@@ -144,9 +144,9 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
     assert!(daemon.terminate().success());
 }
 
-/// The host has no huge pages for it (or it has, and the disk is served).
+/// The host has no huge pages for the guest's memory. (If it has some, the disk is served.)
 #[test]
-fn huge_pages_that_the_host_has_not_got() {
+fn guest_memory_of_huge_pages_that_the_host_lacks() {
     let Ok(fd) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {
         eprintln!("skipped: the kernel has no huge pages of 2 MiB");
         return;
@@ -174,9 +174,9 @@ fn huge_pages_that_the_host_has_not_got() {
     assert!(daemon.terminate().success());
 }
 
-/// A memory file with holes on a tmpfs that is full.
+/// The memory file has a hole, and its tmpfs is full.
 #[test]
-fn holes_on_a_full_tmpfs() {
+fn guest_memory_with_a_hole_on_a_full_tmpfs() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().join("memory");
     std::fs::create_dir(&place).unwrap();
@@ -190,7 +190,7 @@ fn holes_on_a_full_tmpfs() {
         let mut guest = ManualGuest::with_memory(ram, last);
         let mut front_end = FrontEnd::negotiated(daemon.connect());
         guest.attach(&mut front_end);
-        // The pages of all other parts are there, and then there are no more.
+        // The pages of all other parts are allocated, and the tmpfs has none left.
         guest.prepare(GuestRequest::Read);
         guest.allocate_pages();
         let filler = open("filler").unwrap();

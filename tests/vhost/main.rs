@@ -40,7 +40,7 @@ fn diffdiskd() -> Command {
 }
 
 #[test]
-fn a_guest_writes_and_the_next_one_reads_it() {
+fn a_guest_reads_what_earlier_guests_wrote() {
     let (_dir, mut daemon) = started(&["--num-queues=2"]);
     let pattern: Vec<u8> = (0..16384u32).map(|i| (i % 251) as u8).collect();
     for round in 0..3 {
@@ -62,7 +62,7 @@ fn a_guest_writes_and_the_next_one_reads_it() {
 }
 
 #[test]
-fn rings_wrap_and_polling_serves_as_well() {
+fn a_polled_ring_wraps_around() {
     let (_dir, mut daemon) = started(&["--num-queues=1", "--poll-us=50"]);
     let mut guest = Guest::connect(daemon.socket(), 1, 16);
     for i in 0..100u64 {
@@ -74,7 +74,7 @@ fn rings_wrap_and_polling_serves_as_well() {
 }
 
 #[test]
-fn the_signal_ends_it_in_good_order() {
+fn sigterm_shuts_the_daemon_down_cleanly() {
     for connected in [false, true] {
         let (_dir, mut daemon) = started(&["--num-queues=1"]);
         let mut guest = connected.then(|| Guest::connect(daemon.socket(), 1, 64));
@@ -94,16 +94,20 @@ fn a_second_front_end_is_refused_and_named() {
     let mut second = FrontEnd::new(daemon.connect());
     assert!(second.is_closed());
     daemon.wait_for_log(&format!("refused: process {}", std::process::id()), 1);
-    assert_eq!(first.get(GET_FEATURES) & FEATURES, FEATURES, "the first is served on");
+    assert_eq!(first.get(GET_FEATURES) & FEATURES, FEATURES, "the first front-end lost its service");
     drop(first);
     for _ in 0..50 {
         FrontEnd::negotiated(daemon.connect());
     }
-    assert_eq!(daemon.log().matches("second front-end").count(), 1, "one that left and came back is no second one");
+    assert_eq!(
+        daemon.log().matches("second front-end").count(),
+        1,
+        "a front-end that reconnected was taken for a second one"
+    );
 }
 
 #[test]
-fn what_is_offered() {
+fn the_offered_queues_memory_slots_and_features() {
     let (_dir, daemon) = started(&["--num-queues=3"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     assert_eq!(front_end.get(GET_QUEUE_NUM), 3);
@@ -114,7 +118,7 @@ fn what_is_offered() {
 }
 
 #[test]
-fn the_configuration_at_any_place() {
+fn the_configuration_space_is_readable_at_any_offset() {
     let (_dir, daemon) = started(&["--num-queues=3"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let whole = front_end.config(0, 256);
@@ -124,13 +128,13 @@ fn the_configuration_at_any_place() {
         let part = front_end.config(offset, len);
         assert_eq!(part, whole[offset as usize..(offset + len) as usize], "{offset} {len}");
     }
-    assert_eq!(front_end.config(0x100, 60), whole[..60], "where old cloud-hypervisors look");
+    assert_eq!(front_end.config(0x100, 60), whole[..60], "the offset that old cloud-hypervisors use");
     assert_eq!(front_end.config(4095, 1).len(), 1);
 }
 
-/// Every message here is wrong, and none may cost the connection.
+/// Every message here is invalid, and none may end the connection.
 #[test]
-fn bad_messages_are_refused_and_forgotten() {
+fn invalid_messages_are_refused_and_the_connection_stays() {
     let (_dir, daemon) = started(&["--num-queues=2"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let (null, page) = (File::open("/dev/null").unwrap(), memory(0x1000));
@@ -188,9 +192,9 @@ fn bad_messages_are_refused_and_forgotten() {
     assert_eq!(guest.read(0, 512, 512).unwrap(), [9; 512]);
 }
 
-/// These leave nothing but to hang up; the next front-end is served all the same.
+/// After each of these messages the daemon closes the connection. It must serve the next front-end.
 #[test]
-fn lost_connections_do_no_harm() {
+fn closed_connections_do_not_disturb_the_next_front_end() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
     let hung_up_on = |message: &dyn Fn(&mut FrontEnd)| {
         let mut front_end = FrontEnd::negotiated(daemon.connect());
@@ -201,7 +205,7 @@ fn lost_connections_do_no_harm() {
     hung_up_on(&|f| f.send(GET_FEATURES, 1, &vec![0; 5000], &[]));
     hung_up_on(&|f| f.send_message(GET_VRING_BASE, [7u32, 0].as_bytes(), &[]));
     hung_up_on(&|f| {
-        // Nobody reads these answers; the daemon gives up before it would have to wait.
+        // The front-end reads no replies. The daemon must close the connection before a send would block.
         rustix::net::sockopt::set_socket_send_buffer_size(f.socket(), 1 << 20).unwrap();
         for _ in 0..20_000 {
             let sent = rustix::net::send(f.socket(), [GET_FEATURES, 1, 0].as_bytes(), rustix::net::SendFlags::NOSIGNAL);
@@ -308,7 +312,7 @@ fn many_disks_in_one_process() {
     let mut child =
         command.arg(&disk).arg("--config").arg(&config).stderr(std::process::Stdio::null()).spawn().unwrap();
     while !(path("a.sock").exists() && path("b.sock").exists()) {
-        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        assert!(child.try_wait().unwrap().is_none(), "the daemon ended");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     let (mut a, mut b) = (Guest::connect(&path("a.sock"), 1, 64), Guest::connect(&path("b.sock"), 2, 64));

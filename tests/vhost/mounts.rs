@@ -1,4 +1,4 @@
-//! File systems of a test's own, mounted for as long as the test lasts. They need root; without it such a test is skipped.
+//! File systems mounted by one test for its own duration. Mounting needs root; without it the test is skipped.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Mounts `kind` at `place`; `None`, and a word about it, if that is not allowed here.
+/// Mounts a file system of type `kind` at `place`. If mounting is not allowed, prints the reason and returns `None`.
 pub(crate) fn mounted(kind: &str, place: &Path, options: &str) -> Option<Mounted> {
     let options = std::ffi::CString::new(options).unwrap();
     match mount("diffdisk-test", place, kind, MountFlags::empty(), options.as_c_str()) {

@@ -1,4 +1,4 @@
-//! A front-end that says what it is told, right or wrong.
+//! A front-end that sends any message, valid or not.
 
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut, Read};
@@ -51,7 +51,7 @@ impl FrontEnd {
         FrontEnd(socket)
     }
 
-    /// A front-end that has come as far as having features.
+    /// Connects and negotiates the features.
     pub(crate) fn negotiated(socket: UnixStream) -> FrontEnd {
         let mut front_end = FrontEnd::new(socket);
         front_end.send_message(SET_OWNER, &[], &[]);
@@ -75,18 +75,18 @@ impl FrontEnd {
         assert_eq!(sent, message.len());
     }
 
-    /// A message without an answer.
+    /// Sends a message that has no reply.
     pub(crate) fn send_message(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) {
         self.send(request, 1, body, files);
     }
 
-    /// A message whose outcome is wanted: whether it was done.
+    /// Sends a message with REPLY_ACK. Returns whether the daemon acknowledged success.
     pub(crate) fn set(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) -> bool {
         self.send(request, 9, body, files);
         u64::read_from_bytes(&self.read_reply(request)).unwrap() == 0
     }
 
-    /// A question without a body, whose answer is a number.
+    /// Sends a request without a body. Returns the number in the reply.
     pub(crate) fn get(&mut self, request: u32) -> u64 {
         self.send_message(request, &[], &[]);
         u64::read_from_bytes(&self.read_reply(request)).unwrap()
@@ -102,7 +102,7 @@ impl FrontEnd {
         body
     }
 
-    /// GET_CONFIG.
+    /// Sends GET_CONFIG. Returns the bytes of the configuration space.
     pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {
         let body = [[offset, len, 0].as_bytes(), &vec![0; len as usize]].concat();
         self.send_message(GET_CONFIG, &body, &[]);
@@ -111,7 +111,7 @@ impl FrontEnd {
         answer[12..].to_vec()
     }
 
-    /// GET_INFLIGHT_FD: the description to hand back, and the file.
+    /// Sends GET_INFLIGHT_FD. Returns the body for SET_INFLIGHT_FD, and the file.
     pub(crate) fn inflight(&mut self, queues: u16, size: u16) -> (Vec<u8>, File) {
         self.send_message(GET_INFLIGHT_FD, &[[0u64, 0].as_bytes(), [queues, size, 0, 0].as_bytes()].concat(), &[]);
         let mut message = [0; 12 + 24];
@@ -128,16 +128,16 @@ impl FrontEnd {
         (message[12..].to_vec(), file.into())
     }
 
-    /// Whether the daemon has closed the connection.
+    /// Waits until the daemon closes the connection. Returns false after the read timeout.
     pub(crate) fn is_closed(&mut self) -> bool {
-        // The answers still on their way are read first.
+        // Replies still in the socket are read first.
         let mut rest = Vec::new();
         let ended = self.0.read_to_end(&mut rest);
-        // Reset is what closing looks like where we had sent more than was read.
+        // If the daemon closes before it has read everything sent, the result is ECONNRESET.
         ended.map_or_else(|e| e.kind() == std::io::ErrorKind::ConnectionReset, |_| true)
     }
 
-    /// The same, without waiting for it.
+    /// Returns whether the daemon has closed the connection, without waiting.
     pub(crate) fn has_hung_up(&self) -> bool {
         let mut polled = [PollFd::new(&self.0, PollFlags::empty())];
         poll(&mut polled, Some(&Timespec::default())).unwrap() > 0
@@ -150,7 +150,7 @@ impl FrontEnd {
 
 impl Drop for FrontEnd {
     fn drop(&mut self) {
-        // Closing is not enough: a child that another test is just starting may hold a copy for a moment.
+        // Closing is not enough: a child process that another test starts at this moment may briefly hold a copy.
         let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 }

@@ -1,4 +1,4 @@
-//! What most tests of the daemon begin with: a served disk, memory of the guest, event counters.
+//! Setup that most tests of the daemon share: a served disk, guest memory, eventfds.
 
 use std::fs::File;
 
@@ -7,7 +7,7 @@ use super::image;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Starts a daemon on a fixed disk of 4 MiB. Returns its folder, too.
+/// Starts a daemon on a fixed disk of 4 MiB. Returns the daemon and its folder.
 pub(crate) fn started(options: &[&str]) -> (tempfile::TempDir, Daemon) {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("disk.vhd");
@@ -16,14 +16,14 @@ pub(crate) fn started(options: &[&str]) -> (tempfile::TempDir, Daemon) {
     (dir, daemon)
 }
 
-/// Makes a file in memory, as a front-end shares it for guest memory.
+/// Creates a memfd, as a front-end shares it for guest memory.
 pub(crate) fn memory(len: u64) -> File {
     let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(len).unwrap();
     file
 }
 
-/// Makes an event counter whose reads block.
+/// Creates an eventfd whose reads block.
 pub(crate) fn event() -> File {
     rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap().into()
 }

@@ -1,4 +1,4 @@
-//! The start of the daemon: what it takes over, what it refuses, and that a start that fails leaves nothing behind.
+//! The start of the daemon: inherited sockets, refusals, and no leftover files after a failed start.
 
 use std::fs;
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,7 +17,7 @@ use super::image;
 use super::setup::MIB;
 use super::temp::{self, RuntimeDir};
 
-/// A folder with images, and a runtime folder of its own.
+/// A folder for images, and a separate runtime folder.
 struct StartFixture {
     dir: tempfile::TempDir,
     runtime: RuntimeDir,
@@ -32,7 +32,7 @@ impl StartFixture {
         self.dir.path().join(name)
     }
 
-    /// A dynamic image, which has a live journal while it is served.
+    /// Creates a dynamic image, which has a live journal while it is served.
     fn image(&self, name: &str) -> PathBuf {
         let made = self.tool(&["create", name, "--size", "64M", "--quiet"]);
         assert!(made.status.success(), "{}", stderr_text(&made));
@@ -44,9 +44,9 @@ impl StartFixture {
         command.current_dir(&self.dir).args(args).arg(self.runtime.option()).output().unwrap()
     }
 
-    /// The daemon, run by a shell after `before`.
+    /// Returns the command of a shell that runs `before` and then the daemon.
     fn daemon(&self, before: &str, args: &str) -> Command {
-        // Also under nohup, where a shell cannot take SIGHUP back.
+        // env restores SIGHUP even under nohup. A shell cannot restore a signal that it inherited as ignored.
         let mut command = Command::new("env");
         command.args(["--default-signal=HUP", "sh"]);
         let runtime = self.runtime.option();
@@ -68,13 +68,13 @@ impl StartFixture {
     fn wait_for(&self, child: &mut Child, words: &str) {
         let begun = Instant::now();
         while !self.log_text().contains(words) {
-            assert!(child.try_wait().unwrap().is_none(), "it ended: {}", self.log_text());
-            assert!(begun.elapsed() < Duration::from_secs(60), "in vain waited for {words:?}: {}", self.log_text());
+            assert!(child.try_wait().unwrap().is_none(), "the daemon ended: {}", self.log_text());
+            assert!(begun.elapsed() < Duration::from_secs(60), "timed out waiting for {words:?}: {}", self.log_text());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// What a daemon might have left: journals, sockets, locks.
+    /// Returns the names of files that a daemon may have left: journals, sockets, locks.
     fn leftover_files(&self) -> Vec<String> {
         let names = |dir: &Path| fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
         let known = |name: &String| ![".vhd", "log"].iter().any(|end| name.ends_with(end)) && name != "file";
@@ -95,19 +95,19 @@ fn stop(mut child: Child, signal: Signal) -> Option<i32> {
         }
         if Instant::now() > deadline {
             child.kill().unwrap();
-            panic!("it does not end by {signal:?}");
+            panic!("the daemon did not end on {signal:?}");
         }
         sleep(Duration::from_millis(5));
     }
 }
 
 #[test]
-fn a_start_that_fails_leaves_nothing_behind() {
+fn a_start_that_fails_leaves_no_files() {
     let fixture = StartFixture::new();
     fixture.image("a.vhd");
     fs::write(fixture.path("file"), "precious").unwrap();
     let second = "--disk path=a.vhd,socket=a.sock";
-    // What runs before it, its arguments, and what it says.
+    // The shell commands before the daemon, its arguments, and a part of its error message.
     let cases = [
         ("", "--blk-file=a.vhd --socket-path=none/a.sock".to_owned(), "none/a.sock"),
         ("", "--blk-file=a.vhd --socket-path=file".into(), "not a socket"),
@@ -127,7 +127,7 @@ fn a_start_that_fails_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_start_that_is_stopped_while_it_waits_leaves_nothing_behind() {
+fn a_start_that_is_interrupted_while_it_waits_leaves_no_files() {
     let fixture = StartFixture::new();
     fixture.image("a.vhd");
     fixture.image("b.vhd");
@@ -137,14 +137,14 @@ fn a_start_that_is_stopped_while_it_waits_leaves_nothing_behind() {
     let args = "--disk path=a.vhd,socket=a.sock --disk path=b.vhd,socket=c.sock";
     let mut waits = fixture.daemon("", args).spawn().unwrap();
     fixture.wait_for(&mut waits, "waiting up to");
-    assert!(fixture.leftover_files().len() > before.len(), "the first disk stands");
+    assert!(fixture.leftover_files().len() > before.len(), "the first disk has no files yet");
     assert_eq!(stop(waits, Signal::TERM), Some(0), "{}", fixture.log_text());
     assert_eq!(fixture.leftover_files(), before);
     assert_eq!(stop(holder, Signal::TERM), Some(0));
     assert_eq!(fixture.leftover_files(), [""; 0]);
 }
 
-/// What a killed daemon acknowledged is not lost by a start that fails.
+/// Writes that a killed daemon acknowledged survive a failed start.
 #[test]
 fn the_journal_of_a_killed_daemon_outlives_a_failed_start() {
     let fixture = StartFixture::new();
@@ -167,7 +167,7 @@ fn the_journal_of_a_killed_daemon_outlives_a_failed_start() {
 }
 
 #[test]
-fn a_terminal_that_closes_ends_it_in_good_order() {
+fn sighup_shuts_the_daemon_down_cleanly() {
     let fixture = StartFixture::new();
     fixture.image("a.vhd");
     let mut daemon = fixture.daemon("", "--blk-file=a.vhd --socket-path=a.sock").spawn().unwrap();
@@ -175,7 +175,7 @@ fn a_terminal_that_closes_ends_it_in_good_order() {
     assert_eq!(stop(daemon, Signal::HUP), Some(0), "{}", fixture.log_text());
     assert!(fixture.log_text().contains("closed"));
     assert_eq!(fixture.leftover_files(), [""; 0]);
-    // nohup asks for the opposite.
+    // Under nohup the daemon ignores SIGHUP.
     let mut daemon = fixture.daemon("trap '' HUP;", "--blk-file=a.vhd --socket-path=b.sock").spawn().unwrap();
     fixture.wait_for(&mut daemon, "on b.sock");
     kill_process(Pid::from_child(&daemon), Signal::HUP).unwrap();
@@ -193,14 +193,14 @@ fn inheritable(path: &Path) -> (UnixListener, RawFd) {
 }
 
 #[test]
-fn the_names_of_sockets_decide_which_disk_they_serve() {
+fn the_names_of_inherited_sockets_select_their_disks() {
     let fixture = StartFixture::new();
     image::make_fixed(&fixture.path("a.vhd"), MIB);
     image::make_fixed(&fixture.path("b.vhd"), 2 * MIB);
     let ((first, x), (second, y)) = (inheritable(&fixture.path("x")), inheritable(&fixture.path("y")));
     let before = |names: &str| format!("exec 3<&{x} 4<&{y}; {names} LISTEN_FDS=2 LISTEN_PID=$$");
     let disks = "--disk path=a.vhd,id=a --disk path=b.vhd,id=b";
-    // In the other order than the disks.
+    // In the reverse order of the disks.
     let mut daemon = fixture.daemon(&before("LISTEN_FDNAMES=b:a"), disks).spawn().unwrap();
     fixture.wait_for(&mut daemon, "disk b: ");
     let sectors = |name: &str| Guest::connect(&fixture.path(name), 1, 64).config.capacity.to_native();
@@ -214,11 +214,11 @@ fn the_names_of_sockets_decide_which_disk_they_serve() {
         ("LISTEN_FDNAMES=a", "1 names for 2 sockets"),
     ] {
         let status = fixture.daemon(&before(names), disks).status().unwrap();
-        let told = fixture.log_text();
-        assert_eq!(status.code(), Some(1), "{names}: {told}");
-        assert!(told.lines().last().unwrap().contains(why), "{names}: {told}");
+        let log = fixture.log_text();
+        assert_eq!(status.code(), Some(1), "{names}: {log}");
+        assert!(log.lines().last().unwrap().contains(why), "{names}: {log}");
     }
-    // By their paths, whatever they are called.
+    // Sockets are matched by their paths, without regard to their names.
     let by_path = format!(
         "--disk path=a.vhd,id=a,socket={} --disk path=b.vhd,id=b,socket={}",
         fixture.path("y").display(),
@@ -232,7 +232,7 @@ fn the_names_of_sockets_decide_which_disk_they_serve() {
 }
 
 #[test]
-fn one_socket_without_a_name_serves_one_disk() {
+fn an_inherited_socket_without_a_name_serves_the_only_disk() {
     let fixture = StartFixture::new();
     image::make_fixed(&fixture.path("a.vhd"), MIB);
     let (listener, number) = inheritable(&fixture.path("x"));
@@ -246,7 +246,7 @@ fn one_socket_without_a_name_serves_one_disk() {
 }
 
 #[test]
-fn a_socket_for_another_user() {
+fn a_socket_gets_its_group_and_mode_from_the_options() {
     let fixture = StartFixture::new();
     image::make_fixed(&fixture.path("a.vhd"), MIB);
     image::make_fixed(&fixture.path("b.vhd"), MIB);
@@ -264,7 +264,7 @@ fn a_socket_for_another_user() {
     assert_eq!((access("a.sock"), access("b.sock")), ((group, 0o660), (group, 0o666)));
     let bound = fs::read_to_string("/proc/net/unix").unwrap();
     assert!(bound.lines().any(|line| line.ends_with(" a.sock")), "the kernel shows the final name");
-    // A second daemon on the same path is refused, and does the first no harm.
+    // A second daemon on the same path is refused and does not disturb the first.
     image::make_fixed(&fixture.path("c.vhd"), MIB);
     let status = fixture.daemon("", "--blk-file=c.vhd --socket-path=a.sock").status().unwrap();
     assert_eq!(status.code(), Some(1), "{}", fixture.log_text());
@@ -276,7 +276,7 @@ fn a_socket_for_another_user() {
 }
 
 #[test]
-fn a_listener_whose_queue_is_full_does_not_hold_up_the_start() {
+fn a_listener_with_a_full_backlog_does_not_delay_the_start() {
     let fixture = StartFixture::new();
     image::make_fixed(&fixture.path("a.vhd"), MIB);
     let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None).unwrap();
@@ -296,7 +296,7 @@ fn a_listener_whose_queue_is_full_does_not_hold_up_the_start() {
 }
 
 #[test]
-fn a_file_that_loses_its_name_is_reported_once() {
+fn an_image_that_is_unlinked_while_served_is_reported_once() {
     let fixture = StartFixture::new();
     for name in ["a.vhd", "b.vhd", "c.vhd", "new.vhd"] {
         image::make_fixed(&fixture.path(name), MIB);
@@ -319,10 +319,10 @@ fn a_file_that_loses_its_name_is_reported_once() {
 }
 
 #[test]
-fn a_limit_of_the_files_size_is_an_error_of_the_write() {
+fn a_file_size_limit_fails_the_write() {
     let fixture = StartFixture::new();
     fixture.image("a.vhd");
-    // Blocks of 512 bytes: 20 MiB, less than a step of growth, and more than a block of 2 MiB.
+    // `ulimit -f` counts units of 512 bytes. 20 MiB is less than one step of growth and more than a block of 2 MiB.
     let mut daemon =
         fixture.daemon("ulimit -f 40960;", "--blk-file=a.vhd --socket-path=a.sock --num-queues=1").spawn().unwrap();
     fixture.wait_for(&mut daemon, "disk a.vhd: ");
@@ -344,9 +344,9 @@ fn a_limit_of_the_files_size_is_an_error_of_the_write() {
     assert_eq!(check.status.code(), Some(0), "{}", stderr_text(&check));
 }
 
-/// The tool reports the limit, too, instead of dying by SIGXFSZ with its temporary file left behind.
+/// The tool reports the limit, too. SIGXFSZ does not kill it, and no temporary file is left.
 #[test]
-fn the_tool_outlives_a_limit_of_the_files_size() {
+fn the_tool_reports_a_file_size_limit() {
     let fixture = StartFixture::new();
     fs::write(fixture.path("source"), vec![7; 8 << 20]).unwrap();
     for line in ["create a.vhd --type fixed --size 64M", "convert source a.vhd --from raw --to dynamic"] {
@@ -358,9 +358,9 @@ fn the_tool_outlives_a_limit_of_the_files_size() {
     }
 }
 
-/// The descriptors that a start asks for are enough for what is then used, and not many times as much.
+/// The number of descriptors that a start reserves suffices for the load and is not much larger than needed.
 #[test]
-fn descriptors_are_counted_right() {
+fn the_start_reserves_the_right_number_of_descriptors() {
     let fixture = StartFixture::new();
     fixture.image("a.vhd");
     let mut daemon = fixture.daemon("", "--blk-file=a.vhd --socket-path=a.sock --num-queues=32").spawn().unwrap();
@@ -376,7 +376,7 @@ fn descriptors_are_counted_right() {
 }
 
 #[test]
-fn the_log_says_what_is_served_and_how() {
+fn the_log_lists_the_disks_and_their_settings() {
     let fixture = StartFixture::new();
     fixture.image("root.vhd");
     let made = fixture.tool(&["create", "a.vhd", "--parent", "root.vhd", "--quiet"]);

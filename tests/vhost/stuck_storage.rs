@@ -1,4 +1,4 @@
-//! Storage that stops answering: a file system of one file, served by this process through FUSE.
+//! Storage that stops answering: a FUSE file system with one file, served by this process.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -19,7 +19,7 @@ use super::raw::*;
 use super::setup::MIB;
 
 const NAME: &str = "disk.vhd";
-/// A look-up of this name is not answered while the storage is stuck.
+/// The name of the file. Its look-up is not answered while the storage is stuck.
 const BLOCKING_NAME: &str = "nothing";
 
 struct Server {
@@ -27,7 +27,7 @@ struct Server {
     stuck: Arc<AtomicBool>,
 }
 
-/// The mounted file. Dropped, it answers again and is unmounted.
+/// The mounted file system. On drop it answers again and is unmounted.
 pub(crate) struct StuckDisk {
     stuck: Arc<AtomicBool>,
     session: Option<BackgroundSession>,
@@ -35,7 +35,7 @@ pub(crate) struct StuckDisk {
 }
 
 impl StuckDisk {
-    /// A file with these bytes; `None`, and a word about it, if FUSE is not to be had.
+    /// Mounts a file with the given bytes. If FUSE is not available, prints the reason and returns `None`.
     pub(crate) fn mount(bytes: Vec<u8>) -> Option<StuckDisk> {
         let stuck = Arc::new(AtomicBool::new(false));
         let place = tempfile::tempdir().unwrap();
@@ -54,12 +54,12 @@ impl StuckDisk {
     }
 
     pub(crate) fn open(&self) -> File {
-        // The server has no use for FLUSH, and says so once: from then on a close asks nothing.
+        // The server answers the first FLUSH with ENOSYS; the kernel then sends no further FLUSH when a file is closed.
         drop(File::open(self.path()).unwrap());
         File::options().read(true).write(true).open(self.path()).unwrap()
     }
 
-    /// From now on no request is even read. (The kernel waits for one that was read, whoever is killed meanwhile.)
+    /// Stops reading requests. (Once a request was read, its process waits for the reply and cannot be killed.)
     pub(crate) fn stop_answering(&self) {
         self.stuck.store(true, Ordering::SeqCst);
         let nothing = self.place.path().join(BLOCKING_NAME);
@@ -82,7 +82,7 @@ impl Drop for StuckDisk {
 
 impl FileContent for Server {
     const NAME: &'static str = NAME;
-    /// The kernel asks again each time.
+    /// Zero: the kernel repeats every look-up.
     const TTL: Duration = Duration::ZERO;
 
     fn len(&self) -> u64 {
@@ -116,8 +116,8 @@ impl FileContent for Server {
     }
 }
 
-/// A disk on such storage with a guest that has written, and one request that does not end. The storage is dropped first: a
-/// daemon that waits for it cannot even be killed.
+/// A disk on stuck storage, with a guest that has written and has one request in flight that does not complete. The storage
+/// is dropped first: a daemon that waits for it cannot be killed.
 fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, StuckDisk)> {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image");
@@ -135,7 +135,7 @@ fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, 
     stuck.stop_answering();
     guest.prepare(GuestRequest::Write);
     guest.publish();
-    // Long enough for the daemon to look up the names of its files, too, which must not hold it either.
+    // Long enough for the daemon to look up the names of its files as well. This look-up must not block it either.
     sleep(Duration::from_secs(6));
     assert_eq!(guest.completed(), 1);
     Some((dir, daemon, guest, front_end, stuck))
@@ -152,7 +152,7 @@ fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
     drop(stuck);
 }
 
-/// The front-end gets its queue back after the deadline, or rather loses the connection: there is no base to give.
+/// After the deadline the daemon closes the connection, as there is no ring base to return.
 #[test]
 fn stopping_a_queue_has_a_deadline() {
     let Some((_dir, mut daemon, guest, mut front_end, stuck)) = stuck_request() else { return };
@@ -160,13 +160,13 @@ fn stopping_a_queue_has_a_deadline() {
     std::thread::sleep(Duration::from_secs(20));
     assert!(front_end.is_closed(), "{}", daemon.log());
     daemon.wait_for_log("the storage does not respond", 1);
-    // A front-end that comes back is answered, but cannot have the queue yet.
+    // A front-end that reconnects gets replies, but cannot enable the queue yet.
     let mut again = FrontEnd::negotiated(daemon.connect());
     let next = ManualGuest::new(Part::Data);
     next.attach(&mut again);
     assert!(!next.enable(&mut again));
     assert!(again.is_closed(), "where the ring stands is unknown");
-    // Nor another queue, by which it could write what the late request then writes over.
+    // Nor any other queue: the late request could overwrite what the front-end writes through it.
     let mut again = FrontEnd::negotiated(daemon.connect());
     next.attach_to(&mut again, 1);
     assert!(!again.set(SET_VRING_ENABLE, [1u32, 1].as_bytes(), &[]));
@@ -183,6 +183,6 @@ fn stopping_a_queue_has_a_deadline() {
         drop(again);
         sleep(Duration::from_millis(100));
     }
-    assert_eq!(guest.completed(), 2, "the request ended after all");
+    assert_eq!(guest.completed(), 2, "the late request did not complete");
     assert!(daemon.terminate().success());
 }

@@ -1,5 +1,5 @@
-//! What the machine decides: its configuration, and the runtime folders it has. Each test has mounts of its own, which needs
-//! root.
+//! Settings of the machine: the system configuration and the available runtime folders. Each test runs in a mount namespace
+//! of its own, which needs root.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use assert_cmd::cargo::cargo_bin;
 
 use super::temp;
 
-/// Runs a shell script in a mount namespace of its own, in `dir`; `None` without root.
+/// Runs a shell script in a new mount namespace, in the folder `dir`. Returns `None` without root.
 fn in_mount_namespace(dir: &Path, script: &str) -> Option<Output> {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: needs root");
@@ -25,14 +25,14 @@ fn output_text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
 }
 
-/// Starts the daemon with a writable disk, waits until it serves or has ended, ends it, and prints what it logged.
+/// Starts the daemon with a writable disk, waits until it serves or has ended, stops it, and prints its log.
 const SERVE: &str = "diffdisk create a.vhd --size 8M --quiet --no-system-config; \
     diffdiskd --no-system-config --blk-file=a.vhd --socket-path=a.sock 2>log & daemon=$!; \
     while kill -0 $daemon 2>/dev/null && ! grep -q 'queues of' log; do sleep 0.02; done; \
     kill $daemon 2>/dev/null || true; wait $daemon && echo ended well || echo failed; cat log";
 
 #[test]
-fn a_runtime_folder_that_cannot_be_used_does_not_end_the_start() {
+fn the_start_falls_back_to_another_runtime_folder() {
     let small = "mount -t tmpfs -o size=64k small /run";
     let read_only = "mount -t tmpfs -o ro none /run";
     let taken = "mount -t tmpfs mine /run; mkdir /run/diffdisk; chown 1234 /run/diffdisk";
@@ -46,11 +46,11 @@ fn a_runtime_folder_that_cannot_be_used_does_not_end_the_start() {
         let dir = temp::scratch("system");
         let script = format!("{run}; mount -t tmpfs shm /dev/shm; {shm}; {SERVE}");
         let Some(output) = in_mount_namespace(dir.path(), &script) else { return };
-        let said = output_text(&output);
-        assert!(said.contains("ended well"), "{run}: {said}");
-        assert!(said.contains(&format!("runtime folder {folder}, ")), "{run}: {said}");
-        assert_eq!(said.matches("WARN").count(), 1, "{run}: {said}");
-        assert!(said.lines().find(|line| line.contains("WARN")).unwrap().contains(why), "{run}: {said}");
+        let message = output_text(&output);
+        assert!(message.contains("ended well"), "{run}: {message}");
+        assert!(message.contains(&format!("runtime folder {folder}, ")), "{run}: {message}");
+        assert_eq!(message.matches("WARN").count(), 1, "{run}: {message}");
+        assert!(message.lines().find(|line| line.contains("WARN")).unwrap().contains(why), "{run}: {message}");
     }
 }
 
@@ -70,7 +70,7 @@ fn an_explicit_runtime_folder_is_used_or_refused() {
 }
 
 #[test]
-fn the_configuration_of_the_machine() {
+fn the_system_configuration_applies_to_both_programs() {
     let dir = temp::scratch("system");
     let path = |name: &str| dir.path().join(name);
     for folder in ["etc/diffdisk", "images", "vms"] {
@@ -83,28 +83,31 @@ fn the_configuration_of_the_machine() {
         Some((output.status.code(), output_text(&output)))
     };
     let make = "diffdisk create images/root.vhd --size 8M; diffdisk create vms/a.vhd --parent images/root.vhd";
-    let Some((code, told)) = with("", make) else { return };
-    assert_eq!(code, Some(0), "{told}");
+    let Some((code, printed)) = with("", make) else { return };
+    assert_eq!(code, Some(0), "{printed}");
     let hint = format!("so it can be opened only with --allow-parents {}", path("images").display());
-    assert!(told.contains(&hint), "{told}");
-    let (_, told) = with(&config, &make.replace("root.vhd", "root2.vhd").replace("a.vhd", "a2.vhd")).unwrap();
-    assert!(!told.contains("warn"), "a folder that is allowed needs no option: {told}");
+    assert!(printed.contains(&hint), "{printed}");
+    let (_, printed) = with(&config, &make.replace("root.vhd", "root2.vhd").replace("a.vhd", "a2.vhd")).unwrap();
+    assert!(!printed.contains("warn"), "a folder that is allowed needs no option: {printed}");
     let info = "diffdisk info vms/a.vhd --chain";
     let serve = "diffdiskd --blk-file=vms/a.vhd --socket-path=a.sock 2>log & daemon=$!; \
         while kill -0 $daemon 2>/dev/null && ! grep -q 'queues of' log; do sleep 0.02; done; \
         kill $daemon 2>/dev/null || true; wait $daemon || { cat log; exit 1; }";
     for command in [info, serve] {
-        let (code, told) = with("", command).unwrap();
-        let is_missed = told.contains("not below an allowed folder");
-        assert!(is_missed && (code == Some(1) || command == info), "{command}: the parent lies elsewhere: {told}");
-        let (code, told) = with(&config, command).unwrap();
-        assert_eq!(code, Some(0), "{command}: {told}");
-        let (code, told) = with("colour = 1\n", command).unwrap();
-        assert!(code == Some(1) && told.contains("/etc/diffdisk/diffdisk.toml") && told.contains("colour"), "{told}");
+        let (code, printed) = with("", command).unwrap();
+        let is_missed = printed.contains("not below an allowed folder");
+        assert!(is_missed && (code == Some(1) || command == info), "{command}: the parent lies elsewhere: {printed}");
+        let (code, printed) = with(&config, command).unwrap();
+        assert_eq!(code, Some(0), "{command}: {printed}");
+        let (code, printed) = with("colour = 1\n", command).unwrap();
+        assert!(
+            code == Some(1) && printed.contains("/etc/diffdisk/diffdisk.toml") && printed.contains("colour"),
+            "{printed}"
+        );
         let writable = format!("chmod g+w /etc/diffdisk/diffdisk.toml; {command}");
-        let (code, told) = with(&config, &writable).unwrap();
+        let (code, printed) = with(&config, &writable).unwrap();
         fs::remove_file(path("etc/diffdisk/diffdisk.toml")).unwrap();
-        assert!(code == Some(1) && told.contains("write to it"), "{told}");
+        assert!(code == Some(1) && printed.contains("write to it"), "{printed}");
     }
     let without = format!("{info} --no-system-config");
     assert!(with(&config, &without).unwrap().1.contains("not below an allowed folder"));

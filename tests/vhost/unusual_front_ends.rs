@@ -1,4 +1,4 @@
-//! Front-ends that do what the protocol allows and few do, and front-ends whose mistakes the log has to explain.
+//! Front-ends that use rare features of the protocol, and front-ends whose mistakes the log must explain.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 use super::raw::*;
 use super::setup::{event, memory, started};
 
-/// Where the front-end has its memory, and the parts of a ring of up to 512 descriptors in it.
+/// Front-end address of the memory. The parts of a ring of up to 512 descriptors follow as offsets.
 const USER: u64 = 0x7000_0000;
 const AVAIL: u64 = 0x3000;
 const USED: u64 = 0x4000;
@@ -61,19 +61,19 @@ fn wait_for_completion(ram: &File) {
         }
         sleep(Duration::from_millis(10));
     }
-    panic!("the request has no answer");
+    panic!("the request was not completed");
 }
 
-/// The guest of a virtio-mmio machine chooses its rings, whatever the front-end asked a record for.
+/// The guest of a virtio-mmio machine chooses the sizes of its rings. The front-end's in-flight record may be smaller.
 #[test]
 fn rings_larger_than_their_in_flight_record_are_served() {
     let (_dir, mut daemon) = started(&["--num-queues=2", "--log-level=debug"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let (ram, kick) = (memory(2 * RAM), event());
     assert!(front_end.set(ADD_MEM_REG, &region(0, 2 * RAM, USER), &[ram.as_fd()]));
-    // For one queue of the two, and too small.
-    let (told, record) = front_end.inflight(1, 128);
-    assert!(front_end.set(SET_INFLIGHT_FD, &told, &[record.as_fd()]));
+    // A record for one of the two queues, and with too few descriptors.
+    let (body, record) = front_end.inflight(1, 128);
+    assert!(front_end.set(SET_INFLIGHT_FD, &body, &[record.as_fd()]));
     assert!(set_up(&mut front_end, 0, 256, USER, Some(&kick)));
     assert!(set_up(&mut front_end, 1, 128, USER + RAM, Some(&kick)));
     daemon.wait_for_log("ring 1 runs from 0", 1);
@@ -89,15 +89,15 @@ fn rings_larger_than_their_in_flight_record_are_served() {
     );
 }
 
-/// No message gives the front-end the numbers that the daemon was started with, but for that of queues.
+/// No message tells the front-end the daemon's `--queue-size`, only the number of queues.
 #[test]
 fn rings_and_records_larger_than_the_daemons_queue_size_are_served() {
     let (_dir, mut daemon) = started(&["--num-queues=1", "--queue-size=64", "--log-level=debug"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let (ram, kick) = (memory(RAM), event());
     assert!(front_end.set(ADD_MEM_REG, &region(0, RAM, USER), &[ram.as_fd()]));
-    let (told, record) = front_end.inflight(2, 512);
-    assert!(front_end.set(SET_INFLIGHT_FD, &told, &[record.as_fd()]));
+    let (body, record) = front_end.inflight(2, 512);
+    assert!(front_end.set(SET_INFLIGHT_FD, &body, &[record.as_fd()]));
     assert!(set_up(&mut front_end, 0, 512, USER, Some(&kick)));
     daemon.wait_for_log("ring 0 runs from 0", 1);
     submit_get_id(&ram);
@@ -132,7 +132,7 @@ fn a_ring_without_a_kick_is_polled() {
     wait_for_completion(&ram);
 }
 
-/// QEMU with a private memory backend sends the file of the memory, into which nothing of the guest is ever written.
+/// QEMU with a private memory backend sends the memory's file, but the guest's writes never reach this file.
 #[test]
 fn a_guest_whose_memory_is_private_is_explained() {
     let (_dir, mut daemon) = started(&["--num-queues=2"]);
@@ -150,7 +150,7 @@ fn a_guest_whose_memory_is_private_is_explained() {
 
 /// A front-end may kick rings that are empty.
 #[test]
-fn a_kick_of_an_empty_ring_is_no_mistake() {
+fn a_kick_of_an_empty_ring_causes_no_warning() {
     let (_dir, daemon) = started(&["--num-queues=2"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
     let (ram, kick, other) = (memory(2 * RAM), event(), event());
@@ -165,7 +165,7 @@ fn a_kick_of_an_empty_ring_is_no_mistake() {
     assert!(!daemon.log().contains("share=on"), "{}", daemon.log());
 }
 
-/// QEMU with memory that has no file describes no region.
+/// QEMU with anonymous guest memory describes no region.
 #[test]
 fn a_guest_without_shared_memory_is_explained() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
@@ -175,7 +175,7 @@ fn a_guest_without_shared_memory_is_explained() {
     assert!(daemon.log().contains("share=on"), "{}", daemon.log());
 }
 
-/// QEMU compares the numbers itself, and leaves.
+/// QEMU compares the number of queues itself, and disconnects.
 #[test]
 fn a_front_end_that_uses_more_queues_is_explained() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);

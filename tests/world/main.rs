@@ -81,8 +81,8 @@ fn every_mutant_is_found() {
     let half = |thread: usize| {
         std::thread::spawn(move || {
             let layouts = layouts::all_layouts(20);
-            // `StaleBits` needs two readers of one bitmap sector, and its eviction between them. `image/clock_tests.rs` finds it with
-            // threads; 12 million states here did not.
+            // `StaleBits` needs two readers of one bitmap sector, and its eviction between them. `image/clock_tests.rs` finds it
+            // with threads; 12 million states here did not.
             let only = std::env::var("DIFFDISK_MUTANT").ok();
             let selected = |m: &Mutant| only.as_ref().is_none_or(|name| format!("{m:?}") == *name);
             let of_sessions = |m: &Mutant| sessions::MUTANTS.contains(m);

@@ -1,4 +1,4 @@
-# The demo's guest: looks at the files of the golden image, then writes its own.
+# The guest of the demo: reads the files of the golden image, then writes new ones.
 # shellcheck shell=dash
 
 echo "  guest: Linux $(uname -r), /dev/vda is $(($(cat /sys/block/vda/size) / 2048)) MiB"

@@ -1,5 +1,5 @@
-# A file system's whole life: made, filled by many small and some large files, checked, read again, and its SHA-256 taken.
-# Prints `DEVICE-SHA256: ...` of all of /dev/vda, as a cold read finds it.
+# Creates a file system, fills it with many small and some large files, checks it, and reads the files again.
+# Prints `DEVICE-SHA256: ...` of all of /dev/vda, read with a cold cache.
 # shellcheck shell=dash
 
 forget_caches() {

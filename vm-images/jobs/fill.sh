@@ -1,4 +1,4 @@
-# Fills a fresh file system on /dev/vda with 64 MiB that do not compress. trim.sh gives them back.
+# Writes 64 MiB of incompressible data to a new file system on /dev/vda. trim.sh frees the space.
 # shellcheck shell=dash
 
 mkfs.ext4 -q -F /dev/vda

@@ -1,5 +1,5 @@
-# A file system at work for three quarters of a minute, while the host does to the disk's back-end what it likes.
-# Prints `LOAD: begins` and `LOAD: over`, in between which to do it, and `ROUNDS: ...`; fails on any error the guest notices.
+# A file system under load for 45 seconds, while the host kills and restarts the disk's back-end.
+# Prints `LOAD: begins` and `LOAD: over`, between which the host may do so, and `ROUNDS: ...`. Fails on any error in the guest.
 # needs: fio
 # shellcheck shell=dash
 
@@ -39,7 +39,7 @@ while [ "$(seconds)" -lt "$end" ]; do
         cat /tmp/report
         exit 1
     }
-    # What was cached is written back, forgotten, and read again.
+    # Writes the cache back, drops it, and reads all files again.
     for i in $(seq 1 20); do
         seq "$rounds" "$((i * 500 + rounds))" >"/mnt/tree/$i"
     done

@@ -1,4 +1,4 @@
-# A read-only disk says so, refuses writes, and is read all the same. Prints `DEVICE-SHA256: ...`.
+# A read-only disk is marked as such, refuses writes, and can be read. Prints `DEVICE-SHA256: ...`.
 # shellcheck shell=dash
 
 if [ "$(cat /sys/block/vda/ro)" != 1 ]; then

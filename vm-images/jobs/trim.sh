@@ -1,4 +1,4 @@
-# Deletes what fill.sh wrote and gives the space back to the disk. Prints `TRIMMED-BYTES: ...`.
+# Deletes the files of fill.sh and trims the file system. Prints `TRIMMED-BYTES: ...`.
 # shellcheck shell=dash
 
 mount -t ext4 /dev/vda /mnt
@@ -9,7 +9,7 @@ trimmed=$(fstrim -v /mnt)
 echo "$trimmed"
 umount /mnt
 e2fsck -f -n /dev/vda
-# busybox says "/mnt: 123 bytes trimmed".
+# busybox prints "/mnt: 123 bytes trimmed".
 bytes=$(echo "$trimmed" | sed -n 's/.* \([0-9]\{1,\}\) bytes.*/\1/p')
 echo "TRIMMED-BYTES: $bytes"
 [ "$bytes" -ge 67108864 ]

@@ -1,5 +1,5 @@
-# Two processes write at random places, each block with a CRC in it, then read all of it back: twice, the second time cold.
-# Prints `QUEUES: ...`, and `WRITTEN: ...` when a quarter is written, for those who want to disturb it then.
+# Two processes write blocks with a CRC at random offsets, then read all of them back twice, the second time with a cold cache.
+# Prints `QUEUES: ...`, and `WRITTEN: ...` when a quarter is written, so that a test can interfere at this moment.
 # needs: fio
 # shellcheck shell=dash
 
@@ -8,7 +8,7 @@ echo "QUEUES: $queues"
 [ "$queues" -ge 2 ]
 
 # Each process stays on a processor, and so on a queue, of its own, with half of the disk (at most 24 MiB) for itself.
-# shellcheck disable=SC2017 # rounding down is meant
+# shellcheck disable=SC2017 # rounding down is intended
 half=$(($(cat /sys/block/vda/size) / 2 * 512 / 1048576 * 1048576))
 [ "$half" -gt 0 ]
 size=$((half < 25165824 ? half : 25165824))
