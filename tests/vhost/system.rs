@@ -83,7 +83,7 @@ fn the_configuration_of_the_machine() {
     let make = "diffdisk create images/root.vhd --size 8M; diffdisk create vms/a.vhd --parent images/root.vhd";
     let Some((code, told)) = with("", make) else { return };
     assert_eq!(code, Some(0), "{told}");
-    let hint = format!("so it can be opened only with --allow-parents {}", path("images").display());
+    let hint = format!("so the image can be opened only with --allow-parents {}", path("images").display());
     assert!(told.contains(&hint), "{told}");
     let (_, told) = with(&config, &make.replace("root.vhd", "root2.vhd").replace("a.vhd", "a2.vhd")).unwrap();
     assert!(!told.contains("warn"), "a folder that is allowed needs no option: {told}");
