@@ -9,10 +9,15 @@ use crate::error::Error;
 /// Exit codes of `diffdisk`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Exit {
+    /// Success.
     Done = 0,
+    /// An error, for example of I/O, or a refusal.
     Failed = 1,
+    /// `check` found corruption.
     Corrupt = 3,
+    /// `check` found only leaks or cosmetic defects.
     Leaks = 4,
+    /// `compare` found a difference.
     Different = 5,
 }
 

@@ -89,7 +89,7 @@ impl<'a> Connection<'a> {
     /// the protocol defines no error reply for the request.
     pub(super) fn handle(&mut self, frame: MessageFrame, socket: &UnixStream) -> Result<Option<ConnectionEnd>> {
         self.last_request = Some(frame.request());
-        let broken = |e| Error::io("the socket fails", e);
+        let broken = |e| Error::io("I/O on the connection failed", e);
         let state = |session: &Self| {
             let handler = session.handler.lock().unwrap_or_else(PoisonError::into_inner);
             (handler.handled_requests(), handler.has_reply_ack())
@@ -100,7 +100,7 @@ impl<'a> Connection<'a> {
                 Ok(()) => return Ok(None),
                 Err(VhostError::Disconnected) => return Ok(Some(ConnectionEnd::Disconnected)),
                 Err(e @ (VhostError::SocketBroken(_) | VhostError::SocketError(_) | VhostError::PartialMessage)) => {
-                    return Err(Error::io("the socket fails", std::io::Error::other(e)));
+                    return Err(Error::io("I/O on the connection failed", std::io::Error::other(e)));
                 }
                 Err(e) => (e.to_string(), state(self).0 != calls || frame.is_always_acked_by_crate()),
             }

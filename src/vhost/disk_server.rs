@@ -260,7 +260,7 @@ impl DiskServer {
             if from_front_end.is_empty() && partial_since.is_none() {
                 continue;
             }
-            match frame::peek(&socket).map_err(|e| Error::io("the socket fails", e))? {
+            match frame::peek(&socket).map_err(|e| Error::io("I/O on the connection failed", e))? {
                 PeekedMessage::Closed => {
                     self.warn_of_queue_shortage(&connection);
                     return Ok(ConnectionEnd::Disconnected);

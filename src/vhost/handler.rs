@@ -47,16 +47,16 @@ fn not_offered<T>() -> VhostResult<T> {
 }
 
 impl<'a> Handler<'a> {
-    /// Creates the handler of a new connection, and resets what an earlier front-end negotiated. `end` becomes readable
+    /// Creates the handler of a new connection, and resets what an earlier front-end negotiated. `stop` becomes readable
     /// with the stop signal.
     pub(super) fn new(
         device: &'a Arc<Device>,
         workers: &'a [Worker],
         name: &'a str,
-        end: BorrowedFd<'a>,
+        stop: BorrowedFd<'a>,
     ) -> Handler<'a> {
         device.reset();
-        Handler { device, rings: Rings::new(workers, name, end), protocol_features: 0, handled_requests: 0 }
+        Handler { device, rings: Rings::new(workers, name, stop), protocol_features: 0, handled_requests: 0 }
     }
 
     /// Returns whether an access to memory of the front-end failed, as [`Rings::is_memory_lost`].

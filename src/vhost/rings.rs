@@ -86,10 +86,10 @@ pub(super) fn refusal(why: impl Into<String>) -> VhostError {
 
 impl<'a> Rings<'a> {
     /// Creates one ring per worker, without a setup.
-    pub(super) fn new(workers: &'a [Worker], name: &'a str, end: BorrowedFd<'a>) -> Rings<'a> {
+    pub(super) fn new(workers: &'a [Worker], name: &'a str, stop: BorrowedFd<'a>) -> Rings<'a> {
         let setups = workers.iter().map(|_| RingSetup::default()).collect();
         Rings {
-            stop: end,
+            stop,
             workers,
             name,
             memory: MemoryTable::default(),
@@ -289,8 +289,8 @@ impl Drop for Rings<'_> {
 }
 
 /// Returns whether a drain that has taken `waited` is overdue; after the stop signal the limit is shorter.
-fn is_drain_overdue(end: BorrowedFd<'_>, waited: Duration) -> bool {
+fn is_drain_overdue(stop: BorrowedFd<'_>, waited: Duration) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let is_ending = || poll(&mut [PollFd::from_borrowed_fd(end, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0);
-    waited > DRAIN_TIMEOUT || waited > EXIT_TIMEOUT && is_ending()
+    let is_stopping = || poll(&mut [PollFd::from_borrowed_fd(stop, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0);
+    waited > DRAIN_TIMEOUT || waited > EXIT_TIMEOUT && is_stopping()
 }

@@ -85,7 +85,7 @@ fn the_system_configuration_applies_to_both_programs() {
     let make = "diffdisk create images/root.vhd --size 8M; diffdisk create vms/a.vhd --parent images/root.vhd";
     let Some((code, printed)) = with("", make) else { return };
     assert_eq!(code, Some(0), "{printed}");
-    let hint = format!("so it can be opened only with --allow-parents {}", path("images").display());
+    let hint = format!("so the image can be opened only with --allow-parents {}", path("images").display());
     assert!(printed.contains(&hint), "{printed}");
     let (_, printed) = with(&config, &make.replace("root.vhd", "root2.vhd").replace("a.vhd", "a2.vhd")).unwrap();
     assert!(!printed.contains("warn"), "a folder that is allowed needs no option: {printed}");
