@@ -50,7 +50,7 @@ fn read_many(guest: &mut Client, count: usize) {
     }
 }
 
-/// A flush needs no, one or two syncs (crash-safety 3.6), for any number of writes. A completed write has caused no other
+/// A flush needs no, one or two syncs (crash-safety 5), for any number of writes. A completed write has caused no other
 /// write. The daemon uses plain system calls here, so that strace sees each.
 #[test]
 fn a_flush_costs_none_one_or_two_syncs() {

@@ -5,7 +5,7 @@
 //! look-ups take an index into a table and, for a cell of many runs, a binary search (`frozen_cache.rs`, which also
 //! limits the memory).
 //!
-//! Rules (vhd-format 6): a sector after the end of a layer is zero, and the layers below it are not looked up; a set
+//! Rules (format 6): a sector after the end of a layer is zero, and the layers below it are not looked up; a set
 //! bit means that the layer holds the sector; a clear bit or a block without a place means the parent, or zeros in a
 //! root.
 

@@ -3,7 +3,7 @@
 //! Owns: virtqueues (descriptor chains, rings, notifications), the parsing of virtio-blk requests, the features of the
 //! device and its configuration space. Leaves to others: how a disk executes a request (floor 3), and sockets, threads
 //! and event loops (floor 5). Everything that a guest writes is treated as hostile: rules V1 to V18 of
-//! crash-safety.md, 4.3, each named where it is enforced.
+//! virtio 3, each named where it is enforced.
 //!
 //! ```text
 //!   guest memory                                                                     disk

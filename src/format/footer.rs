@@ -1,7 +1,7 @@
 //! The footer: the 512 bytes at the end of every image, with a copy at the start of a dynamic or differencing image.
 //!
 //! Decoding keeps every byte, so that a rewritten footer differs only in the fields that were changed. Offsets of the
-//! fields: vhd-format 2.
+//! fields: format 2.
 
 use uuid::Uuid;
 use zerocopy::big_endian::{U16, U32, U64};
@@ -137,7 +137,7 @@ pub struct Footer {
 impl Footer {
     /// Makes the footer of a new disk that is created at `now_unix` (seconds of Unix time).
     ///
-    /// The creator tag is `win ` on `Wi2k`: the only one with which every reader uses the exact size (vhd-format 2.3).
+    /// The creator tag is `win ` on `Wi2k`: the only one with which every reader uses the exact size (format 2.3).
     pub fn new(disk_type: DiskType, size: u64, uuid: Uuid, now_unix: u64) -> Footer {
         Footer {
             features: 2,

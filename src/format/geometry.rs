@@ -22,7 +22,7 @@ impl Geometry {
     pub const MAX: Geometry = Geometry { cylinders: 65535, heads: 16, sectors: 255 };
 
     /// Computes the geometry of a disk of `bytes` by the algorithm of the specification, with all divisions rounded
-    /// down (vhd-format 2.2). It covers at most the disk, often less.
+    /// down (format 2.2). It covers at most the disk, often less.
     pub fn for_size(bytes: u64) -> Geometry {
         let total = (bytes / SECTOR).min(Geometry::MAX.bytes() / SECTOR);
         let (sectors, heads, tracks) = if total >= 65535 * 16 * 63 {
@@ -48,7 +48,7 @@ impl Geometry {
     ///
     /// QEMU uses the current size of images by a few creators, and of all images with the largest geometry. For other
     /// images it multiplies cylinders, heads and sectors: before QEMU 10 for all other tags, since then for `vpc ` and
-    /// `qemu` (vhd-format 2.3).
+    /// `qemu` (format 2.3).
     pub fn for_creator(creator: [u8; 4], bytes: u64) -> Geometry {
         let ordinary = Geometry::for_size(bytes);
         if EXACT_CREATORS.contains(&creator) || ordinary.bytes() == bytes { ordinary } else { Geometry::MAX }

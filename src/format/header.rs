@@ -1,6 +1,6 @@
 //! The dynamic header: the 1024 bytes that describe a dynamic or differencing disk. There is no copy of it.
 //!
-//! Its field `data offset` is kept but never followed. Offsets of the fields: vhd-format 3.
+//! Its field `data offset` is kept but never followed. Offsets of the fields: format 3.
 
 use uuid::Uuid;
 use zerocopy::big_endian::{U32, U64};
@@ -163,7 +163,7 @@ impl DynamicHeader {
         zerocopy::transmute!(raw)
     }
 
-    /// Whether the parent of a differencing disk is a raw file, in XenServer's dialect (vhd-format 5.3).
+    /// Whether the parent of a differencing disk is a raw file, in XenServer's dialect (format 5.3).
     pub fn parent_is_raw(&self) -> bool {
         self.parent_uuid.is_nil()
     }

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Metadata and guest data share no 4 KiB page: the BAT begins at a page and fills its pages, and block data begins at
-//! a page, directly after its bitmap (crash-safety 3.4).
+//! a page, directly after its bitmap (crash-safety 3).
 //!
 //! The data of blocks of 256 KiB and more is aligned to a larger [unit](alignment), up to 64 KiB, so that guest writes
 //! of that size fill whole folios of the page cache. Compared with data aligned to pages (ext4, Linux 6.18), sequential

@@ -186,7 +186,7 @@ fn percent_decoded(text: &[u8]) -> Vec<u8> {
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct RecordedParent {
     /// Distinct paths in the order to try: relative ones, the path in the header if it names a folder, absolute ones
-    /// (vhd-format 4.4).
+    /// (format 4.4).
     pub paths: Vec<ParentPath>,
     /// Distinct file names, that in the header first. They are tried if no path leads to a file.
     pub names: Vec<OsString>,

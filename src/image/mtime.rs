@@ -1,6 +1,6 @@
 //! Keeps the modification time of an image's file, by which children detect changes of their parent's contents.
 //!
-//! A child records the time of its parent's file, in whole seconds (vhd-format 4.3). So the time must change exactly
+//! A child records the time of its parent's file, in whole seconds (format 4.3). So the time must change exactly
 //! when the disk's contents change:
 //!
 //! - An operation that preserves the contents (an open without a write, growth, trim, repair, compact, resize, a safe

@@ -36,7 +36,7 @@ pub struct ChildSpec {
     /// Virtual size in bytes. By default that of the parent.
     pub size: Option<u64>,
     /// Block size. By default that of the parent, because other programs read chains with mixed block sizes wrongly or
-    /// not at all (vhd-format 6). For a child of a fixed image [`BlockSize::DEFAULT`].
+    /// not at all (format 3.1). For a child of a fixed image [`BlockSize::DEFAULT`].
     pub block_size: Option<BlockSize>,
     /// Virtual size in bytes to which the disk can grow without a new block table.
     pub reserve: u64,

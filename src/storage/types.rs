@@ -23,7 +23,7 @@ pub enum EngineKind {
     Blocking,
 }
 
-/// Lock on a file (crash-safety 3.10).
+/// Lock on a file (crash-safety 8).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lock {
     /// Other readers are allowed, writers are not.

@@ -1,5 +1,5 @@
 //! Direct I/O if the file system supports it, otherwise buffered I/O with a warning in the log; the data is right in both cases
-//! (crash-safety 3.4).
+//! (crash-safety 3).
 
 use std::fs;
 use std::fs::File;

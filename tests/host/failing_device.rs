@@ -1,5 +1,5 @@
 //! A medium that fails syncs or writes: no flush is acknowledged falsely, a failed sync is final, and data that was flushed before
-//! is there after a restart (crash-safety 3.8; 5.2, R10).
+//! is there after a restart (crash-safety 6; R10).
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! I/O of a killed daemon continues in the kernel; its successor must wait for it (crash-safety 3.10; 5.2, R7).
+//! I/O of a killed daemon continues in the kernel; its successor must wait for it (crash-safety 8; R7).
 //!
 //! The medium delays a write while its daemon is killed and a new daemon is started at once. The medium's log shows whether the
 //! new daemon accessed the image before the old write took effect.

@@ -1,6 +1,6 @@
 //! Power cuts under a real file system: daemons serve images in ext4 or XFS on a loop device, whose medium logs all requests. From
 //! the log the medium is rebuilt as a power cut at many moments could leave it, and is mounted. The images are compared with what
-//! their guests had written and flushed by then (crash-safety 5.2, R8: S1, S2, S4).
+//! their guests had written and flushed by then (crash-safety 11; R8: S1, S2, S4).
 //!
 //! After a cut the medium has everything up to the last sync, and any subset of the later pages. A sync covers a write if it
 //! reached the medium after the write.

@@ -1,4 +1,4 @@
-//! QEMU uses the size that a verb has set, for images of every creator (vhd-format 2.3).
+//! QEMU uses the size that a verb has set, for images of every creator (format 2.3).
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Images of XenServer: a batmap after the BAT, byte by byte (vhd-format 5.1).
+//! Images of XenServer: a batmap after the BAT, byte by byte (format 5.1).
 
 use diffdisk::storage::{Access, File};
 

@@ -1,4 +1,4 @@
-//! R3: each mutant of the production code must be found (crash-safety 3.13).
+//! R3: each mutant of the production code must be found (crash-safety 11.3).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

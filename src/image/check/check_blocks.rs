@@ -21,7 +21,7 @@ const PREFETCHED_BITMAPS: usize = 256;
 /// Maximum number of suspects that are reported.
 const MAX_SUSPECTS: usize = 4096;
 /// The file sector from which every writer packs blocks: near the format's limit there is no room for gaps
-/// (crash-safety 3.4).
+/// (crash-safety 3).
 const PACKED_FROM: u32 = 0xE000_0000;
 
 /// Receives the position that a scan of the file has reached, in bytes, and ends the scan by an error.

@@ -16,7 +16,7 @@
 //! ```
 //!
 //! A fixed image has only one footer, and its file cannot grow before there is a footer at the new end. A power cut
-//! during that growth is harmless because a new length survives only with the bytes that caused it (crash-safety 3.2,
+//! during that growth is harmless because a new length survives only with the bytes that caused it (crash-safety 2,
 //! A4: true for ext4, XFS and btrfs). No other step relies on that.
 //!
 //! The format allows more entries than blocks, and entries for blocks after the end of the disk. So an operation that

@@ -8,7 +8,7 @@
 //!   C3  sync             also makes overwrites durable, which are not in S
 //! ```
 //!
-//! Why this order is safe (crash-safety 3.6):
+//! Why this order is safe (crash-safety 5):
 //!
 //! - Before C1 no pointer in the file refers to new data.
 //! - Between C1 and C3 a crash may leave any subset of the pointers. A bit without its BAT entry cannot be reached. A BAT entry

@@ -8,7 +8,7 @@
 //! The sector before the footer is reserved for the stamp of a session (session.rs).
 //!
 //! The bitmap of a new block must not contain stale bytes, which would be set bits. And both footers must be valid at every
-//! moment. So the file grows in steps, outside of guest requests (crash-safety 3.5):
+//! moment. So the file grows in steps, outside of guest requests (crash-safety 4):
 //!
 //! 1. Reserve space on the file system for some of the new blocks ([`Allocation`]). If it is full, free what was reserved,
 //!    halve the reservation, and try again.

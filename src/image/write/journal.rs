@@ -1,4 +1,4 @@
-//! The live journal: the marks since the last commit, in memory that survives a kill of the process (crash-safety 3.9).
+//! The live journal: the marks since the last commit, in memory that survives a kill of the process (crash-safety 7).
 //!
 //! When a daemon is killed, its guest keeps running and never repeats acknowledged writes. So the next daemon needs every
 //! mark. The journal is a mapped file on tmpfs: it survives a kill, and is lost in a kernel crash or a power cut, which end

@@ -1,4 +1,4 @@
-//! Recovery: prepares an image for writing after an unclean end (crash-safety 3.5).
+//! Recovery: prepares an image for writing after an unclean end (crash-safety 4).
 //!
 //! Afterwards both footers are valid and equal, the blocks that a killed daemon placed have their places, and the free tail is
 //! durably zero. Stale bytes in the free tail would become bitmaps of new blocks.

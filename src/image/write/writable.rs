@@ -61,7 +61,7 @@ pub struct NeedsGrowth;
 impl Writable {
     /// Makes an opened image writable, and recovers it after an unclean end. The caller has locked the file.
     ///
-    /// Recovery (crash-safety 3.5) replays the live journal of a killed daemon, writes the trailing footer if it is missing, and
+    /// Recovery (crash-safety 4) replays the live journal of a killed daemon, writes the trailing footer if it is missing, and
     /// makes the free tail durably zero. Stale bytes there would become bitmaps of new blocks.
     ///
     /// # Errors

@@ -35,7 +35,7 @@
 //! An unfinished merge can be given up ([`abandon()`]). Until then `chain` refuses every use of its images that would
 //! read wrong data or prevent the merge from being finished or given up.
 //!
-//! The file times that children record (vhd-format 4.3) are valid afterwards: the children of CHILD record the new time
+//! The file times that children record (format 4.3) are valid afterwards: the children of CHILD record the new time
 //! of the ancestor and keep their own times.
 
 mod abandon;

@@ -16,7 +16,7 @@
 //! - A sector that was read from the file is inserted only if it was absent all the while: the table counts its evictions.
 //!
 //! A bitmap sector is *dirty* if memory has bits that the file does not have. It is *ordered* if its bits must not be written to
-//! the file before the data of their sectors is durable (crash-safety 3.6).
+//! the file before the data of their sectors is durable (crash-safety 5).
 
 use std::sync::atomic::Ordering;
 
