@@ -7,7 +7,7 @@
 //!   mapping with anonymous zeros and marks it as lost; then the access is repeated. Every kind of access survives
 //!   (plain copies, atomics, code of other crates). An access that succeeds costs nothing, since the handler runs only
 //!   after a fault. Users of the mapping check [`Guard::is_lost`] before they rely on what they read or wrote.
-//! - *Code with a failure exit* (a [`FixUp`]): the handler moves the interrupted thread to that exit.
+//! - *Code with a failure exit* (a `FixUp`): the handler moves the interrupted thread to that exit.
 //!
 //! Any other SIGBUS goes to the handler that was installed before this one.
 //!

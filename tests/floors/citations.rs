@@ -78,7 +78,7 @@ fn section_citations(comment: &str) -> Vec<String> {
                 continue;
             }
             let mut rest = &comment[at + document.len() + 1..];
-            if rest.starts_with("1.2") && *document == "virtio" {
+            if rest.starts_with("1.") && *document == "virtio" {
                 continue; // the standard
             }
             loop {
