@@ -1,7 +1,8 @@
 //! Interfaces that a host implements: open files and open folders.
 //!
-//! [`File`] and [`Folder`] are handles on these interfaces. Their methods, with the contract of each, are in `file.rs` and
-//! `folder.rs`. The two handles refer to each other (a file has a folder, a folder opens files), so they share this file.
+//! [`File`] and [`Folder`] are handles on these interfaces. Their methods, with the contract of each, are in `file.rs`
+//! and `folder.rs`. The two handles refer to each other (a file has a folder, a folder opens files), so they share this
+//! file.
 
 use std::any::Any;
 use std::ffi::{OsStr, OsString};
@@ -20,12 +21,13 @@ pub struct File(pub(super) Arc<dyn FileBackend>);
 
 /// Open folder. Clones are cheap and share the descriptor.
 ///
-/// Names are looked up, created, changed and removed in the folder that was opened, even if its path has changed since. A path is
-/// resolved again by every call that takes one: between two calls another process can replace a folder on the path, and
-/// the second call then acts on another folder. An open folder does not change.
+/// Names are looked up, created, changed and removed in the folder that was opened, even if its path has changed since.
+/// A path is resolved again by every call that takes one: between two calls another process can replace a folder on the
+/// path, and the second call then acts on another folder. An open folder does not change.
 ///
 /// A name is a single path component. No call follows a symbolic link. All errors contain the path, which begins with
-/// [`Folder::path`]. A created, renamed, linked or removed name is certain to survive a crash only after [`Folder::sync`].
+/// [`Folder::path`]. A created, renamed, linked or removed name is certain to survive a crash only after
+/// [`Folder::sync`].
 #[derive(Clone, Debug)]
 pub struct Folder(pub(super) Arc<dyn FolderBackend>);
 
@@ -58,8 +60,8 @@ pub(super) trait FileBackend: Any + Debug + Send + Sync {
     fn set_direct(&self) -> Result<Option<DirectRules>>;
 }
 
-/// Implementation of [`Folder`]; the methods of the same names there state the contract. Names are valid: `Folder` has checked
-/// them.
+/// Implementation of [`Folder`]; the methods of the same names there state the contract. Names are valid: `Folder` has
+/// checked them.
 pub(super) trait FolderBackend: Any + Debug + Send + Sync {
     fn path(&self) -> &Path;
     fn path_to(&self, name: &Path) -> PathBuf;

@@ -21,8 +21,8 @@ pub struct BlockingEngine {
     calls: u64,
 }
 
-// SAFETY: the fields that are not Send by themselves are the pointers in `transfer`. They are valid and used only within `execute`, which
-// sets them for the operation that it borrows, and runs on one thread.
+// SAFETY: the fields that are not Send by themselves are the pointers in `transfer`. They are valid and used only
+// within `execute`, which sets them for the operation that it borrows, and runs on one thread.
 unsafe impl Send for BlockingEngine {}
 
 impl BlockingEngine {
@@ -111,7 +111,8 @@ fn execute(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer, calls: &mut
     }
 }
 
-/// Makes the next call of an operation. `flags` are the RWF flags of a read or write. Returns the result, or the negated error code.
+/// Makes the next call of an operation. `flags` are the RWF flags of a read or write. Returns the result, or the
+/// negated error code.
 pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer, flags: i32) -> i32 {
     let fd = fd.as_raw_fd();
     let (Ok(offset), Ok(len)) = (i64::try_from(transfer.offset(op)), i64::try_from(op.len)) else {
@@ -124,8 +125,8 @@ pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer
             match transfer.next_buffers(&mut op.payload) {
                 // The usual case. The kernel does not have to copy an array of iovecs.
                 IoBuffers::Single(start, len) if op.action == Action::Write && flags == 0 => {
-                    // SAFETY: the buffer is memory of the payload, which `op` keeps alive, and to which no reference exists during the
-                    // call.
+                    // SAFETY: the buffer is memory of the payload, which `op` keeps alive, and to which no reference
+                    // exists during the call.
                     return result_code(unsafe { libc::pwrite(fd, start.cast_const().cast(), len as usize, offset) });
                 }
                 IoBuffers::Single(start, len) => {
@@ -134,8 +135,9 @@ pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer
                 }
                 IoBuffers::Vectored(start, n) => (runs, count) = (start, n.cast_signed()),
             }
-            // SAFETY: the buffers are memory of the payload, which `op` keeps alive, and to which no reference exists during the call. The
-            // array of iovecs is in the payload, in `transfer` or on this stack, all of which outlive the call.
+            // SAFETY: the buffers are memory of the payload, which `op` keeps alive, and to which no reference exists
+            // during the call. The array of iovecs is in the payload, in `transfer` or on this stack, all of which
+            // outlive the call.
             unsafe {
                 match op.action {
                     Action::Read => libc::preadv2(fd, runs, count, offset, flags),

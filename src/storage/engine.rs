@@ -14,12 +14,13 @@ use super::payload::GuestIovecs;
 ///
 /// - `push` makes no system call.
 /// - Completions arrive in any order. Each operation completes exactly once, either whole or with an error.
-/// - The memory of an operation is not freed before its completion is reaped, not even if the engine is dropped. Drop waits
-///   for operations in flight; if it cannot wait, it leaks their memory.
+/// - The memory of an operation is not freed before its completion is reaped, not even if the engine is dropped. Drop
+///   waits for operations in flight; if it cannot wait, it leaks their memory.
 ///
 /// The caller guarantees:
 ///
-/// - A slot is registered before an operation uses it, and is not registered again while operations on it are in flight.
+/// - A slot is registered before an operation uses it, and is not registered again while operations on it are in
+///   flight.
 /// - Reads and writes have a payload of at least one byte.
 pub trait Engine: Send {
     /// Registers a file in `slot`, replacing the file that was there.
@@ -28,23 +29,23 @@ pub trait Engine: Send {
     /// If the slot number is too large, the file belongs to another host, or the kernel refuses.
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()>;
 
-    /// Removes the file from `slot`, so that the kernel can close it (and free its space if it has no name). No operation on the
-    /// slot may be outstanding.
+    /// Removes the file from `slot`, so that the kernel can close it (and free its space if it has no name). No
+    /// operation on the slot may be outstanding.
     ///
     /// # Errors
     /// If the slot number is too large, or the kernel refuses.
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()>;
 
-    /// Finds `len` bytes at `offset` of a file in the page cache. Returns `None` if not all of them are known to be resident; then
-    /// a read operation is needed. Makes no system call.
+    /// Finds `len` bytes at `offset` of a file in the page cache. Returns `None` if not all of them are known to be
+    /// resident; then a read operation is needed. Makes no system call.
     fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         let _ = (slot, offset, len);
         None
     }
 
-    /// Copies a range from [`Engine::find_cached`] to `into`, from byte `at` on. The file must still be registered in the same
-    /// slot. Returns false if only a part was copied: the caller then repeats the read as an operation, which reports the
-    /// error if there is one.
+    /// Copies a range from [`Engine::find_cached`] to `into`, from byte `at` on. The file must still be registered in
+    /// the same slot. Returns false if only a part was copied: the caller then repeats the read as an operation, which
+    /// reports the error if there is one.
     fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
         let _ = (found, into, at);
         false
@@ -53,8 +54,8 @@ pub trait Engine: Send {
     /// Ends a batch of [`Engine::copy_cached`] calls. The engine measures whether the batch waited for the disk.
     fn end_copy_batch(&mut self) {}
 
-    /// Asks the kernel about page cache residency of ranges that recent `find_cached` calls missed. Makes system calls, so it is
-    /// called after all pending answers have been given.
+    /// Asks the kernel about page cache residency of ranges that recent `find_cached` calls missed. Makes system calls,
+    /// so it is called after all pending answers have been given.
     fn query_residency(&mut self) {}
 
     /// Returns the number of copies made so far (for statistics and tests).
@@ -77,7 +78,8 @@ pub trait Engine: Send {
     /// Appends available completions to `out`. Never waits.
     fn reap(&mut self, out: &mut Vec<Completion>);
 
-    /// Submits all pushed operations and waits until a completion is available. Returns at once if nothing is outstanding.
+    /// Submits all pushed operations and waits until a completion is available. Returns at once if nothing is
+    /// outstanding.
     ///
     /// # Errors
     /// Those of `submit`.

@@ -16,8 +16,8 @@ use crate::error::Result;
 
 /// Everything outside the process. Every source of non-determinism is a method of this trait.
 ///
-/// Paths are those of an operator: symbolic links are followed. An operation that takes more than one step, or uses a path that
-/// an image contains, goes through an open [`Folder`].
+/// Paths are those of an operator: symbolic links are followed. An operation that takes more than one step, or uses a
+/// path that an image contains, goes through an open [`Folder`].
 pub trait Env: Send + Sync {
     /// Opens a regular file. [`File::folder`] returns the folder in the path. Opening never blocks and reads nothing.
     ///
@@ -34,8 +34,8 @@ pub trait Env: Send + Sync {
     /// - `Io`
     fn folder(&self, path: &Path) -> Result<Folder>;
 
-    /// Checks whether a regular file exists at an absolute path without `.` and `..`. Opens no file, follows no symbolic link, and
-    /// triggers no automount.
+    /// Checks whether a regular file exists at an absolute path without `.` and `..`. Opens no file, follows no
+    /// symbolic link, and triggers no automount.
     fn file_presence(&self, path: &Path) -> FilePresence;
 
     /// Opens a regular file or a block device that contains a raw disk. A device that is opened for writing is opened

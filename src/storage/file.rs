@@ -93,8 +93,8 @@ impl File {
         self.0.attribute(name)
     }
 
-    /// Sets an extended attribute, or removes it if `value` is `None`. The bytes of the file and its modification time do not
-    /// change. Durable after [`File::sync_all`].
+    /// Sets an extended attribute, or removes it if `value` is `None`. The bytes of the file and its modification time
+    /// do not change. Durable after [`File::sync_all`].
     ///
     /// # Errors
     /// - `Unsupported` if the file system has no such attributes
@@ -136,7 +136,8 @@ impl File {
         self.0.allocation_mode()
     }
 
-    /// Disables copy on write for this file. Has an effect only on an empty file, and only on a file system with copy on write.
+    /// Disables copy on write for this file. Has an effect only on an empty file, and only on a file system with copy
+    /// on write.
     ///
     /// # Errors
     /// `Io`.
@@ -152,8 +153,8 @@ impl File {
         self.0.file_system_space()
     }
 
-    /// Returns offset and length of the next range of data at or after `offset`: bytes that are not a hole, up to the end of the
-    /// file.
+    /// Returns offset and length of the next range of data at or after `offset`: bytes that are not a hole, up to the
+    /// end of the file.
     ///
     /// # Errors
     /// `Io`.
@@ -166,7 +167,8 @@ impl File {
         self.0.advise_random_reads()
     }
 
-    /// Advises the kernel to begin reading a range into the page cache. Prefetches of several ranges run at the same time.
+    /// Advises the kernel to begin reading a range into the page cache. Prefetches of several ranges run at the same
+    /// time.
     pub fn prefetch(&self, offset: u64, len: u64) {
         self.0.prefetch(offset, len)
     }
@@ -176,14 +178,14 @@ impl File {
         self.0.kernel_readahead()
     }
 
-    /// Advises the kernel to begin writing a dirty range to the medium, before a sync. The kernel may also drop the range from
-    /// the page cache.
+    /// Advises the kernel to begin writing a dirty range to the medium, before a sync. The kernel may also drop the
+    /// range from the page cache.
     pub fn start_writeback(&self, offset: u64, len: u64) {
         self.0.start_writeback(offset, len)
     }
 
-    /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open description. Waits up to 30 s, but
-    /// only for the I/O of processes that have ended.
+    /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open description. Waits up to 30
+    /// s, but only for the I/O of processes that have ended.
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock; the message contains the holder if it can be found
@@ -193,8 +195,8 @@ impl File {
         self.0.lock(lock)
     }
 
-    /// Enables O_DIRECT and returns the alignment that it requires. Returns `None` and changes nothing if the file system does not
-    /// report the alignment, or requires offsets to be multiples of more than a sector.
+    /// Enables O_DIRECT and returns the alignment that it requires. Returns `None` and changes nothing if the file
+    /// system does not report the alignment, or requires offsets to be multiples of more than a sector.
     ///
     /// # Errors
     /// `Io`.

@@ -26,7 +26,8 @@
 //!   op, payload, shm, types, sigbus, notifier, prefetch      data, memory, signals
 //! ```
 //!
-//! All I/O is positional: no file position is shared. Reads from the page cache are copies from mapped files (`pagecache/`).
+//! All I/O is positional: no file position is shared. Reads from the page cache are copies from mapped files
+//! (`pagecache/`).
 
 mod backend;
 pub mod blocking;

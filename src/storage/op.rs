@@ -4,8 +4,8 @@ use std::io;
 
 use super::payload::Payload;
 
-/// Number of files that an engine can have registered at once. The longest chain has 64 layers; snapshots and merges add files while
-/// they run.
+/// Number of files that an engine can have registered at once. The longest chain has 64 layers; snapshots and merges
+/// add files while they run.
 pub const FILE_SLOTS: u16 = 256 + 16;
 
 /// Index of a file in an engine's table of registered files.
@@ -19,17 +19,17 @@ pub enum Action {
     Read,
     /// Write the payload to the file.
     Write,
-    /// Write the payload and make these bytes durable, with the metadata that is needed to read them back, and no other bytes
-    /// (RWF_DSYNC). An error may be that of an earlier write which the kernel reports only now, so it counts as a failed
-    /// sync.
+    /// Write the payload and make these bytes durable, with the metadata that is needed to read them back, and no other
+    /// bytes (RWF_DSYNC). An error may be that of an earlier write which the kernel reports only now, so it counts as a
+    /// failed sync.
     WriteThrough,
-    /// Make all writes durable that completed before this operation was submitted, with the metadata that is needed to read
-    /// them back (fdatasync).
+    /// Make all writes durable that completed before this operation was submitted, with the metadata that is needed to
+    /// read them back (fdatasync).
     Sync,
     /// Advise the kernel to begin reading the range into the page cache (posix_fadvise, WILLNEED).
     Prefetch,
-    /// Advise the kernel to begin writing dirty pages of the file to the medium (sync_file_range, WRITE). Guarantees nothing, and
-    /// does not consume an error of the medium: the next sync still reports it.
+    /// Advise the kernel to begin writing dirty pages of the file to the medium (sync_file_range, WRITE). Guarantees
+    /// nothing, and does not consume an error of the medium: the next sync still reports it.
     StartWriteback,
     /// Allocate space for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
     Allocate,
@@ -91,8 +91,8 @@ impl Op {
 
 /// Completed operation.
 ///
-/// The operation was carried out in full, or failed: engines continue short transfers. A read that meets the end of the file fails
-/// with [`io::ErrorKind::UnexpectedEof`]. After an error the payload of a read has unspecified contents.
+/// The operation was carried out in full, or failed: engines continue short transfers. A read that meets the end of the
+/// file fails with [`io::ErrorKind::UnexpectedEof`]. After an error the payload of a read has unspecified contents.
 #[derive(Debug)]
 pub struct Completion {
     /// The operation, with its memory.

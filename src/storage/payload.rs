@@ -1,7 +1,7 @@
 //! Memory that operations read into and write from: buffers of this process, or guest memory.
 //!
-//! An operation owns its payload until its completion returns it. Nothing is freed or reused earlier, because the kernel may still be
-//! accessing the memory.
+//! An operation owns its payload until its completion returns it. Nothing is freed or reused earlier, because the
+//! kernel may still be accessing the memory.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -53,8 +53,8 @@ impl Buffer {
 impl Deref for Buffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: `start` points to an allocation of `len` bytes, initialised by `alloc_zeroed`, which lives as long as self. Shared access
-        // to self excludes `deref_mut`.
+        // SAFETY: `start` points to an allocation of `len` bytes, initialised by `alloc_zeroed`, which lives as long as
+        // self. Shared access to self excludes `deref_mut`.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
@@ -81,11 +81,11 @@ impl std::fmt::Debug for Buffer {
 
 /// Runs of guest memory, with an owner that keeps them mapped.
 ///
-/// The running guest may change the bytes at any time. So no `&[u8]` of them ever exists: they are passed to the kernel, or copied by raw
-/// pointers.
+/// The running guest may change the bytes at any time. So no `&[u8]` of them ever exists: they are passed to the
+/// kernel, or copied by raw pointers.
 ///
-/// Boxed, because the value is moved many times on its way and is reused: moving all fields each time takes a tenth of this process's
-/// share of a read.
+/// Boxed, because the value is moved many times on its way and is reused: moving all fields each time takes a tenth of
+/// this process's share of a read.
 pub struct GuestIovecs(Box<IovecList>);
 
 struct IovecList {
@@ -94,8 +94,8 @@ struct IovecList {
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: the pointers are to memory that `owner` (itself Send + Sync) keeps mapped, which is not tied to a thread. The memory is shared
-// with another process anyway, so it is accessed only by raw pointers and never by references.
+// SAFETY: the pointers are to memory that `owner` (itself Send + Sync) keeps mapped, which is not tied to a thread. The
+// memory is shared with another process anyway, so it is accessed only by raw pointers and never by references.
 unsafe impl Send for GuestIovecs {}
 
 impl GuestIovecs {
@@ -106,7 +106,8 @@ impl GuestIovecs {
         iovecs
     }
 
-    /// Neither runs nor owner yet ([`GuestIovecs::reset`] gives one); room for `runs` runs without a further allocation.
+    /// Neither runs nor owner yet ([`GuestIovecs::reset`] gives one); room for `runs` runs without a further
+    /// allocation.
     pub fn with_capacity(runs: usize) -> GuestIovecs {
         GuestIovecs(Box::new(IovecList { runs: Vec::with_capacity(runs), len: 0, owner: None }))
     }
@@ -118,7 +119,8 @@ impl GuestIovecs {
         self.0.owner = None;
     }
 
-    /// Removes all runs, and sets the owner of the next ones. If the owner is the same as before, its reference count is not changed.
+    /// Removes all runs, and sets the owner of the next ones. If the owner is the same as before, its reference count
+    /// is not changed.
     #[inline]
     pub fn reset(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
         self.0.runs.clear();
@@ -131,7 +133,8 @@ impl GuestIovecs {
     /// Appends a run. A run that directly follows the last one in memory is merged with it.
     ///
     /// # Safety
-    /// The list has an owner, and `start .. start + len` stays mapped, readable and writable as long as that owner exists.
+    /// The list has an owner, and `start .. start + len` stays mapped, readable and writable as long as that owner
+    /// exists.
     pub unsafe fn push(&mut self, start: *mut u8, len: usize) {
         debug_assert!(self.0.owner.is_some(), "runs have an owner");
         if len == 0 {
@@ -197,8 +200,8 @@ impl GuestIovecs {
     /// Writes zeros over `len` bytes from byte `at`.
     pub fn zero(&self, at: usize, len: usize) {
         self.for_each_run(at, len, |_, start, n| {
-            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and writable. No reference to
-            // them exists.
+            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and writable. No
+            // reference to them exists.
             unsafe { start.write_bytes(0, n) }
         });
     }
@@ -225,7 +228,8 @@ impl GuestIovecs {
         for run in &self.0.runs {
             let start = run.iov_base.cast::<u8>();
             for at in (0..run.iov_len).step_by(PAGE).chain([run.iov_len - 1]) {
-                // SAFETY: a byte of a run, which the owner held by self keeps mapped and readable. No reference to it exists.
+                // SAFETY: a byte of a run, which the owner held by self keeps mapped and readable. No reference to it
+                // exists.
                 let _ = unsafe { start.wrapping_add(at).read_volatile() };
             }
         }

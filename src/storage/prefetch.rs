@@ -22,8 +22,8 @@ pub fn prefetch_line(at: *const u8) {
     let _ = at;
 }
 
-/// Prefetches one line of each page of `len` > 0 bytes, which makes the processor walk the page tables. A copy waits for each
-/// page-table walk, but the processor overlaps the walks of prefetches that follow each other closely.
+/// Prefetches one line of each page of `len` > 0 bytes, which makes the processor walk the page tables. A copy waits
+/// for each page-table walk, but the processor overlaps the walks of prefetches that follow each other closely.
 #[inline]
 pub(super) fn prefetch_pages(at: *const u8, len: usize) {
     (0..len).step_by(PAGE).for_each(|to| prefetch_line(at.wrapping_add(to)));
@@ -32,8 +32,8 @@ pub(super) fn prefetch_pages(at: *const u8, len: usize) {
     }
 }
 
-/// Prefetches all lines of `len` bytes into the second-level cache, which accepts more requests at once than the first. `black_box`
-/// spaces the prefetches out: a burst of them delays the loads that follow it.
+/// Prefetches all lines of `len` bytes into the second-level cache, which accepts more requests at once than the first.
+/// `black_box` spaces the prefetches out: a burst of them delays the loads that follow it.
 #[inline]
 pub(super) fn prefetch_range(at: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]

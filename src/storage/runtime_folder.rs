@@ -35,8 +35,8 @@ impl RuntimeFolder {
         self.0.path()
     }
 
-    /// Creates `words` words of shared memory, all zero. They appear under `name` already locked by this process. The lock ends
-    /// with the process, or when the last clone of the returned value is dropped.
+    /// Creates `words` words of shared memory, all zero. They appear under `name` already locked by this process. The
+    /// lock ends with the process, or when the last clone of the returned value is dropped.
     ///
     /// # Errors
     /// - `NoSpace`

@@ -1,17 +1,16 @@
 //! Shared memory that outlives the process but not the boot: a mapped file on tmpfs.
 //!
-//! The successor of a killed daemon finds the memory exactly as the last store left it. A reboot empties it. The runtime folder
-//! ([`RuntimeFolder`](super::RuntimeFolder)) creates and opens such files.
+//! The successor of a killed daemon finds the memory exactly as the last store left it. A reboot empties it. The
+//! runtime folder ([`RuntimeFolder`](super::RuntimeFolder)) creates and opens such files.
 //!
-//! A store must cost no more than a store, so there are no system calls, and a process that truncates the file while it is
-//! mapped causes SIGBUS. Seals that forbid truncation exist only for files without a name, which a successor could not find.
-//! So the mapping has a [`Guard`]: after a SIGBUS private zeros replace the mapping, the memory counts as *lost*, and the store
-//! is repeated there. Code that relies on a store checks [`Shm::is_lost`] after it.
+//! A store must cost no more than a store, so there are no system calls, and a process that truncates the file while it
+//! is mapped causes SIGBUS. Seals that forbid truncation exist only for files without a name, which a successor could
+//! not find. So the mapping has a [`Guard`]: after a SIGBUS private zeros replace the mapping, the memory counts as
+//! *lost*, and the store is repeated there. Code that relies on a store checks [`Shm::is_lost`] after it.
 #![allow(unsafe_code)]
 
 #[cfg(feature = "sim")]
 use std::any::Any;
-use std::fmt;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -45,7 +44,8 @@ impl Shm {
         Shm(ShmKind::Heap(Arc::new(HeapWords { words, _lock: Box::new(lock) })))
     }
 
-    /// Returns whether an access hit a page that the file no longer has. Later stores do not reach the file, so no successor finds them.
+    /// Returns whether an access hit a page that the file no longer has. Later stores do not reach the file, so no
+    /// successor finds them.
     #[inline]
     pub fn is_lost(&self) -> bool {
         match &self.0 {
@@ -75,8 +75,8 @@ struct HeapWords {
 }
 
 #[cfg(feature = "sim")]
-impl fmt::Debug for HeapWords {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl std::fmt::Debug for HeapWords {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "HeapWords({})", self.words.len())
     }
 }
@@ -116,9 +116,9 @@ impl ShmMapping {
         let start = start.map_err(|e| Error::io("cannot map the live journal", e.into()))?;
         let words =
             MappedWords { start: NonNull::new(start.cast()).expect("a mapping is not at address zero"), len: words };
-        // SAFETY: `start` is the beginning of the mapping made above, which is readable and writable up to the end of the page with
-        // its last byte. `ShmMapping` drops the guard before the words, so the mapping outlives the guard. Its bytes are accessed only
-        // as atomics (`Deref`), and users of the words check `is_lost`.
+        // SAFETY: `start` is the beginning of the mapping made above, which is readable and writable up to the end of
+        // the page with its last byte. `ShmMapping` drops the guard before the words, so the mapping outlives the
+        // guard. Its bytes are accessed only as atomics (`Deref`), and users of the words check `is_lost`.
         let guard = unsafe { Guard::new(start.cast(), bytes, rustix::param::page_size()) };
         let guard = guard.ok_or_else(|| Error::new(ErrorKind::Unsupported, "cannot install the handler for SIGBUS"))?;
         Ok(ShmMapping { guard, words, _file: file })
@@ -128,17 +128,17 @@ impl ShmMapping {
 impl Deref for ShmMapping {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is page-aligned, and `len` words from it are mapped until `words` is dropped: by the file, or by the zeros
-        // that the guard puts in its place. Every bit pattern is a valid u64. This process and every other one of diffdisk access
-        // the words only as atomics.
+        // SAFETY: `start` is page-aligned, and `len` words from it are mapped until `words` is dropped: by the file, or
+        // by the zeros that the guard puts in its place. Every bit pattern is a valid u64. This process and every other
+        // one of diffdisk access the words only as atomics.
         unsafe { std::slice::from_raw_parts(self.words.start.as_ptr(), self.words.len) }
     }
 }
 
 impl Drop for MappedWords {
     fn drop(&mut self) {
-        // SAFETY: `ShmMapping::new` mapped this range with this length, and only this drop unmaps it. References to the words borrow the
-        // `ShmMapping` that owns self, so none is left.
+        // SAFETY: `ShmMapping::new` mapped this range with this length, and only this drop unmaps it. References to the
+        // words borrow the `ShmMapping` that owns self, so none is left.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len * size_of::<AtomicU64>()) };
     }
 }

@@ -1,21 +1,21 @@
 //! SIGBUS handler: keeps an unavailable page of a mapping from ending the process.
 //!
-//! The kernel sends SIGBUS to a thread that accesses a mapped page which does not exist: the file was truncated, its disk failed, or
-//! the machine has no memory left for it. Two kinds of access survive this:
+//! The kernel sends SIGBUS to a thread that accesses a mapped page which does not exist: the file was truncated, its
+//! disk failed, or the machine has no memory left for it. Two kinds of access survive this:
 //!
-//! - *Shared memory* ([`Guard`]): guest memory, the in-flight region, a live journal. The handler replaces the whole mapping with
-//!   anonymous zeros and marks it as lost; then the access is repeated. Every kind of access survives (plain copies, atomics, code
-//!   of other crates). An access that succeeds costs nothing, since the handler runs only after a fault. Users of the mapping
-//!   check [`Guard::is_lost`] before they rely on what they read or wrote.
-//! - *Code with a failure exit* (a [`FixUp`]): the handler moves the interrupted thread to that exit.
+//! - *Shared memory* ([`Guard`]): guest memory, the in-flight region, a live journal. The handler replaces the whole
+//!   mapping with anonymous zeros and marks it as lost; then the access is repeated. Every kind of access survives
+//!   (plain copies, atomics, code of other crates). An access that succeeds costs nothing, since the handler runs only
+//!   after a fault. Users of the mapping check [`Guard::is_lost`] before they rely on what they read or wrote.
+//! - *Code with a failure exit* (a `FixUp`): the handler moves the interrupted thread to that exit.
 //!
 //! Any other SIGBUS goes to the handler that was installed before this one.
 //!
-//! The handler replaces the whole mapping and not just the page: otherwise a front-end could split a mapping page by page until
-//! the daemon reaches the kernel's limit of mappings.
+//! The handler replaces the whole mapping and not just the page: otherwise a front-end could split a mapping page by
+//! page until the daemon reaches the kernel's limit of mappings.
 //!
-//! The handler interrupts arbitrary code. It takes no lock, allocates nothing, calls only `mmap`, and reads only atomics: the registry
-//! of guarded mappings is a list of chunks that grows at its end and is never freed.
+//! The handler interrupts arbitrary code. It takes no lock, allocates nothing, calls only `mmap`, and reads only
+//! atomics: the registry of guarded mappings is a list of chunks that grows at its end and is never freed.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -56,8 +56,8 @@ impl RegistryChunk {
 
     /// Returns the next chunk of the list.
     fn next(&self) -> Option<&'static RegistryChunk> {
-        // SAFETY: `next` is null or points to a chunk that `claim_entry` leaked before it stored the pointer with release order. A leaked
-        // chunk is never freed, and only shared references to it exist.
+        // SAFETY: `next` is null or points to a chunk that `claim_entry` leaked before it stored the pointer with
+        // release order. A leaked chunk is never freed, and only shared references to it exist.
         unsafe { self.next.load(Ordering::Acquire).as_ref() }
     }
 }
@@ -70,13 +70,15 @@ static LOSS_COUNT: AtomicU32 = AtomicU32::new(0);
 /// Action that was installed before this handler.
 static PREVIOUS_ACTION: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// Changes the context of a thread that was interrupted in code with a failure exit, so that the thread continues there. Returns
-/// false if the thread was interrupted in other code. Called in a signal handler, with the context that the kernel passed.
+/// Changes the context of a thread that was interrupted in code with a failure exit, so that the thread continues
+/// there. Returns false if the thread was interrupted in other code. Called in a signal handler, with the context that
+/// the kernel passed.
 pub(super) type FixUp = unsafe fn(context: *mut c_void) -> bool;
 
 static FIX_UP: OnceLock<FixUp> = OnceLock::new();
 
-/// Returns the number of times that any guarded mapping lost a page. While it does not change, no [`Guard::is_lost`] changes.
+/// Returns the number of times that any guarded mapping lost a page. While it does not change, no [`Guard::is_lost`]
+/// changes.
 #[inline]
 pub fn loss_count() -> u32 {
     LOSS_COUNT.load(Ordering::Acquire)
@@ -93,14 +95,14 @@ impl std::fmt::Debug for GuardEntry {
 }
 
 impl Guard {
-    /// Guards the mapping of `len` bytes at `start`, which has pages of `page` bytes. Returns `None` if the SIGBUS handler cannot
-    /// be installed.
+    /// Guards the mapping of `len` bytes at `start`, which has pages of `page` bytes. Returns `None` if the SIGBUS
+    /// handler cannot be installed.
     ///
     /// # Safety
-    /// - The range from `start` to the end of the page with the last byte is a readable and writable mapping that belongs to the
-    ///   caller, and stays mapped until the guard is dropped.
-    /// - The caller forms no reference to the bytes except to atomics, since the bytes may become zeros at any time. These zeros
-    ///   are private to this process.
+    /// - The range from `start` to the end of the page with the last byte is a readable and writable mapping that
+    ///   belongs to the caller, and stays mapped until the guard is dropped.
+    /// - The caller forms no reference to the bytes except to atomics, since the bytes may become zeros at any time.
+    ///   These zeros are private to this process.
     ///
     /// # Panics
     /// If `page` is not a power of two, or `start` is not a multiple of it.
@@ -144,13 +146,13 @@ fn claim_entry() -> &'static GuardEntry {
         chunk = chunk.next().unwrap_or_else(|| {
             let fresh = Box::into_raw(Box::new(RegistryChunk::new()));
             match chunk.next.compare_exchange(ptr::null_mut(), fresh, Ordering::AcqRel, Ordering::Acquire) {
-                // SAFETY: `fresh` comes from `Box::into_raw` and is never freed now that it is linked. Only shared references to it
-                // exist from here on.
+                // SAFETY: `fresh` comes from `Box::into_raw` and is never freed now that it is linked. Only shared
+                // references to it exist from here on.
                 Ok(_) => unsafe { &*fresh },
                 // Another thread appended a chunk first.
                 Err(theirs) => {
-                    // SAFETY: `fresh` comes from `Box::into_raw`, and no other thread has seen it, since it was not linked. `theirs` is
-                    // a linked chunk, which is never freed.
+                    // SAFETY: `fresh` comes from `Box::into_raw`, and no other thread has seen it, since it was not
+                    // linked. `theirs` is a linked chunk, which is never freed.
                     unsafe {
                         drop(Box::from_raw(fresh));
                         &*theirs
@@ -161,8 +163,8 @@ fn claim_entry() -> &'static GuardEntry {
     }
 }
 
-/// Installs the handler with a fix-up. Returns false if the handler cannot be installed. There is one fix-up: later calls with another
-/// one have no effect.
+/// Installs the handler with a fix-up. Returns false if the handler cannot be installed. There is one fix-up: later
+/// calls with another one have no effect.
 pub(super) fn install_fix_up(fix_up: FixUp) -> bool {
     let _ = FIX_UP.set(fix_up);
     install_handler()
@@ -178,8 +180,8 @@ pub(super) fn install_handler() -> bool {
         action.sa_sigaction = handle_sigbus as *const () as usize;
         // The previous handler may need the alternate stack (for a stack overflow).
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: both pointers are to live values of the right type, and the handler has the signature that SA_SIGINFO requires. The
-        // previous action is stored before the handler can run.
+        // SAFETY: both pointers are to live values of the right type, and the handler has the signature that SA_SIGINFO
+        // requires. The previous action is stored before the handler can run.
         unsafe {
             if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut previous) != 0 {
                 return false;
@@ -198,16 +200,16 @@ extern "C" fn handle_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: 
         return;
     }
     if code <= 0 {
-        // Sent by another process, not caused by an access.
-        // SAFETY: signal and raise are async-signal-safe. The signal is delivered when this handler returns.
+        // Sent by another process, not caused by an access. SAFETY: signal and raise are async-signal-safe. The signal
+        // is delivered when this handler returns.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
             libc::raise(signal);
         }
         return;
     }
-    // SAFETY: __errno_location returns a valid pointer to this thread's errno. `context` is the context that the kernel passed to this
-    // handler, which runs on the interrupted thread, as a `FixUp` requires.
+    // SAFETY: __errno_location returns a valid pointer to this thread's errno. `context` is the context that the kernel
+    // passed to this handler, which runs on the interrupted thread, as a `FixUp` requires.
     let handled = unsafe {
         let errno = *libc::__errno_location();
         let handled = replace_guarded_mapping(addr) || FIX_UP.get().is_some_and(|fix_up| fix_up(context));
@@ -215,8 +217,8 @@ extern "C" fn handle_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: 
         handled
     };
     if !handled && let Some(previous) = PREVIOUS_ACTION.get() {
-        // The instruction is repeated, and faults again under the previous handler.
-        // SAFETY: `previous` is an action that the kernel returned for this signal, and lives for the rest of the process.
+        // The instruction is repeated, and faults again under the previous handler. SAFETY: `previous` is an action
+        // that the kernel returned for this signal, and lives for the rest of the process.
         unsafe { libc::sigaction(signal, previous, ptr::null_mut()) };
     }
 }
@@ -229,8 +231,8 @@ fn replace_guarded_mapping(addr: usize) -> bool {
             let start = entry.start.load(Ordering::Acquire);
             let len = entry.len.load(Ordering::Relaxed);
             fence(Ordering::Acquire);
-            // Another thread may give the entry to another mapping meanwhile, but not if it guards the mapping of this access: that
-            // mapping is in use, so its guard lives.
+            // Another thread may give the entry to another mapping meanwhile, but not if it guards the mapping of this
+            // access: that mapping is in use, so its guard lives.
             let is_same = entry.start.load(Ordering::Relaxed) == start;
             if start != 0 && is_same && addr.wrapping_sub(start) < len {
                 return map_zeros(start, len, entry);
@@ -247,13 +249,14 @@ fn map_zeros(start: usize, len: usize, entry: &GuardEntry) -> bool {
     LOSS_COUNT.fetch_add(1, Ordering::Release);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the caller of `Guard::new` guarantees that the range is a mapping which may be replaced, and which stays mapped while the
-    // guard lives. The guard lives: the faulting access uses the mapping. The only references to its bytes are to atomics, for which
-    // zeros are a valid value. mmap is async-signal-safe on Linux: it is a plain system call.
+    // SAFETY: the caller of `Guard::new` guarantees that the range is a mapping which may be replaced, and which stays
+    // mapped while the guard lives. The guard lives: the faulting access uses the mapping. The only references to its
+    // bytes are to atomics, for which zeros are a valid value. mmap is async-signal-safe on Linux: it is a plain system
+    // call.
     let placed = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, protection, flags, -1, 0) };
     if placed == libc::MAP_FAILED {
-        // The kernel may have unmapped the range already, and another thread's mapping may take its addresses.
-        // SAFETY: abort is async-signal-safe.
+        // The kernel may have unmapped the range already, and another thread's mapping may take its addresses. SAFETY:
+        // abort is async-signal-safe.
         unsafe { libc::abort() }
     }
     true
@@ -288,8 +291,8 @@ mod tests {
     }
 
     fn word<'a>(start: *mut u8, page: usize) -> &'a AtomicU32 {
-        // SAFETY: the page is never unmapped, it is aligned, and the tests access its first word only as an atomic, or by raw pointers
-        // while no other thread does.
+        // SAFETY: the page is never unmapped, it is aligned, and the tests access its first word only as an atomic, or
+        // by raw pointers while no other thread does.
         unsafe { AtomicU32::from_ptr(start.add(page * PAGE).cast()) }
     }
 

@@ -141,8 +141,8 @@ pub enum FilePresence {
 /// How a file system allocates space for writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AllocationMode {
-    /// A write without space fails at once, and allocated pages can always be overwritten: ext4, XFS, tmpfs, and btrfs for
-    /// files without copy on write.
+    /// A write without space fails at once, and allocated pages can always be overwritten: ext4, XFS, tmpfs, and btrfs
+    /// for files without copy on write.
     InPlace,
     /// A write without space fails at once, but overwriting a page needs new space as well: btrfs.
     CopyOnWrite,

@@ -6,7 +6,8 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind};
 use crate::storage::types::Access;
 
-/// Flags of every open: not inherited by child processes, no waiting for the other end of a FIFO, no controlling terminal.
+/// Flags of every open: not inherited by child processes, no waiting for the other end of a FIFO, no controlling
+/// terminal.
 pub(super) const OPEN_FLAGS: OFlags = OFlags::CLOEXEC.union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
 
 /// Returns the open flags of an access mode.
@@ -27,8 +28,8 @@ pub(super) fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rusti
     }
 }
 
-/// Converts an error of opening a file. Sockets and FIFOs without a reader (ENXIO), folders (EISDIR) and devices without a driver
-/// (ENODEV) fail already when they are opened.
+/// Converts an error of opening a file. Sockets and FIFOs without a reader (ENXIO), folders (EISDIR) and devices
+/// without a driver (ENODEV) fail already when they are opened.
 pub(super) fn open_error(e: Errno) -> Error {
     match e {
         Errno::NXIO | Errno::ISDIR | Errno::NODEV => {

@@ -22,7 +22,8 @@ use crate::units::SECTOR;
 /// Maximum time to wait for the I/O of a process that has ended.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Open regular file or block device. Engines and [`File`] handles share it, and with it the open description and its locks.
+/// Open regular file or block device. Engines and [`File`] handles share it, and with it the open description and its
+/// locks.
 #[derive(Debug)]
 pub(in crate::storage) struct HostFile {
     // Dropped before the descriptor: a mapping keeps the description open, and with it the locks.
@@ -64,8 +65,8 @@ impl HostFile {
             };
             return Err(Error::new(ErrorKind::Refused, what).at_path(path));
         }
-        // Only the open had to be non-blocking. With the flag set, io_uring returns EAGAIN on file systems that cannot do
-        // non-blocking I/O.
+        // Only the open had to be non-blocking. With the flag set, io_uring returns EAGAIN on file systems that cannot
+        // do non-blocking I/O.
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| fail("cannot read the flags", e))?;
         rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(|e| fail("cannot set the flags", e))?;
         Ok(HostFile {
@@ -256,8 +257,8 @@ impl FileBackend for HostFile {
         }
     }
 
-    /// Waits at the fence: I/O of a killed process can still reach the file after the process is gone. Its locks last until
-    /// then, because its rings hold the locked descriptions.
+    /// Waits at the fence: I/O of a killed process can still reach the file after the process is gone. Its locks last
+    /// until then, because its rings hold the locked descriptions.
     fn lock(&self, wanted: Lock) -> Result<()> {
         if wanted == Lock::Exclusive && self.access == Access::Read {
             let what = "an exclusive lock needs a file opened for writing";
@@ -292,7 +293,8 @@ impl FileBackend for HostFile {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), Advice::WillNeed);
     }
 
-    /// Returns 0 on file systems without a block device of their own (btrfs, NFS), which are not listed under their device number.
+    /// Returns 0 on file systems without a block device of their own (btrfs, NFS), which are not listed under their
+    /// device number.
     fn kernel_readahead(&self) -> u64 {
         let of = |dev: u64| {
             let name = format!("/sys/class/bdi/{}:{}/read_ahead_kb", rustix::fs::major(dev), rustix::fs::minor(dev));

@@ -1,7 +1,8 @@
 //! Checks whether a file exists without opening it, for paths in images that must not be opened.
 //!
-//! Each component is looked up separately, as the last component of its path, with `O_PATH`. So the kernel follows no symbolic link and
-//! triggers no automount, and nothing of the file is read. Kernel file systems (proc, sysfs, ...) are not entered.
+//! Each component is looked up separately, as the last component of its path, with `O_PATH`. So the kernel follows no
+//! symbolic link and triggers no automount, and nothing of the file is read. Kernel file systems (proc, sysfs, ...) are
+//! not entered.
 
 use std::path::{Component, Path};
 
@@ -14,8 +15,8 @@ use crate::storage::types::FilePresence;
 /// Folders of the root in which no path is looked up.
 const KERNEL_FOLDERS: [&str; 3] = ["proc", "sys", "dev"];
 
-/// `f_type` of kernel file systems, in which a lookup may have effects (linux/magic.h): proc, sysfs, devpts, debugfs, tracefs, cgroup,
-/// cgroup2, securityfs, bpf.
+/// `f_type` of kernel file systems, in which a lookup may have effects (linux/magic.h): proc, sysfs, devpts, debugfs,
+/// tracefs, cgroup, cgroup2, securityfs, bpf.
 const KERNEL_MAGIC: [i64; 9] =
     [0x9FA0, 0x6265_6572, 0x1CD1, 0x6462_6720, 0x7472_6163, 0x0027_E0EB, 0x6367_7270, 0x7363_6673, 0xCAFE_4A11];
 /// `f_type` of autofs.

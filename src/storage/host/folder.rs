@@ -60,7 +60,8 @@ impl HostFolder {
         retry(|| rustix::fs::openat(&self.fd, name, access_flags(access) | OPEN_FLAGS, Mode::empty()))
     }
 
-    /// Opens a disk that an operator named: a regular file or a block device. A device opened for writing is opened exclusively.
+    /// Opens a disk that an operator named: a regular file or a block device. A device opened for writing is opened
+    /// exclusively.
     pub(super) fn open_disk(&self, name: &OsStr, access: Access) -> rustix::io::Result<OwnedFd> {
         // Without O_CREAT, O_EXCL affects block devices only (open(2)).
         let exclusive = if access == Access::Write { OFlags::EXCL } else { OFlags::empty() };
@@ -183,7 +184,8 @@ impl FolderBackend for HostFolder {
                 }
                 e => Error::io("cannot create the file", e.into()).at_path(&path),
             })?;
-        // `link_unnamed` needs /proc. Checked now, since the caller writes the whole file before it calls `link_unnamed`.
+        // `link_unnamed` needs /proc. Checked now, since the caller writes the whole file before it calls
+        // `link_unnamed`.
         if fs::symlink_metadata(proc_path(&fd)).is_err() {
             let what = "files without names need /proc, which is not mounted";
             return Err(Error::new(ErrorKind::Unsupported, what).at_path(&path));

@@ -1,8 +1,8 @@
 //! Locks on open descriptions: one byte for diffdisk, and the bytes that QEMU uses.
 //!
-//! QEMU (`block/file-posix.c`) takes *read* locks only: byte 100+p means "this process uses permission p", byte 200+p means "this
-//! process does not share p" (0 consistent read, 1 write, 3 resize). After locking its bytes, a process checks that no other
-//! description holds the opposite byte of any of them.
+//! QEMU (`block/file-posix.c`) takes *read* locks only: byte 100+p means "this process uses permission p", byte 200+p
+//! means "this process does not share p" (0 consistent read, 1 write, 3 resize). After locking its bytes, a process
+//! checks that no other description holds the opposite byte of any of them.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -59,8 +59,8 @@ fn describe_byte(byte: i64) -> &'static str {
     }
 }
 
-/// Returns whether a live process holds a lock on one of the bytes, by another description than `fd`. If not, the lock belongs to a
-/// process that has ended or is being killed, and ends with the last I/O of that process.
+/// Returns whether a live process holds a lock on one of the bytes, by another description than `fd`. If not, the lock
+/// belongs to a process that has ended or is being killed, and ends with the last I/O of that process.
 pub(super) fn is_held_by_live_process(fd: BorrowedFd<'_>, id: FileId) -> bool {
     let theirs = |d: &LockDescriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
     descriptors_with_lock(|line| IN_USE_BYTES.iter().any(|&byte| lock_line_covers(line, id.ino, byte)))
@@ -161,9 +161,9 @@ fn other_lock(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
     Ok((i32::from(l.l_type) != libc::F_UNLCK).then_some(l.l_pid))
 }
 
-/// Returns a process that has a descriptor with a lock on the byte, if `/proc` shows it. Prefers another process over this one, since the
-/// description that asks may hold the byte itself. A lock belongs to a description and not to a process, so the kernel reports
-/// no process id.
+/// Returns a process that has a descriptor with a lock on the byte, if `/proc` shows it. Prefers another process over
+/// this one, since the description that asks may hold the byte itself. A lock belongs to a description and not to a
+/// process, so the kernel reports no process id.
 fn holder_pid(id: FileId, byte: i64) -> Option<u32> {
     let mut own = None;
     for d in descriptors_with_lock(|line| lock_line_covers(line, id.ino, byte)).filter(|d| d.refers_to(id)) {
@@ -182,8 +182,8 @@ pub(super) struct LockDescriptor {
 }
 
 impl LockDescriptor {
-    /// Returns whether the descriptor refers to the file `id`. The lock's line is not sufficient: inode numbers are unique only within a
-    /// file system, and on btrfs the line contains another device number than stat.
+    /// Returns whether the descriptor refers to the file `id`. The lock's line is not sufficient: inode numbers are
+    /// unique only within a file system, and on btrfs the line contains another device number than stat.
     pub(super) fn refers_to(&self, id: FileId) -> bool {
         fs::metadata(format!("/proc/{}/fd/{}", self.pid, self.number))
             .is_ok_and(|m| FileId { dev: m.dev(), ino: m.ino() } == id)
@@ -220,7 +220,8 @@ fn is_dying_status(status: &str) -> bool {
     })
 }
 
-/// Returns whether a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) is about this inode number and byte.
+/// Returns whether a `lock:` line in fdinfo (`1: OFDLCK ADVISORY READ -1 fe:00:1234 100 101`) is about this inode
+/// number and byte.
 pub(super) fn lock_line_covers(line: &str, ino: u64, byte: i64) -> bool {
     let mut words = line.split_whitespace().rev();
     let (Some(last), Some(first), Some(inode)) = (words.next(), words.next(), words.next()) else { return false };

@@ -1,7 +1,7 @@
 //! Finds the processes that hold locks on files, by `/proc`.
 //!
-//! A lock belongs to an open description, not to a process. The kernel lists the locks of a description in the fdinfo of each descriptor
-//! that refers to it. One pass over these files finds the holders of any number of files.
+//! A lock belongs to an open description, not to a process. The kernel lists the locks of a description in the fdinfo
+//! of each descriptor that refers to it. One pass over these files finds the holders of any number of files.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -58,8 +58,8 @@ fn process(pid: u32) -> Option<LockHolder> {
     Some(LockHolder::Process { pid, program, since })
 }
 
-/// Returns the start time of a process in clock ticks since boot: field 22 of its stat file (proc_pid_stat(5)). The second field is the
-/// program's name in parentheses, which may contain any characters.
+/// Returns the start time of a process in clock ticks since boot: field 22 of its stat file (proc_pid_stat(5)). The
+/// second field is the program's name in parentheses, which may contain any characters.
 fn start_ticks(stat: &str) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }

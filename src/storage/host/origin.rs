@@ -33,8 +33,8 @@ fn user_name(user_id: u32, passwd: &str) -> Option<String> {
     })
 }
 
-/// Derives an id from a machine id. The machine id cannot be computed from it, as machine-id(5) requires, since images are copied to other
-/// machines.
+/// Derives an id from a machine id. The machine id cannot be computed from it, as machine-id(5) requires, since images
+/// are copied to other machines.
 fn derive_id(id: &str) -> Uuid {
     let sum = |salt: u64| {
         id.bytes().fold(salt, |sum, byte| {

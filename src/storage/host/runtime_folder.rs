@@ -1,8 +1,8 @@
 //! The runtime folder of the host: a folder on tmpfs, opened once.
 //!
-//! Its contents are trusted. So the folder must belong to this process's user and be closed to all other users, and each journal must be
-//! a regular file of that user with one name and mode 0600. All accesses go through the folder's descriptor: renaming or
-//! replacing the folder has no effect on a running process.
+//! Its contents are trusted. So the folder must belong to this process's user and be closed to all other users, and
+//! each journal must be a regular file of that user with one name and mode 0600. All accesses go through the folder's
+//! descriptor: renaming or replacing the folder has no effect on a running process.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -64,7 +64,8 @@ impl HostRuntimeFolder {
         Ok(HostRuntimeFolder { fd, path: path.to_path_buf() })
     }
 
-    /// Creates a file without a name and allocates its space: if tmpfs is full, this fails, and no access causes SIGBUS later.
+    /// Creates a file without a name and allocates its space: if tmpfs is full, this fails, and no access causes SIGBUS
+    /// later.
     fn create_unnamed(&self, bytes: u64) -> Result<OwnedFd> {
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(&self.path);
         let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
@@ -83,7 +84,8 @@ impl RuntimeFolderBackend for HostRuntimeFolder {
 
     fn create(&self, name: &str, words: usize) -> Result<Shm> {
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(self.path.join(name));
-        // The file gets its name when it is complete and locked: no other process can lock it first, and a kill leaves nothing.
+        // The file gets its name when it is complete and locked: no other process can lock it first, and a kill leaves
+        // nothing.
         let file = self.create_unnamed((words * size_of::<u64>()) as u64)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|e| failed("cannot lock the live journal", e))?;

@@ -33,7 +33,8 @@ fn is_btrfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(rustix::fs::fstatfs(fd)?.f_type == libc::BTRFS_SUPER_MAGIC)
 }
 
-/// Returns how the file system allocates space for a file. Only file systems that the tests fill up (`tests/host/disk_full.rs`) are known.
+/// Returns how the file system allocates space for a file. Only file systems that the tests fill up
+/// (`tests/host/disk_full.rs`) are known.
 fn allocation_mode(fd: BorrowedFd<'_>) -> AllocationMode {
     match rustix::fs::fstatfs(fd).map(|s| s.f_type) {
         Ok(libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC | libc::TMPFS_MAGIC) => AllocationMode::InPlace,
@@ -46,8 +47,8 @@ fn allocation_mode(fd: BorrowedFd<'_>) -> AllocationMode {
     }
 }
 
-/// Returns whether a btrfs has data and metadata in the same block groups (`mkfs.btrfs --mixed`), or this cannot be determined. Metadata may
-/// then use the space that a write was promised, and the write is lost at the sync.
+/// Returns whether a btrfs has data and metadata in the same block groups (`mkfs.btrfs --mixed`), or this cannot be
+/// determined. Metadata may then use the space that a write was promised, and the write is lost at the sync.
 fn is_mixed(fd: BorrowedFd<'_>) -> bool {
     let Ok(stat) = rustix::fs::fstatvfs(fd) else { return true };
     let folders = fs::read_dir("/sys/fs/btrfs").into_iter().flatten().flatten().map(|entry| entry.path());
@@ -55,8 +56,8 @@ fn is_mixed(fd: BorrowedFd<'_>) -> bool {
     folder.is_none_or(|folder| folder.join("allocation/mixed").exists())
 }
 
-/// Returns whether a folder of `/sys/fs/btrfs` belongs to the file system with this id. Linux computes the lower half of the id from the
-/// first and third word of the UUID (`btrfs_statfs`).
+/// Returns whether a folder of `/sys/fs/btrfs` belongs to the file system with this id. Linux computes the lower half
+/// of the id from the first and third word of the UUID (`btrfs_statfs`).
 fn is_folder_of(folder: &Path, id: u64) -> bool {
     let uuid = folder.file_name().and_then(|name| uuid::Uuid::parse_str(name.to_str()?).ok());
     uuid.is_some_and(|uuid| {

@@ -1,8 +1,9 @@
 //! A copy that returns false, instead of ending the process, if a page of either side cannot be read or written.
 //!
-//! A page of a mapped file is unavailable if the file was truncated or its disk fails: the kernel then sends SIGBUS. The handler
-//! (`sigbus.rs`) calls [`fix_up`]. If the interrupted instruction belongs to the copy, `fix_up` moves the instruction pointer to
-//! the copy's failure exit. gVisor's `safecopy` and the kernel's own copies to user space use the same technique.
+//! A page of a mapped file is unavailable if the file was truncated or its disk fails: the kernel then sends SIGBUS.
+//! The handler (`sigbus.rs`) calls [`fix_up`]. If the interrupted instruction belongs to the copy, `fix_up` moves the
+//! instruction pointer to the copy's failure exit. gVisor's `safecopy` and the kernel's own copies to user space use
+//! the same technique.
 //!
 //! Only x86-64 has such a copy so far; elsewhere [`is_available`] returns false.
 #![allow(unsafe_code)]
@@ -16,11 +17,13 @@ pub(super) fn is_available() -> bool {
     cfg!(target_arch = "x86_64") && sigbus::install_fix_up(fix_up)
 }
 
-/// Copies `len` bytes. Returns false if a page of either side is unavailable; then a part of the bytes may have been copied.
+/// Copies `len` bytes. Returns false if a page of either side is unavailable; then a part of the bytes may have been
+/// copied.
 ///
 /// # Safety
 /// - [`is_available`] has returned true.
-/// - `from` points to `len` mapped readable bytes and `to` to `len` mapped writable bytes; the two ranges do not overlap.
+/// - `from` points to `len` mapped readable bytes and `to` to `len` mapped writable bytes; the two ranges do not
+///   overlap.
 /// - No reference to either range exists during the call.
 #[inline]
 pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
@@ -41,8 +44,8 @@ unsafe fn fix_up(context: *mut c_void) -> bool {
 mod arch {
     use std::ffi::c_void;
 
-    // The code uses no stack and no callee-saved register, so jumping from any of its instructions to the failure exit returns to
-    // the caller correctly.
+    // The code uses no stack and no callee-saved register, so jumping from any of its instructions to the failure exit
+    // returns to the caller correctly.
     std::arch::global_asm!(
         ".pushsection .text.diffdisk_copy,\"ax\",@progbits",
         ".globl diffdisk_copy",
@@ -74,8 +77,8 @@ mod arch {
     /// See [`fix_up`](super::fix_up).
     pub(super) unsafe fn fix_up(context: *mut c_void) -> bool {
         let (start, failed) = (diffdisk_copy as *const () as usize, (&raw const diffdisk_copy_failed) as usize);
-        // SAFETY: the caller guarantees that `context` is the context of this thread's signal handler, which on Linux is a valid
-        // ucontext_t that only this handler accesses until it returns.
+        // SAFETY: the caller guarantees that `context` is the context of this thread's signal handler, which on Linux
+        // is a valid ucontext_t that only this handler accesses until it returns.
         let at = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] };
         let inside = usize::try_from(*at).is_ok_and(|at| (start..failed).contains(&at));
         if inside {
@@ -86,8 +89,8 @@ mod arch {
 
     #[inline]
     pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
-        // SAFETY: the code above follows the C calling convention and accesses only the two ranges, which the caller guarantees to be
-        // mapped. A fault in it is handled by `fix_up`, which the caller has installed.
+        // SAFETY: the code above follows the C calling convention and accesses only the two ranges, which the caller
+        // guarantees to be mapped. A fault in it is handled by `fix_up`, which the caller has installed.
         unsafe { diffdisk_copy(to, from, len) != 0 }
     }
 }

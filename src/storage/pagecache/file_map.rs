@@ -6,12 +6,13 @@
 //!            a counter per window of 64 pages: reads that missed because of a page without its bit
 //! ```
 //!
-//! The kernel is asked (mincore) about whole windows, and only about windows that were missed repeatedly: a query costs as much as two
-//! reads. Its answer may be outdated a moment later. The copy then waits for the disk, as any access to a mapped file
-//! does. The reader measures how long copies take, and clears the bits of windows that made it wait.
+//! The kernel is asked (mincore) about whole windows, and only about windows that were missed repeatedly: a query costs
+//! as much as two reads. Its answer may be outdated a moment later. The copy then waits for the disk, as any access to
+//! a mapped file does. The reader measures how long copies take, and clears the bits of windows that made it wait.
 //!
-//! A mapping appears in the resident set of the process (VmRSS, as RssFile), but its pages are page cache that the kernel reclaims. It
-//! does not reclaim page tables: 4 KiB for each 2 MiB of which something was copied. So the number of mapped regions is bounded.
+//! A mapping appears in the resident set of the process (VmRSS, as RssFile), but its pages are page cache that the
+//! kernel reclaims. It does not reclaim page tables: 4 KiB for each 2 MiB of which something was copied. So the number
+//! of mapped regions is bounded.
 //!
 //! Truncating a file makes the rest of its last page zeros, in these mappings as in any other.
 #![allow(unsafe_code)]
@@ -42,8 +43,9 @@ const AREA_BYTES: usize = REGION_BYTES / 32;
 /// Misses of a window that cause a query.
 const MISSES_PER_QUERY: u8 = 2;
 
-/// File systems whose reads, writes and mappings all use the page cache (linux/magic.h): ext2 to ext4, XFS, btrfs, f2fs, bcachefs.
-/// tmpfs is excluded: reading a hole through a mapping allocates memory for it, which would undo a guest's discards.
+/// File systems whose reads, writes and mappings all use the page cache (linux/magic.h): ext2 to ext4, XFS, btrfs,
+/// f2fs, bcachefs. tmpfs is excluded: reading a hole through a mapping allocates memory for it, which would undo a
+/// guest's discards.
 const COHERENT_FILE_SYSTEMS: [i64; 5] = [0xEF53, 0x5846_5342, 0x9123_683E, 0xF2F5_2010, 0xCA45_1A4E];
 
 /// Number of mapped regions of all files.
@@ -53,8 +55,8 @@ static MAPPED_REGIONS: AtomicUsize = AtomicUsize::new(0);
 #[derive(Debug, Default)]
 pub(in crate::storage) struct FileMap {
     regions: OnceLock<Box<[OnceLock<Arc<MapRegion>>]>>,
-    /// Long reads of each unmapped region: a bit per area that was read (low half), and the sum of their lengths in units of
-    /// [`SHORT_READ`] (high half).
+    /// Long reads of each unmapped region: a bit per area that was read (low half), and the sum of their lengths in
+    /// units of [`SHORT_READ`] (high half).
     long_reads: OnceLock<Box<[AtomicU64]>>,
     /// Number of mapped regions.
     mapped: AtomicUsize,
@@ -120,8 +122,8 @@ impl FileMap {
         }
     }
 
-    /// Asks the kernel about the residency of the windows that contain `len` > 0 bytes from `offset`. Maps the region instead, if it is
-    /// not mapped yet. `size` returns the length of the file.
+    /// Asks the kernel about the residency of the windows that contain `len` > 0 bytes from `offset`. Maps the region
+    /// instead, if it is not mapped yet. `size` returns the length of the file.
     pub(in crate::storage) fn query(
         &self,
         file: impl AsFd,
@@ -152,8 +154,9 @@ impl FileMap {
         }
     }
 
-    /// Returns whether a read of `len` bytes at `within` justifies mapping its region. A short read does. Long reads do once their
-    /// sum exceeds the size of the areas that they read, that is, when they read data again: one pass over a whole disk maps nothing.
+    /// Returns whether a read of `len` bytes at `within` justifies mapping its region. A short read does. Long reads do
+    /// once their sum exceeds the size of the areas that they read, that is, when they read data again: one pass over a
+    /// whole disk maps nothing.
     fn is_worth_mapping(&self, index: usize, within: usize, len: usize) -> bool {
         if len <= SHORT_READ {
             return true;
@@ -214,15 +217,16 @@ unsafe impl Sync for MapRegion {}
 impl MapRegion {
     fn map(file: impl AsFd, index: usize, size: u64) -> Option<MapRegion> {
         let offset = (index * REGION_BYTES) as u64;
-        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping. Its bytes are read only by
-        // `copy_nofault`, which handles pages beyond the end of the file, and never through a reference.
+        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping. Its bytes are
+        // read only by `copy_nofault`, which handles pages beyond the end of the file, and never through a reference.
         let start = unsafe { mmap(ptr::null_mut(), REGION_BYTES, ProtFlags::READ, MapFlags::SHARED, file, offset) };
         let start = NonNull::new(start.ok()?.cast())?;
         let (resident, misses) = ([const { AtomicU64::new(0) }; _], [const { AtomicU8::new(0) }; _]);
         Some(MapRegion { start, valid_bytes: AtomicUsize::new(bytes_in_region(index, size)), resident, misses })
     }
 
-    /// Returns the address of `len` bytes at `within`, if all of their pages were resident when the kernel was last asked.
+    /// Returns the address of `len` bytes at `within`, if all of their pages were resident when the kernel was last
+    /// asked.
     #[inline]
     pub(in crate::storage) fn resident_start(&self, within: usize, len: usize) -> Option<NonNull<u8>> {
         let end = within + len;
@@ -265,8 +269,8 @@ impl MapRegion {
 impl Drop for MapRegion {
     fn drop(&mut self) {
         MAPPED_REGIONS.fetch_sub(1, Ordering::Relaxed);
-        // SAFETY: `map` mapped this range with this length, and only this drop unmaps it. A reader that copies from the region holds a
-        // reference to it (the map cache's or the file's), so no copy is running.
+        // SAFETY: `map` mapped this range with this length, and only this drop unmaps it. A reader that copies from the
+        // region holds a reference to it (the map cache's or the file's), so no copy is running.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), REGION_BYTES) };
     }
 }
@@ -280,18 +284,19 @@ fn mincore_bits(start: NonNull<u8>, pages: usize) -> Option<u64> {
     (done == 0).then(|| bytes.iter().rev().fold(0, |bits, page| bits << 1 | u64::from(page & 1)))
 }
 
-/// Returns whether a mapping of the file always shows what system calls read and write. That holds if both use the page cache. On network
-/// and user-space file systems, calls may bypass it, and a mapping may show old data.
+/// Returns whether a mapping of the file always shows what system calls read and write. That holds if both use the page
+/// cache. On network and user-space file systems, calls may bypass it, and a mapping may show old data.
 fn is_coherent(file: impl AsFd) -> bool {
     rustix::fs::fstatfs(file).is_ok_and(|stat| COHERENT_FILE_SYSTEMS.contains(&stat.f_type))
 }
 
-/// Returns whether the kernel reports the residency of the file. For a file that this process neither owns nor may write, it reports every
-/// page as resident (mincore(2), since Linux 5.2). So this function asks about a page that cannot be resident, so far beyond the end
-/// of the file that the file does not grow to it meanwhile.
+/// Returns whether the kernel reports the residency of the file. For a file that this process neither owns nor may
+/// write, it reports every page as resident (mincore(2), since Linux 5.2). So this function asks about a page that
+/// cannot be resident, so far beyond the end of the file that the file does not grow to it meanwhile.
 fn reports_residency(file: impl AsFd, len: u64) -> bool {
     let beyond = len.next_multiple_of(PAGE as u64) + (4 << 30);
-    // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping. Its page is never accessed.
+    // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping. Its page is never
+    // accessed.
     let mapped = unsafe { mmap(ptr::null_mut(), PAGE, ProtFlags::READ, MapFlags::SHARED, file, beyond) };
     let Some(page) = mapped.ok().and_then(|page| NonNull::new(page.cast())) else { return false };
     let residency = mincore_bits(page, 1);

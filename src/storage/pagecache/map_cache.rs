@@ -1,8 +1,8 @@
 //! Cache of the mapped regions that a reader used last.
 //!
-//! A direct-mapped table, in which a lookup touches one cache line. Without it each read of a long chain walks through the tables of another
-//! file, with a cache miss at each step: reads of a chain of 64 files reached 0.93 of the rate for one file, and 0.98 with
-//! this cache.
+//! A direct-mapped table, in which a lookup touches one cache line. Without it each read of a long chain walks through
+//! the tables of another file, with a cache miss at each step: reads of a chain of 64 files reached 0.93 of the rate
+//! for one file, and 0.98 with this cache.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
 //! Reads from the page cache without system calls.
 //!
-//! A read whose pages are all resident in the page cache is a copy from a mapped file. An engine offers this as a pair of methods,
-//! [`find_cached`](super::Engine::find_cached) and [`copy_cached`](super::Engine::copy_cached), which [`reader`] implements. Every
-//! other read is an operation of the engine.
+//! A read whose pages are all resident in the page cache is a copy from a mapped file. An engine offers this as a pair
+//! of methods, [`find_cached`](super::Engine::find_cached) and [`copy_cached`](super::Engine::copy_cached), which
+//! [`reader`] implements. Every other read is an operation of the engine.
 //!
 //! ```text
 //!   reader         one per ring: finds and copies; measures each batch; backs off after waiting for the disk

@@ -56,6 +56,7 @@ impl CachedRange {
     }
 }
 
-// SAFETY: the pointer is to a mapping of a file, which is not tied to a thread. Nothing dereferences it until the reader has checked that
-// the mapping still exists (`PageCacheReader::copy`), and that needs `&mut` access to the reader.
+// SAFETY: the pointer is to a mapping of a file, which is not tied to a thread. Nothing dereferences it until the
+// reader has checked that the mapping still exists (`PageCacheReader::copy`), and that needs `&mut` access to the
+// reader.
 unsafe impl Send for CachedRange {}

@@ -1,17 +1,20 @@
 //! Page cache reader of an engine: finds resident ranges, copies them, and backs off after waiting for the disk.
 //!
-//! A small read from the page cache is mostly the system call itself, and the kernel copies page by page: 4 KiB take 1.3 us by
-//! preadv(2), and 0.2 to 0.3 us by a copy from a mapping whose pages were prefetched (`disk/cached_reads.rs`). Reads of 1 MiB reach
-//! 13,800 a second in the kernel (5,300 from 16 files in turn), and 16,000 (13,800) by copies. Measured with 512 MiB in the page
-//! cache, Linux 6.18, AMD EPYC with mitigations. So files are mapped, and resident ranges (`file_map.rs`) are copied.
+//! A small read from the page cache is mostly the system call itself, and the kernel copies page by page: 4 KiB take
+//! 1.3 us by preadv(2), and 0.2 to 0.3 us by a copy from a mapping whose pages were prefetched
+//! (`disk/cached_reads.rs`). Reads of 1 MiB reach 13,800 a second in the kernel (5,300 from 16 files in turn), and
+//! 16,000 (13,800) by copies. Measured with 512 MiB in the page cache, Linux 6.18, AMD EPYC with mitigations. So files
+//! are mapped, and resident ranges (`file_map.rs`) are copied.
 //!
-//! A page may have left memory since the kernel reported it. The copy then waits for the disk, and delays the whole queue. The reader
-//! limits this in three ways:
+//! A page may have left memory since the kernel reported it. The copy then waits for the disk, and delays the whole
+//! queue. The reader limits this in three ways:
 //!
 //! - In a batch that takes far too long, the remaining reads go to the engine.
-//! - If a batch was slow and the thread had major page faults, the residency bits of the whole batch are cleared, and nothing
-//!   is copied for a hundred times the duration of the batch. So a queue waits for at most a hundredth of its time.
-//! - An unavailable page (truncated file, failing disk) ends the copy. The engine repeats the read and reports the error.
+//! - If a batch was slow and the thread had major page faults, the residency bits of the whole batch are cleared, and
+//!   nothing is copied for a hundred times the duration of the batch. So a queue waits for at most a hundredth of its
+//!   time.
+//! - An unavailable page (truncated file, failing disk) ends the copy. The engine repeats the read and reports the
+//!   error.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -110,7 +113,8 @@ impl PageCacheReader {
         self.backoff_until.is_none().then_some(CachedRange { from, slot, offset, len })
     }
 
-    /// Finds a range whose region is not in the map cache, and caches the region. Records a query if that is worthwhile.
+    /// Finds a range whose region is not in the map cache, and caches the region. Records a query if that is
+    /// worthwhile.
     fn find_in_file(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<NonNull<u8>> {
         let map = self.files.get(usize::from(slot.0))?.as_ref()?.file_map();
         match map.residency(offset, len) {
@@ -160,10 +164,11 @@ impl PageCacheReader {
                     fetched = ahead;
                 }
                 // SAFETY:
-                // - `copy_nofault` is available: a file is registered only if it is, and without a file the check above fails.
-                // - Source: `found.from` is the address of `within` in a mapped region of a file in this reader's tables (checked
-                //   above). `find` has returned `found` only for a range inside of the region. The map cache or the file
-                //   holds the region, and neither changes while `self` is borrowed here.
+                // - `copy_nofault` is available: a file is registered only if it is, and without a file the check above
+                //   fails.
+                // - Source: `found.from` is the address of `within` in a mapped region of a file in this reader's
+                //   tables (checked above). `find` has returned `found` only for a range inside of the region. The map
+                //   cache or the file holds the region, and neither changes while `self` is borrowed here.
                 // - Destination: `for_each_run` passes runs of `into`, which its owner keeps mapped and writable.
                 // - Guest memory and file mappings do not overlap, and no reference to either is ever formed.
                 whole = unsafe { copy_nofault::copy(start.wrapping_add(done), to, chunk) };
@@ -231,9 +236,9 @@ impl PageCacheReader {
     }
 }
 
-/// Returns whether a batch that started at `start` is waiting for the disk: it has run for longer than [`STALL`], and this thread had
-/// major faults since the last sample. Without faults the delay has another cause (preemption, first access to guest memory), and
-/// the measurement starts again.
+/// Returns whether a batch that started at `start` is waiting for the disk: it has run for longer than [`STALL`], and
+/// this thread had major faults since the last sample. Without faults the delay has another cause (preemption, first
+/// access to guest memory), and the measurement starts again.
 fn is_stalled(start: &mut Option<Instant>, sampled: i64) -> bool {
     if start.is_none_or(|start| start.elapsed() <= STALL) {
         return false;
@@ -248,7 +253,8 @@ fn is_stalled(start: &mut Option<Instant>, sampled: i64) -> bool {
 /// Returns the number of major page faults of this thread.
 fn major_faults() -> i64 {
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: getrusage writes one rusage to the pointer. If it fails, the value is all zeros, which is valid for a struct of integers.
+    // SAFETY: getrusage writes one rusage to the pointer. If it fails, the value is all zeros, which is valid for a
+    // struct of integers.
     unsafe {
         libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
         usage.assume_init().ru_majflt

@@ -15,7 +15,8 @@ use crate::storage::{Access, Action, Completion, Engine, Env, Op};
 const PAGE: u64 = 4096;
 const SLOT: FileSlot = FileSlot(2);
 
-/// Creates a file on a disk in which each page contains its number. The pages are clean, so that the kernel may drop them.
+/// Creates a file on a disk in which each page contains its number. The pages are clean, so that the kernel may drop
+/// them.
 fn pages(count: u64) -> (TempDir, File) {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     let path = folder.path().join("f");
@@ -34,7 +35,8 @@ fn read(offset: u64, len: usize) -> Op {
 fn iovecs(buffer: &mut Buffer) -> GuestIovecs {
     let mut halves = GuestIovecs::new(std::sync::Arc::new(()), 2);
     let (start, half) = (buffer.as_mut_ptr(), buffer.len() / 2);
-    // SAFETY: both halves lie in the buffer, which the tests do not use otherwise, and do not drop, while they use the runs.
+    // SAFETY: both halves lie in the buffer, which the tests do not use otherwise, and do not drop, while they use the
+    // runs.
     unsafe {
         halves.push(start.wrapping_add(half), buffer.len() - half);
         halves.push(start, half);

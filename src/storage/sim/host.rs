@@ -37,13 +37,15 @@ impl SimHost {
         units
     }
 
-    /// Returns the machine after a power cut. `survives` decides about each unit by its index in [`unsynced`](Self::unsynced). This
-    /// machine keeps running, so any number of outcomes can be tried from one moment.
+    /// Returns the machine after a power cut. `survives` decides about each unit by its index in
+    /// [`unsynced`](Self::unsynced). This machine keeps running, so any number of outcomes can be tried from one
+    /// moment.
     pub fn crash_with(&self, survives: &dyn Fn(usize) -> bool) -> SimHost {
         self.crash_torn(survives, &mut |_, _| None)
     }
 
-    /// Like [`crash_with`](Self::crash_with), but sectors that were being overwritten may become mixtures of old and new.
+    /// Like [`crash_with`](Self::crash_with), but sectors that were being overwritten may become mixtures of old and
+    /// new.
     pub fn crash_torn(&self, survives: &dyn Fn(usize) -> bool, tear: Tear<'_>) -> SimHost {
         // Evaluated before the machine is locked, since the closure may use the machine.
         let mut fates = (0..self.unsynced().len()).map(survives).collect::<Vec<_>>().into_iter();
@@ -53,8 +55,9 @@ impl SimHost {
         SimHost::from(next)
     }
 
-    /// Cuts the power: ends this machine and returns the machine after the crash. The survivors are drawn from `random`: many, few, or
-    /// about half of the units. In some crashes pages of 4 KiB survive or vanish as a whole, in others sector by sector.
+    /// Cuts the power: ends this machine and returns the machine after the crash. The survivors are drawn from
+    /// `random`: many, few, or about half of the units. In some crashes pages of 4 KiB survive or vanish as a whole, in
+    /// others sector by sector.
     pub fn crash(&self, random: &mut Random) -> SimHost {
         let (yes, whole_pages, salt) = (random.below(9), random.chance(1, 4), random.next_u64());
         let units = self.unsynced();
@@ -73,8 +76,8 @@ impl SimHost {
         next
     }
 
-    /// Kills the process: ends this machine and returns the machine that the next process finds. Each sector of an operation in flight was
-    /// either written or not.
+    /// Kills the process: ends this machine and returns the machine that the next process finds. Each sector of an
+    /// operation in flight was either written or not.
     pub fn kill(&self, random: &mut Random) -> SimHost {
         let mut machine = self.0.lock();
         let (mut inodes, names) = (machine.inodes.clone(), machine.names.clone());
@@ -83,7 +86,8 @@ impl SimHost {
             let seq = machine.next_number();
             let inode = inodes.get_mut(&op.inode).expect("files live as long as the machine");
             let (yes, changes) = (random.below(5), inode.changes(effect));
-            // In the page cache a new length appears together with the bytes that caused it: a write that grows the file is atomic.
+            // In the page cache a new length appears together with the bytes that caused it: a write that grows the
+            // file is atomic.
             let as_one = changes.iter().any(|c| matches!(c, InodeChange::Len(_))).then(|| random.chance(yes, 4));
             for change in changes {
                 if as_one.unwrap_or_else(|| random.chance(yes, 4)) {

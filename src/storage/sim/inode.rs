@@ -1,7 +1,7 @@
 //! One simulated file without its names: current contents, durable contents, and the changes between.
 //!
-//! Each change concerns one sector or the length. After a crash a sector is either old or new, and each change survives or not
-//! independently of the others.
+//! Each change concerns one sector or the length. After a crash a sector is either old or new, and each change survives
+//! or not independently of the others.
 
 #![allow(clippy::cast_possible_truncation, reason = "remainders of a sector, and places in a buffer that exists")]
 
@@ -166,7 +166,8 @@ impl Contents {
     }
 }
 
-/// Splits a range of bytes at sector boundaries. Returns for each piece its position in the range, the sector, and the offset in it.
+/// Splits a range of bytes at sector boundaries. Returns for each piece its position in the range, the sector, and the
+/// offset in it.
 fn sector_pieces(offset: u64, len: u64) -> impl Iterator<Item = (std::ops::Range<usize>, u64, usize)> {
     let end = offset + len;
     (offset / SECTOR..end.div_ceil(SECTOR)).take(if len == 0 { 0 } else { usize::MAX }).map(move |sector| {

@@ -9,8 +9,8 @@ use super::random::Random;
 use super::types::DurableUnit;
 
 impl SimHost {
-    /// Limits the number of operations that engines return from `reap` from now on. With a limit of one at a time, a test sees the
-    /// machine between any two completions. `None` removes the limit. The limit does not apply to `wait`.
+    /// Limits the number of operations that engines return from `reap` from now on. With a limit of one at a time, a
+    /// test sees the machine between any two completions. `None` removes the limit. The limit does not apply to `wait`.
     pub fn limit_completions(&self, count: Option<u64>) {
         self.0.lock().completion_limit = count;
     }
@@ -56,8 +56,8 @@ impl SimHost {
         Some(bytes)
     }
 
-    /// Returns the changes of [`unsynced`](SimHost::unsynced) with the number of the step that made each. Units of one write have the
-    /// same number.
+    /// Returns the changes of [`unsynced`](SimHost::unsynced) with the number of the step that made each. Units of one
+    /// write have the same number.
     pub fn unsynced_steps(&self) -> Vec<(u64, DurableUnit)> {
         let mut units = Vec::new();
         survivors(&self.0.lock(), &mut |_, _| None, &mut |step, unit| {

@@ -328,7 +328,8 @@ impl SimMachine {
         if self.allocated_bytes() + copies > room { Err(errno(libc::ENOSPC)) } else { Ok(()) }
     }
 
-    /// Allocates the pages of a range. If the disk becomes full, the pages allocated until then stay allocated, as on ext4.
+    /// Allocates the pages of a range. If the disk becomes full, the pages allocated until then stay allocated, as on
+    /// ext4.
     fn reserve_pages(&mut self, id: InodeId, offset: u64, len: u64) -> io::Result<()> {
         let mut missing = self.inode(id).pages_missing(offset, len);
         let wanted = missing.len();

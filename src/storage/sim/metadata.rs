@@ -1,7 +1,7 @@
 //! Metadata of a simulated file: modification time and extended attributes.
 //!
-//! A power cut restores the metadata of the last `sync_all`. This is the harshest reading of fdatasync(2), which may but need not
-//! write metadata.
+//! A power cut restores the metadata of the last `sync_all`. This is the harshest reading of fdatasync(2), which may
+//! but need not write metadata.
 
 use std::collections::BTreeMap;
 
@@ -39,7 +39,8 @@ impl InodeMetadata {
         self.now.modified
     }
 
-    /// Updates the modification time after a change of bytes. It is later than every previous one, as if a nanosecond had passed.
+    /// Updates the modification time after a change of bytes. It is later than every previous one, as if a nanosecond
+    /// had passed.
     pub(super) fn touch(&mut self, clock: i64) {
         let ModifiedTime { seconds, nanos } = self.latest.max(self.now.modified);
         self.latest = match nanos.checked_add(1).filter(|nanos| *nanos < 1_000_000_000) {

@@ -1,4 +1,5 @@
-//! The runtime folder of the simulated host: shared memory that the next process finds, with locks that end with a process.
+//! The runtime folder of the simulated host: shared memory that the next process finds, with locks that end with a
+//! process.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -14,11 +14,13 @@ pub enum CompletionOrder {
 /// How a step fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
-    /// With EIO. A sync that fails drops the changes that it should have made durable: later syncs succeed without them.
+    /// With EIO. A sync that fails drops the changes that it should have made durable: later syncs succeed without
+    /// them.
     Io,
     /// With ENOSPC.
     NoSpace,
-    /// A write stores half of its sectors and fails with EIO. A read meets the end of the file. Any other step fails with EIO.
+    /// A write stores half of its sectors and fails with EIO. A read meets the end of the file. Any other step fails
+    /// with EIO.
     Short,
 }
 
@@ -66,8 +68,8 @@ pub struct StepCounts {
     pub submitted: u64,
 }
 
-/// Smallest change that survives a crash or not, independently of all others. Units of one place are ordered: the last one that
-/// survives wins.
+/// Smallest change that survives a crash or not, independently of all others. Units of one place are ordered: the last
+/// one that survives wins.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DurableUnit {
     /// Sector of a file (inode, sector).

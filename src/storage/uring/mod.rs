@@ -1,14 +1,15 @@
 //! The io_uring engine: one system call per batch, and none to check for completions.
 //!
-//! Each operation has an entry in a slab for as long as the kernel may access its memory; the index of the entry is the operation's user
-//! data. The submission queue never overflows: it has a slot for each outstanding operation, and each of them is queued at
-//! most once.
+//! Each operation has an entry in a slab for as long as the kernel may access its memory; the index of the entry is the
+//! operation's user data. The submission queue never overflows: it has a slot for each outstanding operation, and each
+//! of them is queued at most once.
 //!
-//! IORING_SETUP_DEFER_TASKRUN is not used, because it gains nothing: reads from the page cache are complete when the submit returns. Without a
-//! server, 32 reads of 4 KiB per submit reach 673,000 reads a second at 1.34 us of processor time each with this setup, 663,000
-//! at 1.39 us with DEFER_TASKRUN, and 738,000 at 1.29 us with preadv(2) (`benches/serve`, interleaved, busy machine with two
-//! processors). One call per read would thus be as fast as a ring, but a read that waits for the disk would delay its queue.
-//! Faster than both is no call at all, which is possible for data in the page cache (`pagecache/reader.rs`).
+//! IORING_SETUP_DEFER_TASKRUN is not used, because it gains nothing: reads from the page cache are complete when the
+//! submit returns. Without a server, 32 reads of 4 KiB per submit reach 673,000 reads a second at 1.34 us of processor
+//! time each with this setup, 663,000 at 1.39 us with DEFER_TASKRUN, and 738,000 at 1.29 us with preadv(2)
+//! (`benches/serve`, interleaved, busy machine with two processors). One call per read would thus be as fast as a ring,
+//! but a read that waits for the disk would delay its queue. Faster than both is no call at all, which is possible for
+//! data in the page cache (`pagecache/reader.rs`).
 #![allow(unsafe_code)]
 
 mod nowait;
@@ -39,8 +40,9 @@ const MAX_REFUSALS: u32 = 1000;
 
 /// Engine that uses io_uring.
 ///
-/// If the kernel supports it (Linux 6.0), the ring belongs to one thread: the first one that calls `submit`, `wait` or `reap`. The ring is
-/// created disabled, and that call enables it. Any thread may register files before that, and only the owner may afterwards.
+/// If the kernel supports it (Linux 6.0), the ring belongs to one thread: the first one that calls `submit`, `wait` or
+/// `reap`. The ring is created disabled, and that call enables it. Any thread may register files before that, and only
+/// the owner may afterwards.
 pub struct UringEngine {
     ring: IoUring,
     entries: Vec<SlabEntry>,
@@ -67,9 +69,9 @@ struct SlabEntry {
     transfer: Transfer,
 }
 
-// SAFETY: the ring's mappings and the pointers in `entries` are owned by this value and not tied to a thread. If the kernel ties the ring to
-// a thread, it rejects calls of other threads with an error. All methods that access the ring take `&mut self`, except
-// `wake_fd`, which only reads the descriptor's number.
+// SAFETY: the ring's mappings and the pointers in `entries` are owned by this value and not tied to a thread. If the
+// kernel ties the ring to a thread, it rejects calls of other threads with an error. All methods that access the ring
+// take `&mut self`, except `wake_fd`, which only reads the descriptor's number.
 unsafe impl Send for UringEngine {}
 
 impl UringEngine {
@@ -104,9 +106,10 @@ impl UringEngine {
         let entry = &mut self.entries[number as usize];
         let op = entry.op.as_mut().expect("a queued entry has an operation");
         let sqe = submission_entry(op, &mut entry.transfer).user_data(u64::from(number));
-        // SAFETY: the entry refers to the operation's payload, and to arrays of iovecs in the payload or in `transfer`. All of them are heap
-        // memory that does not move. The slab keeps them until the kernel has completed the entry, and Drop waits for that or leaks
-        // them. No reference to the payload's bytes exists while the slab has the operation.
+        // SAFETY: the entry refers to the operation's payload, and to arrays of iovecs in the payload or in `transfer`.
+        // All of them are heap memory that does not move. The slab keeps them until the kernel has completed the entry,
+        // and Drop waits for that or leaks them. No reference to the payload's bytes exists while the slab has the
+        // operation.
         let pushed = unsafe { self.ring.submission().push(&sqe) };
         assert!(pushed.is_ok(), "the submission queue has a slot for each outstanding operation");
         self.queued += 1;
@@ -121,8 +124,8 @@ impl UringEngine {
         let mut refusals = 0;
         loop {
             self.calls += 1;
-            // SAFETY: no argument is passed, so the call itself accesses no memory of this process. The queue has at least `queued`
-            // entries, whose memory `enqueue` guarantees.
+            // SAFETY: no argument is passed, so the call itself accesses no memory of this process. The queue has at
+            // least `queued` entries, whose memory `enqueue` guarantees.
             let taken =
                 unsafe { self.ring.submitter().enter::<libc::sigset_t>(self.queued, at_least, ENTER_GETEVENTS, None) };
             match taken {
@@ -131,7 +134,8 @@ impl UringEngine {
                     self.queued = self.queued.checked_sub(taken).expect("the kernel takes no more than it was given");
                     self.in_flight += taken as usize;
                     if self.queued == 0 || self.in_flight > 0 {
-                        // The rest is submitted by the next call, which happens at the latest when an operation in flight completes.
+                        // The rest is submitted by the next call, which happens at the latest when an operation in
+                        // flight completes.
                         return Ok(());
                     }
                 }
@@ -210,8 +214,8 @@ impl UringEngine {
 
 impl Engine for UringEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        // The ring's table holds the open description itself. So its locks last as long as any operation in flight, even if this process
-        // is killed, and the next process waits for them (`host/file.rs`, the fence).
+        // The ring's table holds the open description itself. So its locks last as long as any operation in flight,
+        // even if this process is killed, and the next process waits for them (`host/file.rs`, the fence).
         self.update_file(slot, HostFile::of(file)?.as_raw_fd())?;
         self.page_cache.register(slot, file)?;
         self.nowait.register(slot, file)
@@ -280,13 +284,14 @@ impl Engine for UringEngine {
         }
         out.append(&mut self.completed);
         self.drain_completions(out);
-        // Two reasons for a call: the kernel has completions that only this thread can finish, and short transfers continue. If the
-        // call fails, the next `submit` fails as well.
+        // Two reasons for a call: the kernel has completions that only this thread can finish, and short transfers
+        // continue. If the call fails, the next `submit` fails as well.
         let pending = self.ring.submission().taskrun();
         if (pending || self.queued > 0 && self.enabled) && self.enter(0).is_ok() {
             self.drain_completions(out);
         }
-        // A transfer of very many iovecs takes several calls. A queued one must not remain here: nothing would wake the queue for it.
+        // A transfer of very many iovecs takes several calls. A queued one must not remain here: nothing would wake the
+        // queue for it.
         while self.queued > 0 && self.enabled {
             let before = self.queued;
             if self.enter(0).is_err() || self.queued == before {
@@ -353,9 +358,9 @@ impl Drop for UringEngine {
                 self.in_flight -= 1;
             }
         }
-        // The kernel destroys a closed ring later, on its own thread. Until then the ring's table holds the files and their locks, and the
-        // next process would find them busy. Only the thread that owns the ring can empty the table; on another one the files are
-        // released when the kernel gets to it.
+        // The kernel destroys a closed ring later, on its own thread. Until then the ring's table holds the files and
+        // their locks, and the next process would find them busy. Only the thread that owns the ring can empty the
+        // table; on another one the files are released when the kernel gets to it.
         if let Err(e) = self.ring.submitter().register_files_update(0, &[-1; FILE_SLOTS as usize]) {
             log::debug!("the kernel releases the files of a ring later: {e}");
         }

@@ -1,10 +1,11 @@
 //! Buffered writes that the submitting thread makes itself, without the ring.
 //!
-//! A write to the page cache is a copy. Some file systems (ext4) do not allow io_uring to make it without waiting, so every such write goes
-//! through a kernel thread: two thread switches for 4 KiB (`disk/lane.rs` has figures for ext4 with 32 writes in flight). So the
-//! submitting thread makes the write if the kernel promises not to wait (RWF_NOWAIT). If the file system never promises that, the thread
-//! makes the write anyway, unless the last one was slow, which means that the kernel is throttling writers. Then writes go to the
-//! ring for a while, so that its kernel threads wait and the queue continues with reads.
+//! A write to the page cache is a copy. Some file systems (ext4) do not allow io_uring to make it without waiting, so
+//! every such write goes through a kernel thread: two thread switches for 4 KiB (`disk/lane.rs` has figures for ext4
+//! with 32 writes in flight). So the submitting thread makes the write if the kernel promises not to wait (RWF_NOWAIT).
+//! If the file system never promises that, the thread makes the write anyway, unless the last one was slow, which means
+//! that the kernel is throttling writers. Then writes go to the ring for a while, so that its kernel threads wait and
+//! the queue continues with reads.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -21,7 +22,8 @@ use crate::storage::transfer::Transfer;
 const MAX_WRITE: usize = 1 << 20;
 /// Duration beyond which a write has waited and was more than a copy.
 const SLOW_WRITE: Duration = Duration::from_millis(1);
-/// Writes go to the ring for this many times the duration of a slow write, so that the queue waits for a small part of its time.
+/// Writes go to the ring for this many times the duration of a slow write, so that the queue waits for a small part of
+/// its time.
 const BACKOFF_FACTOR: u32 = 16;
 
 /// Files of a ring that accept writes without the ring.
@@ -64,7 +66,8 @@ impl NowaitWrites {
             && self.files.get(usize::from(op.slot.0)).is_some_and(Option::is_some)
     }
 
-    /// Makes the next call of a write. Returns its result, or the negated error code. `None` means that the write must go to the ring.
+    /// Makes the next call of a write. Returns its result, or the negated error code. `None` means that the write must
+    /// go to the ring.
     pub(super) fn write(&mut self, op: &mut Op, transfer: &mut Transfer) -> Option<i32> {
         let NowaitFile { file, supports_nowait } = self.files[usize::from(op.slot.0)].as_mut()?;
         let fd = file.as_fd();

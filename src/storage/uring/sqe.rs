@@ -15,7 +15,8 @@ const REGISTER_ENABLE_RINGS: u8 = 12;
 /// Returns the submission entry for the next call of an operation.
 pub(super) fn submission_entry(op: &mut Op, transfer: &mut Transfer) -> squeue::Entry {
     let file = types::Fixed(u32::from(op.slot.0));
-    // An offset of -1 would mean the file position. Invalid offsets (2^63 and more) become 2^63, which the kernel rejects.
+    // An offset of -1 would mean the file position. Invalid offsets (2^63 and more) become 2^63, which the kernel
+    // rejects.
     let offset = transfer.offset(op).min(1 << 63);
     match op.action {
         Action::Read => match transfer.next_buffers(&mut op.payload) {
@@ -47,9 +48,9 @@ pub(super) fn submission_entry(op: &mut Op, transfer: &mut Transfer) -> squeue::
 
 /// Creates a ring with an empty file table. Returns it, and whether it is already enabled.
 pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
-    // Linux 6.0: one thread submits and reaps. Completions do not interrupt it, but wake it. With DEFER_TASKRUN they would wait until the
-    // thread enters the kernel, and would not wake a thread that polls the ring's descriptor (seen on 6.18: a sync never woke
-    // poll(2)).
+    // Linux 6.0: one thread submits and reaps. Completions do not interrupt it, but wake it. With DEFER_TASKRUN they
+    // would wait until the thread enters the kernel, and would not wake a thread that polls the ring's descriptor (seen
+    // on 6.18: a sync never woke poll(2)).
     let first = IoUring::builder()
         .setup_r_disabled()
         .setup_single_issuer()
@@ -77,7 +78,8 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
         other => other?,
     }
     if !enabled {
-        // Limits what a compromised process can do with the ring, since seccomp does not see its operations: no opening of files or sockets.
+        // Limits what a compromised process can do with the ring, since seccomp does not see its operations: no opening
+        // of files or sockets.
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Read::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),
