@@ -11,7 +11,6 @@
 
 #[cfg(feature = "sim")]
 use std::any::Any;
-use std::fmt;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
@@ -76,8 +75,8 @@ struct HeapWords {
 }
 
 #[cfg(feature = "sim")]
-impl fmt::Debug for HeapWords {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl std::fmt::Debug for HeapWords {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "HeapWords({})", self.words.len())
     }
 }
