@@ -8,7 +8,7 @@
 //! # Floors
 //!
 //! A module uses only modules of lower floors, itself, and the shared modules at the bottom. Modules on the same floor do not
-//! use each other, and within a floor there is no circle of imports between files. `tests/floors.rs` reads the sources and
+//! use each other, and within a floor there is no circle of imports between files. `tests/floors` reads the sources and
 //! checks this. The page of each floor begins with what the floor owns, what it leaves to others, and a drawing.
 //!
 //! ```text

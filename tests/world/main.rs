@@ -81,7 +81,7 @@ fn every_mutant_is_found() {
     let half = |thread: usize| {
         std::thread::spawn(move || {
             let layouts = layouts::all_layouts(20);
-            // `StaleBits` needs two readers of one bitmap sector, and its eviction between them. `image/clock_tests.rs` finds it
+            // `StaleBits` needs two readers of one bitmap sector, and its eviction between them. `image/write/clock_tests.rs` finds it
             // with threads; 12 million states here did not.
             let only = std::env::var("DIFFDISK_MUTANT").ok();
             let selected = |m: &Mutant| only.as_ref().is_none_or(|name| format!("{m:?}") == *name);
