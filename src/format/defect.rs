@@ -60,13 +60,13 @@ pub enum Defect {
     /// A fixed disk has more data than its size.
     FixedMore { size: u64, data: u64 }
         ["fixed-more", _, Cosmetic, Warning, false, Invalid, *data]
-        "the file holds {data} bytes of data for a fixed disk of {size} bytes; a guest does not see the last {} bytes",
-        data - size;
+        "the file holds {data} bytes of data for a fixed disk of {size} bytes; a guest does not see the {} bytes after the \
+         end of the disk", data - size;
     /// Zeros follow the footer of a fixed disk.
     FixedPadded { at: u64, padding: u64 }
         ["fixed-padded", _, Cosmetic, NotReadable, true, Invalid, *at]
-        "{padding} zero bytes follow the footer of a fixed disk. The file is not opened, because a guest can write the \
-         same bytes to a raw disk; if it is a fixed VHD, `check --repair` removes the padding";
+        "a padded fixed disk: {padding} zero bytes follow its footer. The file is not opened, because a guest can write \
+         the same bytes to a raw disk; if it is a fixed VHD, `check --repair` removes the padding";
     /// The file is an image of another format.
     OtherFormat { format: ImageFormat }
         ["other-format", _, Corruption, NotReadable, false, Unsupported, none]
