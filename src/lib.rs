@@ -28,8 +28,8 @@
 //! 2. **Plan, move, mark.** Planning is a look-up without side effects. Moving is a list of operations. Marking makes the
 //!    written sectors visible. No byte on disk changes its meaning before a commit ([`disk`]).
 //! 3. **A commit is two syncs around pointers of one sector each**: sync the data, write the pointers, sync. One file
-//!    implements this order (`commit.rs` of [`image`]). Writes that are acknowledged but not flushed survive a kill of the
-//!    daemon in the live journal (`journal.rs`).
+//!    implements this order (`image/write/commit.rs`). Writes that are acknowledged but not flushed survive a kill of
+//!    the daemon in the live journal (`image/write/journal.rs`).
 //!
 //! # The path of a request
 //!
@@ -57,6 +57,10 @@
 //! | which messages of a front-end are valid, and when rings run | [`vhost`] |
 //! | what the verbs of the tool do | [`ops`] |
 //! | system calls, io_uring, locks, and the simulated host of the tests | [`storage`] |
+//! | what the daemon counts | [`disk::DiskCounters`] |
+//!
+//! `CONTRIBUTING.md` names the file that decides each kind of failure, and the files to change for a new verb, defect,
+//! feature or counter.
 //!
 //! # Glossary
 //!

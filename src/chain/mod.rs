@@ -1,7 +1,8 @@
 //! Floor 2: many files as one disk.
 //!
-//! Owns: finding parents (`parents`, `parent_lookup`, `open`), and the file and offset of each sector of the disk
-//! (`resolve`). Leaves to others: moving bytes (`disk`, `ops`), the bytes of one file (`image`).
+//! Owns: finding parents (`parents`, `parent_lookup`, `open`), checking the links between files (`check`), and the file
+//! and offset of each sector of the disk (`resolve`). Leaves to others: moving bytes (`disk`, `ops`), the bytes of one
+//! file (`image`).
 //!
 //! ```text
 //!      child ──> Top      the one writable layer, with its own changing table and bitmaps

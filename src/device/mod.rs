@@ -15,7 +15,8 @@
 //!                                 |   └─ inflight (heads in flight, in memory that survives a kill)
 //!                                queue (one batch: poll, complete, pop, submit, interrupt)
 //!
-//!   config (Device: features and configuration space, shared by all queues)
+//!   config (Device: offered features and configuration space, shared by all queues)
+//!   spec   (constants and layouts: feature bits, request types, descriptors)
 //! ```
 
 pub mod config;

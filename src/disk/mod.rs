@@ -21,6 +21,9 @@
 //! disk are prefetched (`readahead`). Discards and zeroing are cut into pieces; a disk punches one piece at a time (`punch`).
 //!
 //! A lane belongs to one thread. A read of known sectors writes no state that lanes share.
+//!
+//! Failures: `task_ops` evaluates a failed operation of a request, `lane` a failed commit or step of growth. If the host
+//! is full, `lane` tries again each second. `stages` fails writes to a poisoned image. [`DiskCounters`] is in `shared`.
 
 mod cached_reads;
 mod early_writeback;

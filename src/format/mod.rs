@@ -22,6 +22,7 @@
 //!
 //! | question | module |
 //! | --- | --- |
+//! | which rules exist, and what breaking one means | [`defect`] |
 //! | kind, size and identity of the disk | [`footer`], [`footer_choice`] |
 //! | where its blocks are | [`header`], [`bat`] |
 //! | which sectors of a block are present | [`bitmap`] |

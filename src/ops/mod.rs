@@ -13,8 +13,8 @@
 //!   compact  resize  ────────────────────────────────────────────────────────────> image::Offline
 //! ```
 //!
-//! A verb that changes an image locks that image exclusively and its parents against writers. The image is valid at
-//! every moment: if the verb is interrupted, the same call continues.
+//! A verb that changes an image locks that image exclusively and its parents against writers (`open_exclusive`). The
+//! image is valid at every moment: if the verb is interrupted, the same call continues.
 //!
 //! A verb that reads data takes shared locks, so it is refused while a daemon has the image open for writing. `info`
 //! and `children` take no lock. Reports serialize under the key names that `--json` promises.

@@ -18,8 +18,9 @@
 //!   and its memory is unmapped; the workers then wait for the next front-end.
 //! * No descriptor of a front-end can block a thread (`passed_fd`), and every wait for a worker has a time limit.
 //! * A handler exists as long as its connection: no state of a front-end is kept for the next one.
+//! * If guest memory is lost, the worker notifies the control thread, which ends the connection (virtio 6).
 //!
-//! Protocol features offered: MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
+//! Protocol features offered (`handler`): MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
 mod adaptive_poll;
 mod bind;

@@ -7,6 +7,8 @@
 //!   recover, session, durability    what a previous process left; how writes outlive this one
 //!   journal, bitmap, free_tail      the state that the above change
 //! ```
+//!
+//! A failed sync of a commit or of growth poisons the image (`Writable::poison` in `writable`, crash-safety 6.1).
 
 pub mod allocation;
 pub mod bitmap;
