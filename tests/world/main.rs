@@ -83,13 +83,9 @@ fn every_mutant_is_found() {
             let layouts = layouts::all_layouts(20);
             // `StaleBits` needs two readers of one bitmap sector, and its eviction between them. `image/write/clock_tests.rs` finds it
             // with threads; 12 million states here did not.
-            let only = std::env::var("DIFFDISK_MUTANT").ok();
-            let selected = |m: &Mutant| only.as_ref().is_none_or(|name| format!("{m:?}") == *name);
-            let of_sessions = |m: &Mutant| sessions::MUTANTS.contains(m);
-            let all =
-                diffdisk::mutant::ALL.iter().filter(|m| **m != Mutant::StaleBits && !of_sessions(m) && selected(m));
+            let all = selected_mutants().filter(|m| *m != Mutant::StaleBits && !sessions::MUTANTS.contains(m));
             let mine = all.skip(thread).step_by(2);
-            let found = mine.map(|m| (*m, mutants::find(*m, &layouts, checks)));
+            let found = mine.map(|m| (m, mutants::find(m, &layouts, checks)));
             found.inspect(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND"))).collect::<Vec<_>>()
         })
     };
@@ -110,10 +106,20 @@ fn sessions_outlive_kills_copies_and_restores() {
 #[test]
 fn every_mutant_of_sessions_is_found() {
     let layouts = layouts::all_layouts(20);
-    let found = sessions::MUTANTS.map(|m| (m, sessions::find(m, &layouts)));
+    let mine = selected_mutants().filter(|m| sessions::MUTANTS.contains(m));
+    let found: Vec<_> = mine.map(|m| (m, sessions::find(m, &layouts))).collect();
     found.iter().for_each(|(m, how)| println!("{m:?}: {}", how.as_deref().unwrap_or("NOT FOUND")));
     let missed: Vec<_> = found.iter().filter(|(_, how)| how.is_none()).map(|(m, _)| m).collect();
     assert!(missed.is_empty(), "not found: {missed:?}");
+}
+
+/// Returns the mutant that `DIFFDISK_MUTANT` names, or all.
+fn selected_mutants() -> impl Iterator<Item = Mutant> {
+    let name = std::env::var("DIFFDISK_MUTANT").ok();
+    let is_named = |m: &Mutant| name.as_ref().is_none_or(|name| format!("{m:?}") == *name);
+    let selected: Vec<Mutant> = diffdisk::mutant::ALL.into_iter().filter(is_named).collect();
+    assert!(!selected.is_empty(), "DIFFDISK_MUTANT={} is not a mutant", name.unwrap_or_default());
+    selected.into_iter()
 }
 
 /// Runs `work` on two threads, each with its share, and prints the counts of both.

@@ -64,8 +64,9 @@ impl Journal {
         }
         if let Some(why) = self.poison_reason() {
             let what = format!(
-                "it was poisoned: {why}. Writes acknowledged since the last flush may be lost. Check the image, then start with \
-                 --discard-journal"
+                "it was poisoned: {why}. Writes acknowledged since the last flush may be lost. To accept that and check the \
+                 image: diffdisk check {} --discard-journal",
+                image.file().path().display()
             );
             return Err(Error::new(ErrorKind::Poisoned, what).at_path(image.file().path()));
         }
