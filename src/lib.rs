@@ -19,7 +19,7 @@
 //!  2  chain               many files as one disk: Top over Frozen
 //!  1  image               one VHD file: open, reserve, mark, commit, grow, recover
 //!  0  format  |  storage  the bytes of a VHD, without I/O  |  the kernel interface: files, locks, clock, I/O engines
-//!  -  units, error, mutant, failpoint    shared by all floors
+//!  -  units, error, mutant, failpoint, random    shared by all floors
 //! ```
 //!
 //! # Three ideas
@@ -194,6 +194,8 @@ pub mod format;
 pub mod image;
 pub mod mutant;
 pub mod ops;
+#[cfg(any(test, feature = "sim"))]
+pub mod random;
 pub mod storage;
 pub mod units;
 pub mod vhost;

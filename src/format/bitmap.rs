@@ -135,7 +135,7 @@ pub fn encode(words: impl ExactSizeIterator<Item = u64>, bytes: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::random::Random;
+    use crate::random::Random;
 
     fn bit(words: &[u64], at: u32) -> bool {
         let mut bytes = vec![0; words.len() * 8];
@@ -165,16 +165,17 @@ mod tests {
 
     #[test]
     fn agrees_with_bits_one_by_one() {
-        let mut random = Random::new();
+        let mut random = Random::from_env(20_060_101);
+        let mut below = |end: u32| u32::try_from(random.below(end.into())).unwrap();
         for _ in 0..300 {
             let mut model = [false; 256];
             let mut words = [0; 4];
             let shared: [AtomicU64; 4] = Default::default();
-            for _ in 0..random.below(12) {
-                let from = random.below(257);
-                let n = random.below(257 - from);
+            for _ in 0..below(12) {
+                let from = below(257);
+                let n = below(257 - from);
                 let range = from as usize..(from + n) as usize;
-                if random.below(4) == 0 {
+                if below(4) == 0 {
                     clear(&mut words, from, n);
                     model[range].fill(false);
                     shared.iter().zip(words).for_each(|(to, word)| to.store(word, Ordering::Relaxed));
@@ -186,7 +187,7 @@ mod tests {
             }
             for at in 0..256u32 {
                 assert_eq!(bit(&words, at), model[at as usize]);
-                let end = at + random.below(257 - at);
+                let end = at + below(257 - at);
                 let state = at < end && model[at as usize];
                 let length = model[at as usize..end as usize].iter().take_while(|&&bit| bit == state).count();
                 let expected = (state, u32::try_from(length).unwrap());

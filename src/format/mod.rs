@@ -49,8 +49,6 @@ pub mod locator;
 pub mod metadata;
 pub mod metadata_part;
 pub mod parent_path;
-#[cfg(test)]
-pub(crate) mod random;
 pub mod session_stamp;
 
 pub use batmap::BatmapHeader;

@@ -2,7 +2,7 @@
 //! can be replayed.
 
 /// The generator itself. Its file is included, not imported: the library exports it only with the feature `sim`.
-#[path = "../../src/storage/sim/random.rs"]
+#[path = "../../src/random.rs"]
 #[allow(dead_code, unreachable_pub, unused_imports, reason = "it is written for the library")]
 mod split_mix;
 

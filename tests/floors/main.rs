@@ -4,6 +4,7 @@
 mod circles;
 mod citations;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,7 @@ const FLOORS: &[(&str, u32)] = &[
 ];
 
 /// Words that any floor may use.
-const WORDS: &[&str] = &["units", "error", "mutant", "failpoint"];
+const WORDS: &[&str] = &["units", "error", "mutant", "failpoint", "random"];
 
 /// Where each crate from outside may be named.
 const HOMES: &[(&str, &[&str])] = &[
@@ -122,6 +123,29 @@ fn files_say_what_they_do_and_stay_readable() {
         }
     }
     assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+/// A type is known by its name alone: two types of one name are one word for two things.
+#[test]
+fn names_of_types_are_unique() {
+    let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (_, file, text) in sources() {
+        for line in text.lines() {
+            let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty());
+            let indent = line.len() - line.trim_start().len();
+            let first = words.find(|word| !["pub", "crate", "super", "unsafe"].contains(word)).unwrap_or_default();
+            if indent <= 4
+                && ["struct", "enum", "trait", "union"].contains(&first)
+                && !line.trim_start().starts_with("//")
+            {
+                let name = words.next().unwrap_or_default().to_owned();
+                found.entry(name).or_default().push(file.display().to_string());
+            }
+        }
+    }
+    let twice: Vec<_> = found.iter().filter(|(_, files)| files.len() > 1).collect();
+    assert!(twice.is_empty(), "{twice:#?}");
+    assert!(found.len() > 300, "only {} types were found", found.len());
 }
 
 /// Every source file of a floor: its top-level module, its path, its text.

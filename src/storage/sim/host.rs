@@ -7,11 +7,11 @@ use uuid::Uuid;
 use super::crash::survivors;
 use super::inode::InodeChange;
 use super::machine::SimMachine;
-use super::random::Random;
 use super::shared::SharedMachine;
 use super::torn_write::Tear;
 use super::types::{CompletionOrder, DurableUnit, FaultPlan, StepCounts};
 use crate::mutant::{self, Mutant};
+use crate::random::Random;
 
 /// Simulated machine; see the module. Clones refer to the same machine.
 #[derive(Clone, Debug)]

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use super::crash::survivors;
 use super::host::SimHost;
 use super::names::absolute;
-use super::random::Random;
 use super::types::DurableUnit;
+use crate::random::Random;
 
 impl SimHost {
     /// Limits the number of operations that engines return from `reap` from now on. With a limit of one at a time, a

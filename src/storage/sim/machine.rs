@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::inode::{Effect, Inode, PAGE, SyncScope};
 use super::names::{InodeId, Names};
-use super::random::Random;
 use super::types::{CompletionOrder, Fault, FaultPlan, StepCounts};
+use crate::random::Random;
 use crate::storage::op::Action;
 use crate::storage::types::Lock;
 

@@ -21,7 +21,7 @@
 //!   shared                                 the lock around the machine
 //!   machine                                state of the machine; steps, faults, space, locks
 //!   inode  metadata  names  torn_write     files and names: current, durable, and the changes between
-//!   types  random                          plain data; the random numbers
+//!   types                                  plain data
 //! ```
 
 mod crash;
@@ -35,7 +35,6 @@ mod inspect;
 mod machine;
 mod metadata;
 mod names;
-mod random;
 mod runtime_folder;
 mod shared;
 #[cfg(test)]
@@ -44,6 +43,6 @@ mod torn_write;
 mod types;
 
 pub use self::host::SimHost;
-pub use self::random::Random;
 pub use self::torn_write::Tear;
 pub use self::types::{CompletionOrder, DurableUnit, Fault, FaultPlan, StepCounts};
+pub use crate::random::Random;

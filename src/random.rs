@@ -10,6 +10,13 @@ impl Random {
         Random(seed)
     }
 
+    /// Creates a generator with the seed in `DIFFDISK_SEED`, or `default`, and prints the seed.
+    pub fn from_env(default: u64) -> Random {
+        let seed = std::env::var("DIFFDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(default);
+        println!("DIFFDISK_SEED={seed}");
+        Random(seed)
+    }
+
     /// Returns a number from the whole range.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -28,6 +35,11 @@ impl Random {
     /// Returns an index below `n` > 0.
     pub fn index(&mut self, n: usize) -> usize {
         usize::try_from(self.below(n as u64)).expect("below a usize")
+    }
+
+    /// Fills `bytes`.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        bytes.iter_mut().for_each(|byte| *byte = self.next_u64().to_be_bytes()[0]);
     }
 
     /// Returns true with probability `yes / of`.
