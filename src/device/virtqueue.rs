@@ -105,7 +105,7 @@ impl Virtqueue {
             broken: None,
             record,
             to_resubmit,
-            // Not the current count: a page may be lost already.
+            // The current count would be wrong here, since a page of this queue's memory may be lost already.
             losses_seen: 0,
         })
     }
@@ -145,8 +145,8 @@ impl Virtqueue {
         self.to_resubmit.len()
     }
 
-    /// Publishes all completed chains to the driver. Returns whether the driver wants an interrupt. Publishes nothing once memory
-    /// is lost, since the data of a write may have been read as zeros.
+    /// Publishes all completed chains to the driver. Returns whether the driver requires an interrupt. Publishes
+    /// nothing once memory is lost, since the data of a write may have been read as zeros.
     pub fn publish(&mut self) -> bool {
         if self.is_memory_lost() {
             return false;

@@ -198,7 +198,7 @@ fn holes_stay_holes_in_every_verb() {
     fixture.tool("convert", "a.vhd", &[alone.to_str().expect("a plain name"), "--to", "dynamic"]);
     sparse("alone.vhd");
     fixture.assert_scattered("alone.vhd", GIB, 200);
-    // Not `fs::copy`, which fills holes.
+    // `fs::copy` would fill the holes.
     run_ok(Command::new("cp").arg("--sparse=always").arg(fixture.path("a.vhd")).arg(fixture.path("b.vhd")));
     fixture.tool("flatten", "b.vhd", &[]);
     sparse("b.vhd");

@@ -166,7 +166,8 @@ fn stopping_a_queue_has_a_deadline() {
     next.attach(&mut again);
     assert!(!next.enable(&mut again));
     assert!(again.is_closed(), "where the ring stands is unknown");
-    // Nor any other queue: the late request could overwrite what the front-end writes through it.
+    // The front-end cannot enable another queue either: the late request could overwrite data that the front-end writes
+    // through that queue.
     let mut again = FrontEnd::negotiated(daemon.connect());
     next.attach_to(&mut again, 1);
     assert!(!again.set(SET_VRING_ENABLE, [1u32, 1].as_bytes(), &[]));

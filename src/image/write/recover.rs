@@ -54,7 +54,8 @@ pub(in crate::image) fn recover(
         let block = bitmaps.block_of(slot.bitmap_sector).0;
         if table.place(block).is_none() {
             let end = u64::from(slot.place) + u64::from(block_size.stride_sectors());
-            // Not always after the last block in the file, as a block that was placed later may have been committed first.
+            // The place need not be after the last block in the file, as a block that was placed later may have been
+            // committed first.
             let inside =
                 u64::from(slot.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
             if !inside
