@@ -1,7 +1,7 @@
 //! Frozen: all layers below the top, merged into one immutable map, so that a look-up costs the same at any depth.
 //!
-//! The disk is divided into *cells* of 2 MiB, whatever the block sizes of the layers. The first look-up of a cell walks
-//! the layers once, youngest first, and caches the result: zeros, one run of one file, or a list of runs. Later
+//! The disk is divided into *cells* of 2 MiB, regardless of the block sizes of the layers. The first look-up of a cell
+//! walks the layers once, youngest first, and caches the result: zeros, one run of one file, or a list of runs. Later
 //! look-ups take an index into a table and, for a cell of many runs, a binary search (`frozen_cache.rs`, which also
 //! limits the memory).
 //!
@@ -164,7 +164,7 @@ impl LayerWalk<'_> {
         let end = layer.image.size() / SECTOR;
         for range in std::mem::take(&mut self.undecided) {
             let inside = range.clip(SectorRange::between(0, end));
-            // After the end of a layer the disk is zero, whatever the layers below hold.
+            // After the end of a layer the disk is zero, even if the layers below hold data there.
             self.decided.push((range.skip(inside.count()), Source::Zero));
             self.visit_range(number, layer, inside);
         }

@@ -45,7 +45,7 @@ pub enum RingError {
     BadHead,
     /// V3: a head is in flight already.
     HeadInFlight,
-    /// A page of the guest's memory or of the in-flight record is lost: whatever was read since may be zeros.
+    /// A page of the guest's memory or of the in-flight record is lost: bytes that were read since may be zeros.
     MemoryLost,
 }
 
@@ -200,7 +200,7 @@ impl SplitRing {
         self.next_used += 1;
     }
 
-    /// Publishes all used elements to the driver. Returns whether the driver wants an interrupt.
+    /// Publishes all used elements to the driver. Returns whether the driver requires an interrupt.
     pub fn publish(&mut self) -> bool {
         if self.published == self.next_used && !self.force_interrupt {
             return false;

@@ -251,7 +251,8 @@ fn home_of(image: &Image) -> u64 {
     if now == HEADER_HOME || clip(usual.clone(), &occupied(image, is_free)) == usual { HEADER_HOME } else { now }
 }
 
-/// Returns the space for texts, in whole sectors, ascending: between the header and what follows, and of the old texts.
+/// Returns the space for texts, in whole sectors, ascending: the space from the header to the next structure, and the
+/// space of the old texts.
 fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
     let mut taken = occupied(image, |part| matches!(part, MetadataPart::Header | MetadataPart::Locator(_)));
     let behind = home + HEADER_BYTES;

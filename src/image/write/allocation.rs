@@ -1,4 +1,5 @@
-//! Allocation: how much space a growing file reserves on the file system, whole blocks or only what a commit writes.
+//! Allocation: the space that a growing file reserves on the file system, either whole blocks or only the pages that a
+//! commit writes.
 //!
 //! A commit must not fail for lack of space after its data was acknowledged. So growth reserves the pages that step C2 of a
 //! commit writes before a block gets its place (docs/space.md):

@@ -90,7 +90,7 @@ impl Commit {
         if let Some(source) = failed {
             return Err(self.fail(source));
         }
-        // In this order, as growth whose sync fails poisons the image before it clears `syncing`.
+        // `syncing` is read before the poison, as growth whose sync fails poisons the image before it clears `syncing`.
         let growth_syncs = self.image.is_growth_syncing();
         self.image.check_poison()?;
         match self.phase {
@@ -107,7 +107,8 @@ impl Commit {
                 Ok(JobStep::Wait)
             }
             CommitPhase::WritePointers => {
-                // Before the new bits are durable, so that the journal does not fit a copy of the image that lacks them.
+                // The generation is renewed before the new bits are durable, so that the journal does not fit a copy of
+                // the image that lacks these bits.
                 if let Err(e) = self.image.renew_generation() {
                     return Err(self.fail_stamp(e));
                 }

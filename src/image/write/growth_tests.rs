@@ -169,7 +169,7 @@ fn the_free_tail_of_a_killed_process_is_reserved_again() {
         image.set_allocation(allocation);
         let found = file(&host).stat().unwrap();
         assert!(found.len == left.len && found.allocated <= left.allocated, "{found:?}");
-        // It is unknown what is reserved in it, so nothing counts as reserved.
+        // The reserved ranges of the free tail are unknown after a kill, so no space counts as reserved.
         file(&host).punch_hole(found.len - 200 * SECTOR, 200 * SECTOR - SECTOR).unwrap();
         let found = file(&host).stat().unwrap();
         host.set_faults(FaultPlan { capacity: Some(found.allocated), ..FaultPlan::default() });
