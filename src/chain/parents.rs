@@ -46,7 +46,7 @@ pub(super) struct ParentSearch<'a> {
     /// Folders that are held open, with their absolute paths without symbolic links: the folder of the youngest image,
     /// the allowed folders, and those below them in which parents were found.
     folders: Vec<(PathBuf, Folder)>,
-    /// How many folders the operator has allowed.
+    /// Number of folders that the operator has allowed.
     allowed: usize,
     budget: NameBudget,
     max_depth: usize,

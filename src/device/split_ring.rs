@@ -36,7 +36,7 @@ pub struct RingLayout {
     pub used: u64,
 }
 
-/// Why a ring is broken: the avail ring cannot be trusted any more and must not be polled again.
+/// Reason for which a ring is broken: the avail ring cannot be trusted any more and must not be polled again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RingError {
     /// V2: `avail.idx` announces more chains than the ring can hold.

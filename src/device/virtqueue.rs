@@ -30,7 +30,7 @@ pub const MAX_BATCH_BYTES: u64 = 512 << 10;
 /// daemon; it bounds the share of the disk that one queue can occupy. It is larger than any request.
 pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
 
-/// Why a batch ended.
+/// Reason for which a batch ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PopResult {
     /// No more chains are available.
@@ -164,7 +164,7 @@ impl Virtqueue {
         wanted
     }
 
-    /// Why the ring is broken, if it is.
+    /// The reason for which the ring is broken, if it is.
     pub fn broken(&self) -> Option<RingError> {
         self.broken
     }

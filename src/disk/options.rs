@@ -1,4 +1,4 @@
-//! How a disk is opened.
+//! Options with which a disk is opened.
 
 use std::path::PathBuf;
 
@@ -19,7 +19,7 @@ pub struct DiskOptions {
     pub allow_parents: Vec<PathBuf>,
     /// Whether a write is answered only when it is durable.
     pub write_through: bool,
-    /// How acknowledged writes survive a kill of this process.
+    /// Way in which acknowledged writes survive a kill of this process.
     pub keep: Durability,
     /// Whether to discard acknowledged writes that exist only in the live journal of a killed daemon.
     pub discard_journal: bool,

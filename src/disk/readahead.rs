@@ -164,7 +164,7 @@ fn whole_blocks(range: SectorRange, sectors: u64) -> SectorRange {
     )
 }
 
-/// Which extents of a file are prefetched.
+/// Policy that selects the extents of a file to prefetch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ReadaheadPolicy {
     /// None: O_DIRECT does not read from the page cache.

@@ -228,7 +228,7 @@ impl Disk {
             top.image.remove_journal()?;
         }
         top.image.trim()?;
-        // After the stamp is cut off: an image with a stamp but no journal is refused.
+        // The journal is removed after the stamp is cut off, since an image with a stamp but no journal is refused.
         top.image.remove_journal()
     }
 

@@ -1,4 +1,4 @@
-//! Which of the two footers counts (O3).
+//! The choice between the two footers of an image (O3).
 //!
 //! The footer at the end counts. The copy at the start of the file is where the guest of a fixed disk writes its sector
 //! 0. So the copy is used only if the footer at the end is missing or damaged, only for dynamic and differencing disks, and never in place of

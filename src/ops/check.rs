@@ -63,12 +63,12 @@ pub struct FoundDefect {
     pub offset: Option<u64>,
     /// Description of the defect, for people.
     pub detail: String,
-    /// Whether it can be repaired without a guess.
+    /// Whether the defect can be repaired without a guess.
     pub repairable: bool,
-    /// Whether it counts among the corruptions.
+    /// Whether the defect counts among the corruptions.
     #[serde(skip)]
     pub corrupt: bool,
-    /// Which uses of the image it prevents.
+    /// The uses of the image that the defect prevents.
     #[serde(skip)]
     pub consequence: Consequence,
 }

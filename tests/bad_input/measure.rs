@@ -27,8 +27,8 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Asserts what must hold for every input: no signal (panic, abort, time limit), no backtrace, and no memory allocated
-    /// by a number from the file.
+    /// Asserts the conditions that hold for every input: no signal (panic, abort, time limit), no backtrace, and no
+    /// memory allocated by a number from the file.
     pub(crate) fn assert_sane(&self, what: &str) {
         self.assert_sane_within(what, MEMORY_MIB);
     }

@@ -96,7 +96,7 @@ fn the_disk_stays_at_every_moment() {
     }
 }
 
-/// Compacts an image twice. Returns what the first run freed, and the length of the file before and after.
+/// Compacts an image twice. Returns the result of the first run, and the length of the file before and after.
 fn lengths(setup: &dyn Fn(&Fixture<'_>)) -> (Compacted, usize, usize) {
     let host = SimHost::new(1);
     let fixture = Fixture::new(&host, Path::new(FOLDER));

@@ -135,7 +135,8 @@ fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, 
     stuck.stop_answering();
     guest.prepare(GuestRequest::Write);
     guest.publish();
-    // Long enough for the daemon to look up the names of its files as well. This look-up must not block it either.
+    // The wait is long enough for the daemon to look up the names of its files as well. This look-up must not block it
+    // either.
     sleep(Duration::from_secs(6));
     assert_eq!(guest.completed(), 1);
     Some((dir, daemon, guest, front_end, stuck))

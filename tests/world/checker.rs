@@ -102,7 +102,8 @@ impl Checker {
         Ok(())
     }
 
-    /// Checks one crash outcome: `survives` tells which units survive. With the seed `torn` sectors may be torn.
+    /// Checks one crash outcome: `survives` returns whether a unit survives. If `torn` is a seed, sectors are torn at
+    /// random.
     fn check_crash(
         &mut self,
         host: &SimHost,

@@ -184,7 +184,7 @@ pub fn is_reparent_finished(image: &Image) -> bool {
 /// The footer, header and locator texts that an image gets.
 struct ReparentedMetadata {
     footer: Footer,
-    /// Without locators.
+    /// The header without locators.
     header: DynamicHeader,
     /// Slot, platform and text of each locator.
     texts: Vec<(usize, Platform, Vec<u8>)>,
@@ -258,7 +258,7 @@ fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
     let behind = home + HEADER_BYTES;
     taken.push(home..behind);
     let mut free = Vec::new();
-    // Only up to the table: the space before the first block may contain another program's data.
+    // Texts are placed only before the table: the space before the first block may contain another program's data.
     let table = image.table_offset().unwrap_or(0);
     if table > behind {
         free.push(clip(behind..table, &taken));

@@ -26,7 +26,7 @@ const MERGE_GAP: u64 = layout::PAGE;
 /// Reservations pushed to the engine at once, so that it has room for the requests of the queue.
 const OPS_AT_ONCE: usize = 32;
 
-/// How the space of new blocks is allocated on the file system.
+/// Way in which the space of new blocks is allocated on the file system.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Allocation {
     /// Writes allocate the space of data. Growth reserves only the pages of bitmaps.

@@ -59,7 +59,7 @@ fn a_full_file_system_is_reported_and_nothing_stays_reserved() {
     assert!(!image.is_poisoned() && !image.is_growing() && image.is_growth_due());
     let after = file(&host).stat().unwrap();
     assert_eq!((after.len, after.allocated), (before.len, before.allocated), "a failed step frees what it reserved");
-    // With little space: fewer blocks.
+    // With little space, growth reserves fewer blocks.
     host.set_faults(FaultPlan { capacity: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
     grow(&host, &image).unwrap();
     assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());

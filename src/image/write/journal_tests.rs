@@ -120,7 +120,7 @@ fn places_written_by_a_killed_commit_are_accounted_for_by_the_next_daemon() {
             write(&image, 4, 16);
             commit(&image, second);
             drop(image);
-            // Once more: a wrong sum is detected when the image is opened after the next commit.
+            // The image is opened again, since a wrong sum is detected only at the open after the next commit.
             let image = rig.open();
             assert!(marked(&image, 8).starts_with(&[0, 1, 2, 3, 4]), "{first} {second}");
             assert!(marked(&image, 16).contains(&4));

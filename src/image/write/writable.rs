@@ -161,9 +161,8 @@ impl Writable {
         self.begin_session(&mut tail);
         sparse.bitmaps.insert_fresh(block, sparse.fresh);
         if let Some(journal) = self.journal() {
-            // This slot is not needed for safety, as a mark records the place, too. But with the slot, the space of the
-            // block is not lost after a kill, and the sum over the BAT includes an entry that a killed commit has
-            // written.
+            // Without this slot, a kill would lose the space of the block, and the sum over the BAT would lack an entry
+            // that a killed commit wrote. Safety does not depend on the slot: marks record the place, too.
             let index = sparse.bitmaps.first_sector_of(block);
             let mut frame = sparse.bitmaps.lock_resident(index);
             frame.state.journal_slot = journal.claim_slot(index, block, place, true, frame.words());
@@ -192,8 +191,8 @@ impl Writable {
                     let are_bits_kept = self.make_bits_durable(index, frame, &bits);
                     frame.state.not_journaled = !are_bits_kept;
                     (is_kept, has_new_bits) = (is_kept & are_bits_kept, true);
-                    // A bitmap sector that has a journal slot counts as dirty even without newer bits, so that a commit
-                    // writes it and ends the slot.
+                    // A bitmap sector with a journal slot counts as dirty, so that a commit writes it and ends the
+                    // slot.
                     if bits.is_newer || frame.state.journal_slot.is_some() {
                         self.note_dirty(index, &mut frame.state);
                     }

@@ -118,7 +118,7 @@ impl FolderBackend for HostFolder {
     }
 
     fn absolute(&self) -> Result<Folder> {
-        // The kernel knows the path of the descriptor. Without /proc, the path is resolved again.
+        // The link in /proc contains the path of the descriptor. Without /proc, the path is resolved again.
         let kernel = fs::read_link(format!("/proc/self/fd/{}", self.fd.as_raw_fd()));
         let path = match kernel {
             Ok(path) if path.is_absolute() => path,

@@ -78,8 +78,8 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
         other => other?,
     }
     if !enabled {
-        // Limits what a compromised process can do with the ring, since seccomp does not see its operations: no opening
-        // of files or sockets.
+        // Restricts the operations of the ring for the case that the process is compromised, since seccomp does not see
+        // them: no operation may open files or sockets.
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Read::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),
