@@ -191,8 +191,7 @@ impl Writable {
                     let are_bits_kept = self.make_bits_durable(index, frame, &bits);
                     frame.state.not_journaled = !are_bits_kept;
                     (is_kept, has_new_bits) = (is_kept & are_bits_kept, true);
-                    // A bitmap sector with a journal slot counts as dirty, so that a commit writes it and ends the
-                    // slot.
+                    // A bitmap sector with a journal slot counts as dirty, since only a commit ends the slot.
                     if bits.is_newer || frame.state.journal_slot.is_some() {
                         self.note_dirty(index, &mut frame.state);
                     }
