@@ -116,7 +116,8 @@ impl Version {
             match *what {
                 Missing::BitmapSector(number) => {
                     let top = self.top().expect("only a top has bitmap sectors of its own");
-                    // Taken before the read: if the sector is loaded and evicted during the read, its bytes are stale.
+                    // The count is taken before the read: if the sector is loaded and evicted during the read, the
+                    // bytes of the read are stale.
                     let Some(evictions) = top.image.bitmaps().and_then(|b| b.eviction_count(number)) else {
                         load.already_loaded.push(number);
                         continue;

@@ -97,7 +97,7 @@ fn the_header_may_span_any_number_of_descriptors() {
 fn the_status_is_the_last_writable_byte() {
     let d = TestDriver::new(64);
     let header = (d.header(0, kind::IN, 0), 16, 0);
-    // At the end of the data's descriptor, across a border of regions, followed by empty descriptors.
+    // The status is the last byte of the data's descriptor, after a border of regions, and empty descriptors follow.
     let pieces = [header, (SEAM - 512, 513, WRITE), (END, 0, WRITE), (u64::MAX, 0, WRITE)];
     let ParsedChain::Submit { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces)
     else {

@@ -195,7 +195,8 @@ impl Queue {
         })
     }
 
-    /// Asks the driver for kicks; to be called before the thread sleeps. Returns whether chains were added in the meantime.
+    /// Enables kicks of the driver; to be called before the thread sleeps. Returns whether chains were added in the
+    /// meantime.
     pub fn enable_kicks(&mut self, vring: &Vring) -> bool {
         // If the lane is full, answers wake the thread, not kicks.
         let Some(virtqueue) = self.virtqueue.as_mut().filter(|x| x.broken().is_none() && !self.no_capacity) else {

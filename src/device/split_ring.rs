@@ -221,7 +221,8 @@ impl SplitRing {
         std::mem::take(&mut self.force_interrupt) || wanted
     }
 
-    /// Asks the driver for a kick when it adds a chain. Returns whether chains were added before the driver could see that.
+    /// Enables kicks: the driver kicks when it adds a chain. Returns whether chains were added before the driver could
+    /// see that kicks are enabled.
     pub fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
             let at = ELEMENTS + usize::from(self.size) * USED_ELEMENT;
@@ -235,7 +236,8 @@ impl SplitRing {
         self.avail.load(IDX, Ordering::Relaxed) != self.next_avail.0
     }
 
-    /// Asks the driver for no kicks. With `EVENT_IDX` nothing is stored: the driver kicks once after [`SplitRing::enable_kicks`].
+    /// Disables kicks of the driver. With `EVENT_IDX` nothing is stored: the driver kicks once after
+    /// [`SplitRing::enable_kicks`].
     pub fn disable_kicks(&mut self) {
         if !self.event_idx && self.kicks_enabled {
             self.used.store(FLAGS, USED_NO_NOTIFY, Ordering::Relaxed);

@@ -136,7 +136,8 @@ impl Lane {
         result
     }
 
-    /// Asks the kernel which pages are resident. To be called when all answers have been given, since it makes system calls.
+    /// Queries the kernel for the residency of pages. To be called when all answers have been given, since it makes
+    /// system calls.
     pub fn refresh_residency(&mut self) {
         self.ops.engine.query_residency();
     }

@@ -244,7 +244,7 @@ fn replace_guarded_mapping(addr: usize) -> bool {
 }
 
 fn map_zeros(start: usize, len: usize, entry: &GuardEntry) -> bool {
-    // Marked before the zeros appear, so that no thread takes them for the lost bytes.
+    // The mapping is marked before the zeros appear, so that no thread takes them for the lost bytes.
     entry.lost.store(true, Ordering::Release);
     LOSS_COUNT.fetch_add(1, Ordering::Release);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;

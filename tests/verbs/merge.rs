@@ -300,7 +300,7 @@ fn a_different_merge_than_the_one_begun_is_refused() {
     fixture.merge().ok();
     fs::remove_file(aside).expect("it is there");
     fixture.assert_done("after the other image was moved");
-    // A record that cannot be read.
+    // The record of the killed merge cannot be read.
     let fixture = whole.copy();
     assert!(failpoints::killed("merge.noted", 1, fixture.args()));
     let entries = fs::read_dir(fixture.folder.path()).expect("the folder").flatten();

@@ -90,7 +90,8 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
         file.set_len(head.len)?;
     }
     for group in groups {
-        // In reverse order: if a range was replaced twice, its first piece has the original contents.
+        // Pieces are written back in reverse order: if a range was replaced twice, its first piece has the original
+        // contents.
         for piece in before.iter().rev().filter(|piece| group(piece.offset, end)) {
             piece.each_chunk(undo, |at, bytes| file.write_at(bytes, at))?;
         }

@@ -128,7 +128,8 @@ impl Commit {
 
     /// Takes the snapshot S, and begins with C1, C2 or C3.
     fn start(&mut self, ops: &mut Vec<Op>) -> JobStep {
-        // Cleared before the copies are made: a write that completes later needs a sync in the next commit.
+        // `unsynced` is cleared before the copies are made, since a write that completes later needs a sync in the next
+        // commit.
         let unsynced = self.image.unsynced.swap(false, Ordering::SeqCst);
         let dirty = std::mem::take(&mut *self.image.dirty());
         self.epoch = self.image.begin_commit(&dirty);

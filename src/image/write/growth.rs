@@ -160,7 +160,7 @@ impl Growth {
             (&step, self.phase),
             (Ok(JobStep::Wait), GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe)
         );
-        // Set after a failure has poisoned the image: a commit that reads `syncing` as false must see the poison.
+        // `syncing` is set after a failure has poisoned the image: a commit that reads it as false must see the poison.
         self.image.free_tail().syncing = syncs;
         match step {
             Ok(JobStep::Wait) => Ok(JobStep::Wait),

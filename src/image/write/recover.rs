@@ -74,7 +74,7 @@ pub(in crate::image) fn recover(
     let end = image.data_end().div_ceil(SECTOR).max(next + stamp);
     // The sectors that are made zero end before the stamp.
     let zeros = if mutant::enabled(Mutant::ScrubStamp) { end } else { end - stamp };
-    // The front copy first: if the trailing footer is missing, the front copy is the only valid footer.
+    // The front copy is written first: if the trailing footer is missing, the front copy is the only valid footer.
     let (footer, mut front) = (image.footer().encode(), [0; SECTOR_BYTES]);
     file.read_at(&mut front, 0)?;
     if front != footer {

@@ -184,7 +184,7 @@ impl FolderBackend for HostFolder {
                 }
                 e => Error::io("cannot create the file", e.into()).at_path(&path),
             })?;
-        // `link_unnamed` needs /proc. Checked now, since the caller writes the whole file before it calls
+        // `link_unnamed` needs /proc. This is checked now, since the caller writes the whole file before it calls
         // `link_unnamed`.
         if fs::symlink_metadata(proc_path(&fd)).is_err() {
             let what = "files without names need /proc, which is not mounted";

@@ -178,8 +178,8 @@ impl LockedFrame<'_> {
 
     /// Sets `count` bits from `bit`. Returns whether any of them was clear.
     pub(crate) fn set_bits(&self, bit: u32, count: u32) -> bool {
-        // Set before the bits, as a concurrent mark that finds them set must not return before they are in the journal.
-        // Cleared when the frame is unlocked.
+        // `owes_commit` is set before the bits, as a concurrent mark that finds the bits set must not return before
+        // they are in the journal. It is cleared when the frame is unlocked.
         self.frame.owes_commit.store(true, Ordering::Relaxed);
         bitmap::set_atomic(self.words(), bit, count)
     }
