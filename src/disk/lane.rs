@@ -52,7 +52,7 @@ pub struct Lane {
     /// Whether operations were submitted since completions were last reaped.
     submitted_since_reap: bool,
     pub(super) answers: Vec<Answer>,
-    // Reused for their memory.
+    // These buffers are reused for their memory.
     pub(super) plan: PlanBuffer,
     pub(super) task_ops: TaskOps,
     completions: Vec<Completion>,

@@ -216,7 +216,7 @@ impl Lane {
             self.parked.push(number);
             StageResult::Wait(TaskStage::AwaitGrowth)
         } else {
-            // Another lane made room since the plan.
+            // Another lane has made space since this plan was made.
             StageResult::Enter(TaskStage::Plan)
         }
     }

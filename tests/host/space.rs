@@ -237,7 +237,7 @@ fn many_children_take_what_they_write() {
         names.iter().for_each(|name| fixture.create(name, &["--parent", "root.vhd"]));
         let served: Vec<_> = names.iter().map(|name| fixture.serve(name, &[])).collect();
         let mut clients: Vec<_> = served;
-        // Like a guest's files: pieces of 256 KiB at scattered places.
+        // The writes resemble a guest's files: pieces of 256 KiB at scattered places.
         let piece = vec![0x5A; 256 << 10];
         for number in 0..mib * 4 {
             for (_, client) in &mut clients {

@@ -87,7 +87,7 @@ impl Checker {
             let survives = |i: usize| match n % 4 {
                 0 => i == lone,
                 1 => i != lone,
-                // Whole pages of 4 KiB.
+                // Whole pages of 4 KiB survive or are lost.
                 2 => {
                     let place = match units[i].1 {
                         DurableUnit::Sector(_, at) => at / 8,

@@ -314,7 +314,7 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     }
     println!("before: {before}, after: {}, {} frames", resident(), bitmaps.frames());
     let kept = (0..blocks as usize).filter(|index| bitmaps.eviction_count(*index).is_none()).count();
-    // A few more frames than bitmap sectors, as the clock gives up its search early.
+    // There may be a few more frames than bitmap sectors, as the clock ends its search early.
     let (frames, most) = (bitmaps.frames(), kept + kept / 100);
     assert!((50_000..120_000).contains(&kept), "64 MiB hold {kept} bitmap sectors of 600 bytes");
     assert!((kept..most).contains(&frames), "{frames} frames for {kept} bitmap sectors");

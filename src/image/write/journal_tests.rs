@@ -152,7 +152,7 @@ fn a_full_journal_is_replayed_after_a_kill() {
         kept += u32::from(image.mark(SectorRange::between(at, at + 8)) == Ok(true));
     }
     assert_eq!(kept, JOURNAL_SLOTS, "the other writes need a commit before they are acknowledged");
-    // All bitmaps, and all sectors of the BAT but the last few.
+    // The commit is abandoned after it has written all bitmaps, and all sectors of the BAT but the last few.
     assert!(!commit(&image, JOURNAL_SLOTS as usize + 200 + 25));
     drop(image);
     let image = rig.open();

@@ -80,7 +80,7 @@ impl HostFolder {
         let mut tries = 0;
         loop {
             match rustix::fs::openat2(&self.fd, relative, flags, Mode::empty(), BENEATH) {
-                // EAGAIN: a rename anywhere raced with the resolution of `..`.
+                // The kernel returns EAGAIN if a rename anywhere raced with the resolution of `..`.
                 Err(Errno::AGAIN | Errno::INTR) if tries < 100 => tries += 1,
                 other => return other,
             }

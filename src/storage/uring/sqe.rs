@@ -62,7 +62,7 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
     let (ring, enabled) = match first {
         Ok(ring) => (ring, false),
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            // Linux 5.19. Older kernels: no flags.
+            // These flags need Linux 5.19. On older kernels the ring is created without flags.
             let mut next = IoUring::builder();
             next.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all().dontfork();
             match next.build(count) {
