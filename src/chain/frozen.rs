@@ -289,8 +289,8 @@ mod tests {
         let (range, mut plan) = (SectorRange::between(4_000, 4_200), PlanBuffer::default());
         version.plan_read(range, &mut plan);
         assert_eq!(plan.missing, [Missing::Cell(0), Missing::Cell(1)]);
-        // One bitmap sector of the child and one of the middle layer. Of the root, whose blocks of 4 KiB have one each,
-        // only those of the undecided part.
+        // The cell needs one bitmap sector of the child, one of the middle layer, and those of the root for the
+        // undecided part. Each block of 4 KiB of the root has one bitmap sector.
         let reads = version.frozen().cell_reads(1);
         assert!(reads.iter().any(|read| read.layer == 0) && reads.iter().any(|read| read.layer == 2), "{reads:?}");
         version.load_now(&plan.missing, &mut crate::image::Pins::default()).unwrap();

@@ -2,8 +2,8 @@
 //! the log the medium is rebuilt as a power cut at many moments could leave it, and is mounted. The images are compared
 //! with the writes and flushes of their guests up to that moment (crash-safety 11; R8: S1, S2, S4).
 //!
-//! After a cut the medium has everything up to the last sync, and any subset of the later pages. A sync covers a write if it
-//! reached the medium after the write.
+//! After a cut the medium has everything up to the last sync, and any subset of the later pages. A sync covers a write
+//! if the sync reached the medium after the write.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
