@@ -5,7 +5,8 @@ use std::process::Command;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    // Of a worktree the files lie elsewhere. What does not exist would have the build script run each time.
+    // In a worktree these files lie elsewhere. With a path that does not exist, cargo would run the build script each
+    // time.
     for file in ["HEAD", "logs/HEAD"] {
         if let Some(path) = git(&["rev-parse", "--git-path", file]).filter(|path| Path::new(path).exists()) {
             println!("cargo::rerun-if-changed={path}");
@@ -17,7 +18,7 @@ fn main() {
     println!("cargo::rustc-env=DIFFDISK_COMMIT={}", commit.as_deref().unwrap_or("unknown"));
 }
 
-/// What a git command prints; `None` if it fails or there is no git.
+/// Returns the output of a git command; `None` if it fails or there is no git.
 fn git(arguments: &[&str]) -> Option<String> {
     let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
     Some(String::from_utf8(output.stdout).ok()?.trim().to_owned())

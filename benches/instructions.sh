@@ -12,7 +12,8 @@ program=$(cargo bench --bench resolve --no-run --message-format=json 2>/dev/null
 [ -x "$program" ] || { echo "instructions: the benchmark was not built" >&2; exit 1; }
 
 count() {
-    # Of the reads only what the queue itself does, without the driver that asks.
+    # For requests, only the instructions of the queue itself are counted, without those of the driver that makes the
+    # requests.
     local only=()
     [[ $1 != request* ]] || only=(--toggle-collect='diffdisk::device::queue::Queue::serve')
     valgrind --tool=callgrind "${only[@]}" --callgrind-out-file="$3" "$program" --instructions "$1" "$2" 2>&1 |

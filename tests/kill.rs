@@ -23,7 +23,7 @@ use common::tool::diffdisk;
 
 const QUEUES: usize = 3;
 const MIB: u64 = 1 << 20;
-/// Of a disk.
+/// Bytes of a disk.
 const SIZE: u64 = 128 * MIB;
 /// Sectors per stripe. Stripes belong to the queues in rotation, so that queues share blocks and bitmaps.
 const STRIPE: u64 = 128;

@@ -100,7 +100,7 @@ fn another_user_gets_the_command_to_run() {
     assert_refused(&as_nobody(&["convert", text(&visible), "-", "--to", "raw", own.option()]), &words);
     // `nobody` names root's folder, which belongs to another user.
     assert_refused(&as_nobody(&["check", text(&visible), runtime.option()]), &["runtime folder"]);
-    // Root with another folder.
+    // Root uses another runtime folder.
     assert_refused(
         &diffdisk(["convert", text(&image), "-", "--to", "raw", empty.option()]),
         &["did not end cleanly", &folder_of_root],

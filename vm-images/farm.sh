@@ -74,7 +74,7 @@ mkdir "$work/files"
 cp "$cache/base.cpio" "$cache/vmlinuz" "$work/files"
 (cd "$work/files" && sha256sum -- * >"$work/golden.sha256" && mv "$work/golden.sha256" .)
 truncate -s 4G "$work/golden.raw"
-# Otherwise each guest's kernel would zero the tables of inodes that nobody used yet.
+# Without these options each guest's kernel would zero the unused inode tables.
 mke2fs -q -t ext4 -E lazy_itable_init=0,lazy_journal_init=0 -d "$work/files" "$work/golden.raw"
 "$diffdisk" convert --quiet --from raw --to dynamic "$work/golden.raw" "$host/golden.vhd"
 rm -rf "$work/golden.raw" "$work/files"
@@ -90,7 +90,7 @@ done >"$work/farm.toml"
 
 # Adds up the numbers of its input.
 sum() { awk '{ sum += $1 } END { printf "%.0f", sum }'; }
-# What all children take on the host, in bytes.
+# Prints the bytes that all children take in the file system.
 taken() { echo $(($(stat -c '%b' "$host"/child-*.vhd | sum) * 512)); }
 used() { df --output=used -B1 "$host" | tail -n 1; }
 in_mib() { echo $((($1 + 524288) / 1048576)); }

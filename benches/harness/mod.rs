@@ -1,4 +1,5 @@
-//! What the benchmarks share: rounds of measurements, their statistics, targets, command line, results, random numbers.
+//! Support that the benchmarks share: rounds of measurements, their statistics, targets, command line, results, random
+//! numbers.
 
 #[path = "../../tests/common/rng.rs"]
 #[allow(dead_code, reason = "a part of it is used here")]

@@ -4,14 +4,14 @@
 use super::stats::{median, spread};
 use super::target::{Bound, Target};
 
-/// How long and how often a benchmark measures.
+/// Duration and number of the measurements of a benchmark.
 #[derive(Clone, Copy)]
 pub struct Pace {
     /// Measured runs of each candidate.
     pub rounds: usize,
     /// Bytes of data.
     pub size: u64,
-    /// Whether the command line asks for the long form.
+    /// Whether the command line requests the long form.
     pub full: bool,
 }
 
@@ -51,7 +51,7 @@ impl<'a, S> Candidate<'a, S> {
     }
 }
 
-/// All that was measured, and the targets that were compared with it.
+/// All measurements, and the targets that were compared with them.
 pub struct Results<S> {
     pub rows: Vec<Row<S>>,
     pub targets: Vec<Target>,
@@ -97,7 +97,7 @@ impl<S> Results<S> {
         median(a.samples.iter().zip(&b.samples).map(|(a, b)| of(a) / of(b)))
     }
 
-    /// Records a target and what was measured of it.
+    /// Records a target and the measured value.
     pub fn target(&mut self, what: impl Into<String>, ratio: f64, bound: Bound) {
         self.targets.push(Target { what: what.into(), ratio, bound });
     }

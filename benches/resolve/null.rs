@@ -76,7 +76,8 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
     queue.stop(&vring).expect("the engine works");
 }
 
-/// The host's environment, without what valgrind does not support, and optionally with engines that do nothing.
+/// The host's environment, without the features that valgrind does not support, and optionally with engines that do
+/// nothing.
 pub struct NullEnv {
     pub idle: Option<NullMode>,
 }
@@ -125,7 +126,7 @@ impl Env for NullEnv {
         Host.uuid()
     }
     fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
-        // The preallocation of a disk when it is opened is real.
+        // A blocking engine is real: opening a disk uses one to preallocate space.
         match (kind, self.idle) {
             (EngineKind::Blocking, _) | (_, None) => Host.engine(kind, depth),
             (_, Some(idle)) => Ok(Box::new(NullEngine(Vec::new(), idle))),

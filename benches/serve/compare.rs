@@ -312,7 +312,8 @@ pub fn sequential(bench: &mut Bench) {
     }
 }
 
-/// Two queues compared with one. Each queue has a processor. On small machines the guest's thread shares it.
+/// Two queues compared with one. Each queue has a processor of its own. On small machines a queue's thread in the
+/// daemon shares its processor with the guest's thread.
 pub fn two_queues(bench: &mut Bench) {
     if processors() < 2 {
         return eprintln!("two queues want two processors");

@@ -155,7 +155,7 @@ impl Disks {
         files
     }
 
-    /// Creates a child of the single image of a format, with options for `qemu-img create`.
+    /// Creates a child of an image that has all the data in one file of the format, with options for `qemu-img create`.
     pub fn fresh_child(&self, format: Format, options: &[&str]) -> PathBuf {
         let (parent, child) = (self.striped_chain(format, 1), self.folder.join(format!("{}-fresh", suffix(format))));
         let _ = fs::remove_file(&child);
@@ -283,7 +283,8 @@ pub fn remove_and_wait(path: &Path) {
 
 /// Returns the number of discards that the kernel has completed on all disks.
 fn discards() -> u64 {
-    /// Of a line of the file, from 0 (the kernel's Documentation/admin-guide/iostats.rst).
+    /// Index of the number of discards among the words of a line, from 0 (the kernel's
+    /// Documentation/admin-guide/iostats.rst).
     const DISCARDS: usize = 14;
     let table = fs::read_to_string("/proc/diskstats").unwrap_or_default();
     table.lines().filter_map(|line| line.split_whitespace().nth(DISCARDS)?.parse::<u64>().ok()).sum()

@@ -35,7 +35,7 @@ fn taken(path: &Path) -> f64 {
     fs::metadata(path).expect("it was made a moment ago").blocks() as f64 * 512.0
 }
 
-/// Pieces in which the file system keeps a file; `None` if `filefrag` cannot tell.
+/// Pieces in which the file system keeps a file; `None` if `filefrag` cannot count them.
 fn extents(path: &Path) -> Option<u64> {
     let output = Command::new("filefrag").arg(path).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;

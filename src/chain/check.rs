@@ -90,7 +90,7 @@ pub fn check(
         }
         all.push(checked);
     }
-    // The data of the parents is known only in a complete chain.
+    // The data of the parents can be read only in a complete chain.
     let is_readable = |c: &CheckedFile| c.defects.iter().all(|d| d.consequence() < Consequence::NotReadable);
     let readable = images.len() == all.len() && all.iter().all(is_readable);
     if readable && images.last().is_some_and(|root| root.kind() != DiskType::Differencing) {

@@ -62,7 +62,7 @@ fn a_write_by_qemu_is_detected() {
     // The block begins after the table: its first sectors are the rest of the table's page and the old footer.
     let defects = found(&chains, "leaf");
     assert!(matches!(defects[..], [Defect::ParentHidden { block: 0, sector: 7, .. }]), "{defects:?}");
-    // A check without the parents cannot report what depends on their data.
+    // A check without the parents cannot report defects that depend on their data.
     let leaf = Host.open(&chains.path("leaf"), Access::Read).unwrap();
     let alone = check(&Host, leaf, None, &[], &mut |_| Ok(())).unwrap().remove(0).defects;
     assert!(matches!(alone[..], [Defect::PlacedByAnother { .. }]), "{alone:?}");

@@ -102,7 +102,8 @@ pub fn record_child(env: &dyn Env, parent: &Image, child: &Path) {
 fn try_record_child(env: &dyn Env, parent: &Image, child: &Path) -> Result<()> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
     let line = relative_path(&folder, &absolute_path(env, child)?);
-    // Another process may change the attribute between the read and the write; no call does both. So read it back.
+    // Another process may change the attribute between the read and the write, since no call does both. So the
+    // attribute is read back.
     for _ in 0..4 {
         let mut lines = recorded_children(parent.file())?;
         if lines.contains(&line) {

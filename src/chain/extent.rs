@@ -3,7 +3,7 @@
 use crate::storage::FileSlot;
 use crate::units::SectorRange;
 
-/// Where the bytes of a run of sectors are.
+/// The location of the bytes of a run of sectors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Source {
     /// In no file: they read as zeros.
@@ -33,7 +33,7 @@ impl Source {
 pub struct Extent {
     /// The run.
     pub range: SectorRange,
-    /// Where its bytes are read from or written to.
+    /// The location from which its bytes are read, or to which they are written.
     pub source: Source,
 }
 

@@ -1,7 +1,7 @@
 //! Frozen: all layers below the top, merged into one immutable map, so that a look-up costs the same at any depth.
 //!
-//! The disk is divided into *cells* of 2 MiB, whatever the block sizes of the layers. The first look-up of a cell walks
-//! the layers once, youngest first, and caches the result: zeros, one run of one file, or a list of runs. Later
+//! The disk is divided into *cells* of 2 MiB, regardless of the block sizes of the layers. The first look-up of a cell
+//! walks the layers once, youngest first, and caches the result: zeros, one run of one file, or a list of runs. Later
 //! look-ups take an index into a table and, for a cell of many runs, a binary search (`frozen_cache.rs`, which also
 //! limits the memory).
 //!
@@ -164,7 +164,7 @@ impl LayerWalk<'_> {
         let end = layer.image.size() / SECTOR;
         for range in std::mem::take(&mut self.undecided) {
             let inside = range.clip(SectorRange::between(0, end));
-            // After the end of a layer the disk is zero, whatever the layers below hold.
+            // After the end of a layer the disk is zero, even if the layers below hold data there.
             self.decided.push((range.skip(inside.count()), Source::Zero));
             self.visit_range(number, layer, inside);
         }
@@ -289,8 +289,8 @@ mod tests {
         let (range, mut plan) = (SectorRange::between(4_000, 4_200), PlanBuffer::default());
         version.plan_read(range, &mut plan);
         assert_eq!(plan.missing, [Missing::Cell(0), Missing::Cell(1)]);
-        // One bitmap sector of the child and one of the middle layer. Of the root, whose blocks of 4 KiB have one each,
-        // only those of the undecided part.
+        // The cell needs one bitmap sector of the child, one of the middle layer, and those of the root for the
+        // undecided part. Each block of 4 KiB of the root has one bitmap sector.
         let reads = version.frozen().cell_reads(1);
         assert!(reads.iter().any(|read| read.layer == 0) && reads.iter().any(|read| read.layer == 2), "{reads:?}");
         version.load_now(&plan.missing, &mut crate::image::Pins::default()).unwrap();

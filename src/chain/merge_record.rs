@@ -62,7 +62,7 @@ pub struct MergeRecord {
     pub layers: Vec<MergedLayer>,
     /// The UUID of the ancestor that receives the data.
     pub ancestor: Uuid,
-    /// The stamp of the ancestor's file when `copied` was true of it.
+    /// The stamp that the ancestor's file had when the progress `copied` was recorded.
     pub ancestor_stamp: FileStamp,
     /// The path of the ancestor relative to the record's folder.
     pub ancestor_path: PathBuf,

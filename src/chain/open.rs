@@ -62,8 +62,8 @@ impl Chain {
         }
     }
 
-    /// As `from_image`, but ends at the first parent that is missing or that may not be opened, and returns the error
-    /// of that parent.
+    /// Opens the parents as `from_image` does, but ends at the first parent that is missing or that may not be opened,
+    /// and returns the error of that parent.
     ///
     /// # Errors
     /// As `open`, except for such a parent.

@@ -7,13 +7,13 @@ use crate::storage::File;
 /// The purpose for which a chain is opened. It decides the locks on its files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OpenMode {
-    /// To read headers. No locks: another process may be writing.
+    /// Reads headers. Takes no locks, so another process may be writing.
     Inspect,
-    /// To read. Fails while another process writes to a file of the chain.
+    /// Reads the disk. Fails while another process writes to a file of the chain.
     Read,
-    /// To read what is left of files that have lost sectors. Otherwise as `Read`.
+    /// Reads the remaining sectors of files that have lost some. Otherwise like `Read`.
     Salvage,
-    /// To write the youngest image. Fails while another process has it open, or writes to a parent.
+    /// Writes the youngest image. Fails while another process has that image open, or writes to a parent.
     Write,
 }
 

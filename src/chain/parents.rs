@@ -1,5 +1,5 @@
-//! Where parents may be, and the state of a search from the youngest image down. An image may record any path, but only
-//! a file below an allowed folder with the recorded UUID is opened (format 4.4).
+//! The folders in which parents may lie, and the state of a search from the youngest image down. An image may record
+//! any path, but only a file below an allowed folder with the recorded UUID is opened (format 4.4).
 //!
 //! A path from an image is never opened as such. It is compared, as text, with the paths of folders that are held open,
 //! and the rest of it is looked up below one of those folders without following symbolic links. The folders are
@@ -46,7 +46,7 @@ pub(super) struct ParentSearch<'a> {
     /// Folders that are held open, with their absolute paths without symbolic links: the folder of the youngest image,
     /// the allowed folders, and those below them in which parents were found.
     folders: Vec<(PathBuf, Folder)>,
-    /// How many folders the operator has allowed.
+    /// Number of folders that the operator has allowed.
     allowed: usize,
     budget: NameBudget,
     max_depth: usize,
@@ -83,7 +83,7 @@ impl<'a> ParentSearch<'a> {
         broken.map_or(Ok(()), |defect| Err(Error::from(defect).at_path(image.file().path())))
     }
 
-    /// As `visit`, but returns a broken rule as a value.
+    /// Adds an image as `visit` does, but returns a broken rule as a value.
     ///
     /// # Errors
     /// `Io`.

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::image::{file_name, folder_of};
 use crate::storage::Env;
 
-/// Removes `.` and `..` from a path as text, without looking at the file system.
+/// Removes `.` and `..` from a path as text, without accessing the file system.
 pub(super) fn lexically_normal(path: &Path) -> PathBuf {
     let mut normal = PathBuf::new();
     for component in path.components() {

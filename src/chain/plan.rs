@@ -38,7 +38,7 @@ pub struct PlanBuffer {
     pub(super) cache: Option<CacheHandle>,
 }
 
-/// How many of the last missing bitmaps are compared with a new one: more than the layers of the deepest chain.
+/// Number of the last missing bitmaps that are compared with a new one: more than the layers of the deepest chain.
 const DEDUPLICATED: usize = 128;
 
 impl PlanBuffer {

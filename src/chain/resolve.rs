@@ -6,9 +6,9 @@
 //!      └─────> missing ─> Load ─> read its sectors ─> supply ─> plan_* again
 //! ```
 //!
-//! There is no other loop. It may run twice, since the lower layers of a block are looked up only after its own bits
-//! are loaded; and more often if other queues evict bitmaps when memory is short. It ends, because the caller pins what
-//! it has loaded.
+//! There is no other loop. This loop may run twice, since the lower layers of a block are looked up only after its own
+//! bits are loaded. It runs more often if other queues evict bitmaps because memory is short. It ends, because the
+//! caller pins the bitmaps that it has loaded.
 
 use super::frozen::CellRead;
 use super::frozen_cache::CELL_SECTORS;
@@ -79,7 +79,7 @@ impl Version {
         }
     }
 
-    /// Prefetches into the processor's cache what a look-up of the first sector of `range` reads.
+    /// Prefetches into the processor's cache the memory that a look-up of the first sector of `range` reads.
     #[inline]
     pub fn prefetch(&self, range: SectorRange, plan: &mut PlanBuffer) {
         self.frozen().prefetch(range.start(), plan);
@@ -94,7 +94,7 @@ impl Version {
         self.top().expect("only writable disks write").plan_write(range, plan)
     }
 
-    /// Plans what to zero and to mark so that `range` reads as zeros. Only for a disk with a top.
+    /// Plans the ranges to zero and to mark so that `range` reads as zeros. Only for a disk with a top.
     ///
     /// # Errors
     /// As for `plan_write`.
@@ -103,7 +103,7 @@ impl Version {
         self.top().expect("only writable disks write").plan_zero(range, self.frozen(), plan)
     }
 
-    /// Plans what to punch when the guest discards `range`. Only for a disk with a top.
+    /// Plans the ranges to punch when the guest discards `range`. Only for a disk with a top.
     pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         plan.clear();
         self.top().expect("only writable disks write").plan_discard(range, plan);
@@ -116,7 +116,8 @@ impl Version {
             match *what {
                 Missing::BitmapSector(number) => {
                     let top = self.top().expect("only a top has bitmap sectors of its own");
-                    // Taken before the read: if the sector is loaded and evicted during the read, its bytes are stale.
+                    // The count is taken before the read: if the sector is loaded and evicted during the read, the
+                    // bytes of the read are stale.
                     let Some(evictions) = top.image.bitmaps().and_then(|b| b.eviction_count(number)) else {
                         load.already_loaded.push(number);
                         continue;
@@ -166,7 +167,7 @@ impl Version {
         Ok(())
     }
 
-    /// Marks what was written, as `Writable::mark`, and loads missing bitmaps with blocking reads.
+    /// Marks written sectors as `Writable::mark` does, and loads missing bitmaps with blocking reads.
     ///
     /// # Errors
     /// As `load_now`.
@@ -181,7 +182,7 @@ impl Version {
         }
     }
 
-    /// As `plan_read`, and loads missing bitmaps with blocking reads.
+    /// Plans a read as `plan_read` does, and loads missing bitmaps with blocking reads.
     ///
     /// # Errors
     /// As `load_now`.
@@ -196,7 +197,8 @@ impl Version {
         Ok(())
     }
 
-    /// As `plan_read_now`, but caches nothing: for callers that pass each place once. Only for a disk without a top.
+    /// Plans a read as `plan_read_now` does, but caches nothing: for callers that plan each sector once. Only for a
+    /// disk without a top.
     ///
     /// # Errors
     /// As `load_now`.

@@ -63,7 +63,7 @@ impl Top {
         Ok(())
     }
 
-    /// Appends to `plan` what makes `range` read as zeros: extents to zero in the file, and ranges to mark.
+    /// Appends to `plan` the changes that make `range` read as zeros: extents to zero in the file, and ranges to mark.
     ///
     /// A block without a place gets one only if data of a lower layer would be exposed. Its new space is durably zero,
     /// so it needs only to be marked.
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(plan.marks, [range(50, 4_096)], "the second block has nothing to hide");
         assert!(plan.marks.iter().all(|marked| top.image.mark(*marked) == Ok(true)));
         assert_eq!(read_sector_bytes(&version, 48, 52), [1, 1, 0, 0]);
-        // In a block with a place, the file is zeroed and the bits are set, whatever they were.
+        // In a block with a place, the file is zeroed and the bits are set, regardless of their state before.
         let plan = plan_loaded(&version, |plan| version.plan_zero(range(40, 60), plan).unwrap());
         assert_eq!((ranges(&plan), plan.marks), (vec![(40, 60)], vec![range(40, 60)]));
     }

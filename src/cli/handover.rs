@@ -168,7 +168,7 @@ mod tests {
         for name in ["", "unknown", "connection", "disk.socket"] {
             assert_eq!(assign(&[disk("a", "")], &[offered(name, "/run/1")]), Ok(vec![0]), "{name:?}");
         }
-        // One of several sockets, too, if all others are matched.
+        // One of several sockets may have a default name, too, if all others are matched.
         let sockets = [offered("disk.socket", "/run/1"), offered("a", "/run/2")];
         assert_eq!(assign(&[disk("a", ""), disk("b", "")], &sockets), Ok(vec![1, 0]));
     }

@@ -173,7 +173,7 @@ fn diff(args: &DiffArgs, common: &CommonArgs) -> Result<Exit> {
 fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<SourceDisk> {
     let format = SourceFormat::from(from);
     let disk = SourceDisk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
-        // Only for the image itself: for a parent the advice would be wrong.
+        // The advice is given for the image itself only: for a parent it would be wrong.
         ErrorKind::Invalid
             if format == SourceFormat::Vhd && e.path() == Some(path) && e.line().contains("no footer") =>
         {

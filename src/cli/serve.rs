@@ -60,7 +60,8 @@ fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> 
     let handed_over = handover::take_sockets(&disks, inherited)?;
     args.add_system_config(SystemConfig::load(args.no_system_config)?);
     signals::survive_file_size_limit();
-    // Before the sockets exist: as soon as a front-end can connect, a signal must stop the daemon cleanly.
+    // The signals are caught before the sockets exist: as soon as a front-end can connect, a signal must stop the
+    // daemon cleanly.
     let stop = signals::stop_socket()?;
     let Some(ready) = start::start_all(&args, &disks, handed_over, host, &stop)? else {
         info!("stopped by a signal during the start");

@@ -108,7 +108,8 @@ impl Device {
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
         let on = parse_writeback(offset, bytes)?;
         let was = self.writeback.swap(on, Ordering::Relaxed);
-        // Before the commit: a write that starts meanwhile is in write-through mode already.
+        // The new mode applies before the commit, so that a write that starts meanwhile is already in write-through
+        // mode.
         self.apply_cache();
         if was && !on {
             self.disk.commit().inspect_err(|_| {

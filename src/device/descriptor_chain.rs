@@ -173,7 +173,7 @@ mod tests {
         d.desc(TABLE, 3, (5, 6, 0, 99));
         d.walk(&mut chain, 3).unwrap();
         assert_eq!((chain.readable(), chain.writable_len()), (&[piece(5, 6)][..], 0));
-        // As long as the table, and backwards.
+        // A chain of all descriptors of the table, in reverse order.
         for i in 0..8u16 {
             d.desc(TABLE, i, (DATA, u32::MAX, if i == 0 { 0 } else { NEXT }, i.wrapping_sub(1)));
         }

@@ -210,7 +210,7 @@ impl GuestView {
     }
 
     /// A range inside one region whose start is a multiple of `align`, as a guest address and as an address of this process.
-    /// `None` if the range is not like that.
+    /// `None` if the range is not in one region or not aligned.
     pub fn span(&self, addr: u64, len: usize, align: usize) -> Option<GuestSpan> {
         let (region, at) = self.locate(addr)?;
         let inside = at.checked_add(len).is_some_and(|end| end <= region.len);

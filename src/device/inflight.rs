@@ -48,7 +48,7 @@ const ENTRY_LEN: usize = 16;
 const NEXT: usize = 6;
 const COUNTER: usize = 8;
 
-/// The only version that exists. Zero stands in a region that was not used yet.
+/// The only version that exists. A region that was not used yet contains version 0.
 const VERSION_1: u16 = 1;
 
 /// The mapped region with the records of all queues.

@@ -292,7 +292,7 @@ fn a_new_record_starts_at_the_used_index_of_the_ring() {
     assert_eq!(record.resume(SIZE, 65530).unwrap(), [0u16; 0]);
     record.record_taken(3);
     record.record_completed(3);
-    // Not as in SPDK's bug 3766: from index 0, 65530 chains would count as completed.
+    // In SPDK's bug 3766 a new record starts at used index 0. Then 65530 chains would count as completed here.
     assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65530).unwrap(), [3]);
     assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65531).unwrap(), [0u16; 0]);
     let raw = |at: usize, len: usize| {

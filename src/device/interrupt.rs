@@ -23,7 +23,7 @@ const MAX_DELAY: Duration = Duration::from_micros(100);
 pub(super) struct InterruptCoalescing {
     /// Whether an interrupt is pending.
     pending: bool,
-    /// When the first check found that the pending interrupt may wait.
+    /// Time at which the first check found that the pending interrupt may wait.
     pending_since: Option<Instant>,
     /// Moving average of the time per chain.
     time_per_chain: Duration,

@@ -115,7 +115,7 @@ fn parse_request(
         }
         kind::FLUSH => Ok((Work::Flush, 0)),
         kind::GET_ID => {
-            // V13.
+            // V13: at most 20 bytes of the serial are written.
             let len = room.min(ID_LEN as u64);
             let id = &rules.serial[..usize::try_from(len).expect("at most 20")];
             let mut done = 0;

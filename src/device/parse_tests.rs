@@ -97,7 +97,7 @@ fn the_header_may_span_any_number_of_descriptors() {
 fn the_status_is_the_last_writable_byte() {
     let d = TestDriver::new(64);
     let header = (d.header(0, kind::IN, 0), 16, 0);
-    // At the end of the data's descriptor, across a border of regions, followed by empty descriptors.
+    // The status is the last byte of the data's descriptor, after a border of regions, and empty descriptors follow.
     let pieces = [header, (SEAM - 512, 513, WRITE), (END, 0, WRITE), (u64::MAX, 0, WRITE)];
     let ParsedChain::Submit { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces)
     else {
@@ -184,7 +184,7 @@ fn the_serial_is_cut_to_the_size_of_the_buffer() {
     let d = TestDriver::new(64);
     for room in [0, 1, 19, 20, 21, 512u32] {
         d.put(DATA, &[0xee; 512]);
-        // In buffers of 7 bytes and the rest.
+        // The request has two buffers: 7 bytes, and the rest.
         let pieces = [(DATA, room.min(7), WRITE), (DATA + 7, room.saturating_sub(7), WRITE)];
         let n = room.min(20);
         assert_eq!(answer(ask(&d, &rules(), kind::GET_ID, 99, &pieces)), Some((Status::Ok, n + 1)));
@@ -203,7 +203,7 @@ fn all_segments_are_checked_before_any_effect() {
     let go = |kind: u32, segments: &[(u64, u32, u32)], extra: u32| {
         d.segments(DATA, segments);
         let len = 16 * u32::try_from(segments.len()).unwrap() + extra;
-        // In two buffers, cut inside the first segment.
+        // The request has two buffers, the first of which ends inside the first segment.
         ask(&d, &rules(), kind, 0, &[(DATA, len.min(5), 0), (DATA + 5, len.saturating_sub(5), 0)])
     };
     for kind in [kind::DISCARD, kind::WRITE_ZEROES] {

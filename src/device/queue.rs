@@ -4,9 +4,9 @@
 //!   serve:  poll ─ complete ─ (interrupt) ─ pop up to 16 ─ submit ─ poll ─ complete ─ (interrupt, see `interrupt.rs`)
 //! ```
 //!
-//! A batch makes one submit (two if a copy fails or early writeback is due), and one system call for an interrupt if the driver
-//! wants one. After that, `Lane::refresh_residency` may make a few. The lock of the vring is never held across I/O, so the
-//! control thread does not wait for the disk.
+//! A batch makes one submit (two if a copy fails or early writeback is due), and one system call for an interrupt if
+//! the driver requires one. After that, `Lane::refresh_residency` may make a few. The lock of the vring is never held
+//! across I/O, so the control thread does not wait for the disk.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -33,7 +33,7 @@ pub type Vring = vhost_user_backend::VringRwLock<AtomicMemory>;
 /// Requests of a batch that are not timed. Reading the clock costs 7 % if two requests are in flight.
 const UNTIMED_REQUESTS: u32 = 3;
 
-/// What the thread of a queue has to do after a batch.
+/// The next action of a queue's thread after a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ServeResult {
     /// Wait for a kick (see [`Queue::enable_kicks`]) or a wake descriptor.
@@ -195,7 +195,8 @@ impl Queue {
         })
     }
 
-    /// Asks the driver for kicks; to be called before the thread sleeps. Returns whether chains were added in the meantime.
+    /// Enables kicks of the driver; to be called before the thread sleeps. Returns whether chains were added in the
+    /// meantime.
     pub fn enable_kicks(&mut self, vring: &Vring) -> bool {
         // If the lane is full, answers wake the thread, not kicks.
         let Some(virtqueue) = self.virtqueue.as_mut().filter(|x| x.broken().is_none() && !self.no_capacity) else {
@@ -256,8 +257,8 @@ impl Queue {
         &mut self.lane
     }
 
-    /// Completes and publishes all answered requests, and requests an interrupt if the driver wants one. Returns whether there
-    /// were answers.
+    /// Completes and publishes all answered requests, and requests an interrupt if the driver requires one. Returns
+    /// whether there were answers.
     fn complete_answers(&mut self) -> bool {
         let Some(virtqueue) = &mut self.virtqueue else {
             assert!(self.answers.is_empty(), "a stopped queue has nothing in flight");

@@ -139,7 +139,8 @@ fn an_interrupt_that_waits_is_not_lost() {
         assert!(took_interrupt(&r), "a killed daemon may not have sent the first interrupt");
         assert_eq!(r.d.used().len(), 1);
         r.d.put_word(AVAIL + 4 + 128, 1); // the next used element wants an interrupt
-        // As if writes took long: while some are left, the interrupt waits. It waits 100 us at most, so not in every round.
+        // Records a batch of slow writes, so that the interrupt waits while some writes are left. It waits 100 us at
+        // most, so it does not wait in every round.
         r.queue.interrupts.record_batch(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
         assert_eq!(r.queue.serve(&r.vring).unwrap(), ServeResult::More);

@@ -36,7 +36,7 @@ pub struct RingLayout {
     pub used: u64,
 }
 
-/// Why a ring is broken: the avail ring cannot be trusted any more and must not be polled again.
+/// Reason for which a ring is broken: the avail ring cannot be trusted any more and must not be polled again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RingError {
     /// V2: `avail.idx` announces more chains than the ring can hold.
@@ -45,7 +45,7 @@ pub enum RingError {
     BadHead,
     /// V3: a head is in flight already.
     HeadInFlight,
-    /// A page of the guest's memory or of the in-flight record is lost: whatever was read since may be zeros.
+    /// A page of the guest's memory or of the in-flight record is lost: bytes that were read since may be zeros.
     MemoryLost,
 }
 
@@ -200,7 +200,7 @@ impl SplitRing {
         self.next_used += 1;
     }
 
-    /// Publishes all used elements to the driver. Returns whether the driver wants an interrupt.
+    /// Publishes all used elements to the driver. Returns whether the driver requires an interrupt.
     pub fn publish(&mut self) -> bool {
         if self.published == self.next_used && !self.force_interrupt {
             return false;
@@ -221,7 +221,8 @@ impl SplitRing {
         std::mem::take(&mut self.force_interrupt) || wanted
     }
 
-    /// Asks the driver for a kick when it adds a chain. Returns whether chains were added before the driver could see that.
+    /// Enables kicks: the driver kicks when it adds a chain. Returns whether chains were added before the driver could
+    /// see that kicks are enabled.
     pub fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
             let at = ELEMENTS + usize::from(self.size) * USED_ELEMENT;
@@ -235,7 +236,8 @@ impl SplitRing {
         self.avail.load(IDX, Ordering::Relaxed) != self.next_avail.0
     }
 
-    /// Asks the driver for no kicks. With `EVENT_IDX` nothing is stored: the driver kicks once after [`SplitRing::enable_kicks`].
+    /// Disables kicks of the driver. With `EVENT_IDX` nothing is stored: the driver kicks once after
+    /// [`SplitRing::enable_kicks`].
     pub fn disable_kicks(&mut self) {
         if !self.event_idx && self.kicks_enabled {
             self.used.store(FLAGS, USED_NO_NOTIFY, Ordering::Relaxed);

@@ -86,7 +86,7 @@ fn heads_are_descriptors() {
 #[test]
 fn a_batch_is_published_as_a_whole_and_wraps() {
     let mut d = TestDriver::new(8);
-    // As after a reconnection: both rings have been used.
+    // Both rings have been used, as after a reconnection.
     d.put_word(USED + 2, u16::MAX - 1);
     d.seen = u16::MAX - 1;
     let mut ring = SplitRing::new(&d.view(), d.layout(), 8, false, u16::MAX).unwrap();

@@ -30,7 +30,7 @@ pub const MAX_BATCH_BYTES: u64 = 512 << 10;
 /// daemon; it bounds the share of the disk that one queue can occupy. It is larger than any request.
 pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
 
-/// Why a batch ended.
+/// Reason for which a batch ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PopResult {
     /// No more chains are available.
@@ -105,7 +105,7 @@ impl Virtqueue {
             broken: None,
             record,
             to_resubmit,
-            // Not the current count: a page may be lost already.
+            // The current count would be wrong here, since a page of this queue's memory may be lost already.
             losses_seen: 0,
         })
     }
@@ -145,8 +145,8 @@ impl Virtqueue {
         self.to_resubmit.len()
     }
 
-    /// Publishes all completed chains to the driver. Returns whether the driver wants an interrupt. Publishes nothing once memory
-    /// is lost, since the data of a write may have been read as zeros.
+    /// Publishes all completed chains to the driver. Returns whether the driver requires an interrupt. Publishes
+    /// nothing once memory is lost, since the data of a write may have been read as zeros.
     pub fn publish(&mut self) -> bool {
         if self.is_memory_lost() {
             return false;
@@ -164,7 +164,7 @@ impl Virtqueue {
         wanted
     }
 
-    /// Why the ring is broken, if it is.
+    /// The reason for which the ring is broken, if it is.
     pub fn broken(&self) -> Option<RingError> {
         self.broken
     }

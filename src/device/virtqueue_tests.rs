@@ -141,7 +141,7 @@ fn a_returned_head_may_be_added_again() {
     for _ in 0..100 {
         b.works(0);
     }
-    // Also within one batch, if the first request never was in flight.
+    // A head may occur twice in one batch, if its first request was never in flight.
     b.ask(0, kind::GET_ID, 0);
     b.ask(0, kind::GET_ID, 0);
     assert_eq!(b.take(), PopResult::Empty);

@@ -58,7 +58,7 @@ impl CachedReads {
         Ok(())
     }
 
-    /// Prefetches what the plans of the queued reads need.
+    /// Prefetches into the processor's cache the memory that the planning of the queued reads accesses.
     pub(super) fn prefetch_plans(&self, version: &Version, plan: &mut PlanBuffer) {
         for read in &self.candidates {
             version.prefetch(read.range, plan);
@@ -87,7 +87,8 @@ impl CachedReads {
                 let cached = match extent.source {
                     Source::Zero => None,
                     Source::File { slot, offset } => {
-                        // Also after a part that is not resident: the engine counts how often each part is requested.
+                        // The engine counts how often each part is requested, so parts after one that is not resident
+                        // are looked up, too.
                         let cached = engine.find_cached(slot, offset, len);
                         whole &= cached.is_some();
                         cached

@@ -3,9 +3,10 @@
 //! A guest that flushes after every few writes waits for the disk twice: first for its data, then for the metadata that
 //! points to the data. While the guest still writes, the kernel can begin with the data ([`Action::StartWriteback`]).
 //!
-//! The operation is a hint: no request waits for it, and a sync is still what makes data durable. The kernel reports failed
+//! The operation is a hint: no request waits for it, and only a sync makes data durable. The kernel reports failed
 //! writes to that sync, with one exception: if it cannot even allocate space for the data (ext4: no space, or damaged
-//! metadata), it reports that to the hint only and drops the data. So a hint that fails in this way counts as a failed sync.
+//! metadata), it reports that to the hint only and drops the data. So a hint that fails in this way counts as a failed
+//! sync.
 //!
 //! No hint is given if the guest flushes rarely (the kernel writes faster if it has all data at once), or after every write
 //! (no time is left to win), or with the blocking engine (its queue would wait for the hint).

@@ -10,7 +10,7 @@ use crate::storage::{FILE_SLOTS, FileSlot};
 pub(super) struct ServedFile {
     /// Alignment of memory that O_DIRECT requires, in bytes; 1 for a buffered file.
     pub(super) memory_align: usize,
-    /// Which of its extents lanes prefetch.
+    /// The policy by which lanes prefetch extents of the file.
     pub(super) readahead: ReadaheadPolicy,
 }
 

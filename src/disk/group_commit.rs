@@ -14,11 +14,11 @@ use crate::mutant::{self, Mutant};
 #[derive(Debug, Default)]
 pub struct GroupCommit {
     state: Mutex<GroupCommitState>,
-    /// Number of threads that wait for a round and must not wait until a full host has space.
+    /// Number of threads that wait for a round and must not wait until a full file system has space.
     urgent: AtomicUsize,
 }
 
-/// Marks a thread that waits for a round and must not wait for space on the host, until it is dropped.
+/// Marks a thread that waits for a round and must not wait for space on the file system, until the mark is dropped.
 pub(super) struct UrgentGuard<'a>(&'a AtomicUsize);
 
 impl Drop for UrgentGuard<'_> {
@@ -64,14 +64,14 @@ impl GroupCommit {
         JoinedRound { round, lead }
     }
 
-    /// Makes rounds that find the host full fail within a second, until the guard is dropped. For a queue that stops and for the
-    /// control thread, which wait for the round.
+    /// Makes rounds that find the file system full fail within a second, until the guard is dropped. For a queue that
+    /// stops and for the control thread, which wait for the round.
     pub(super) fn mark_urgent(&self) -> UrgentGuard<'_> {
         self.urgent.fetch_add(1, Ordering::Relaxed);
         UrgentGuard(&self.urgent)
     }
 
-    /// Whether a round that finds the host full must fail.
+    /// Whether a round that finds the file system full must fail.
     pub(super) fn is_urgent(&self) -> bool {
         self.urgent.load(Ordering::Relaxed) > 0
     }

@@ -37,7 +37,7 @@ pub struct Lane {
     pub(super) disk: Arc<Disk>,
     pub(super) mailbox: Arc<Mailbox>,
     pub(super) tasks: TaskTable,
-    /// Tasks that wait until the file has grown or the host has space.
+    /// Tasks that wait until the file has grown or the file system has space.
     pub(super) parked: Vec<u32>,
     /// Tasks that wait for a commit.
     awaiting_commit: Vec<u32>,
@@ -52,7 +52,7 @@ pub struct Lane {
     /// Whether operations were submitted since completions were last reaped.
     submitted_since_reap: bool,
     pub(super) answers: Vec<Answer>,
-    // Reused for their memory.
+    // These buffers are reused for their memory.
     pub(super) plan: PlanBuffer,
     pub(super) task_ops: TaskOps,
     completions: Vec<Completion>,
@@ -126,17 +126,18 @@ impl Lane {
     pub fn submit(&mut self) -> io::Result<()> {
         self.submitted_since_reap = true;
         self.plan_cached_reads();
-        // Before the copies, so that the kernel works while they are made.
+        // Operations are submitted before the copies, so that the kernel works while the copies are made.
         let mut result = self.ops.engine.submit();
         if result.is_ok() && self.copy_cached_reads() {
             result = self.ops.engine.submit();
         }
-        // The lane may sleep now, and a part of the chain's cache that was evicted must not stay in memory because of it.
+        // The lane may sleep now. Meanwhile its plan must not keep a replaced part of the chain's cache in memory.
         self.plan.release_cache();
         result
     }
 
-    /// Asks the kernel which pages are resident. To be called when all answers have been given, since it makes system calls.
+    /// Queries the kernel for the residency of pages. To be called when all answers have been given, since it makes
+    /// system calls.
     pub fn refresh_residency(&mut self) {
         self.ops.engine.query_residency();
     }
@@ -194,7 +195,7 @@ impl Lane {
             && !self.jobs.is_running(JobKind::Growth)
     }
 
-    /// Waits until the lane is idle. Requests that wait for space on the host fail.
+    /// Waits until the lane is idle. Requests that wait for space on the file system fail.
     ///
     /// # Errors
     /// Those of [`Lane::poll`].
@@ -213,7 +214,7 @@ impl Lane {
                 let parked = std::mem::take(&mut self.parked);
                 self.resume_tasks(parked, false);
             } else if !self.has_queued_punch() {
-                // Everything left waits for another lane.
+                // All remaining requests wait for another lane.
                 let _urgent = self.disk.group_commit.mark_urgent();
                 self.mailbox.sleep();
             }
@@ -353,9 +354,9 @@ impl Lane {
 
     /// Does periodic work; to be called once a second.
     ///
-    /// - Retries writes and commits that found the host full.
-    /// - Every few seconds makes writes durable that were not flushed. That bounds what a power cut can lose and what the live
-    ///   journal has to hold.
+    /// - Retries writes and commits that found the file system full.
+    /// - Every few seconds makes writes durable that were not flushed. This bounds the writes that a power cut can
+    ///   lose, and the marks that the live journal has to hold.
     pub fn tick(&mut self) {
         let parked = std::mem::take(&mut self.parked);
         self.resume_tasks(parked, true);

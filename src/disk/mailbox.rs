@@ -28,7 +28,7 @@ pub enum LaneEvent {
 pub enum GrowthResult {
     /// The file has room for new blocks.
     Grown,
-    /// The host is full.
+    /// The file system is full.
     NoSpace,
     /// The step failed.
     Failed,

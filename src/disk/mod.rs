@@ -8,7 +8,7 @@
 //!   Request ──> Lane::push ── Plan ──┬── Load ──┐         reads bitmaps that are not in memory
 //!                              ^     │          │
 //!                              ├─────┼──────────┘
-//!                              └─────┼── AwaitGrowth      a new block for which the file has to grow, or a full host
+//!                              └─────┼── AwaitGrowth      a new block for which the file has to grow, or a full file system
 //!                                    v
 //!                                  Move                   operations on parts of the request's own memory, then the marks
 //!                                    ├── LoadForMark      reads bitmaps that were evicted meanwhile, then marks again

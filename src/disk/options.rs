@@ -1,4 +1,4 @@
-//! How a disk is opened.
+//! Options with which a disk is opened.
 
 use std::path::PathBuf;
 
@@ -19,13 +19,13 @@ pub struct DiskOptions {
     pub allow_parents: Vec<PathBuf>,
     /// Whether a write is answered only when it is durable.
     pub write_through: bool,
-    /// How acknowledged writes survive a kill of this process.
+    /// Way in which acknowledged writes survive a kill of this process.
     pub keep: Durability,
     /// Whether to discard acknowledged writes that exist only in the live journal of a killed daemon.
     pub discard_journal: bool,
-    /// What happens to writes and commits for which the host has no space.
+    /// Policy for writes and commits for which the file system has no space.
     pub when_full: WhenFull,
-    /// How new blocks allocate space on the host.
+    /// Way in which new blocks allocate space on the file system.
     pub allocation: Allocation,
     /// Whether to open an image for writing although other images have it as their parent.
     pub allow_writable_parent: bool,
@@ -33,7 +33,8 @@ pub struct DiskOptions {
 
 impl DiskOptions {
     /// Options for a writable disk with default settings: buffered, parents only in the image's folder, writes durable
-    /// after the next flush and not kept if the process is killed before, and writes wait while the host is full.
+    /// after the next flush and not kept if the process is killed before, and writes wait while the file system is
+    /// full.
     pub fn new(path: impl Into<PathBuf>) -> DiskOptions {
         DiskOptions {
             path: path.into(),
@@ -51,12 +52,12 @@ impl DiskOptions {
     }
 }
 
-/// What happens to a write or commit for which the host has no space.
+/// Policy for a write or commit for which the file system has no space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum WhenFull {
-    /// It waits until there is space. Reads continue, and so do flushes for which there is space.
+    /// The write or commit waits until there is space. Reads continue, and so do flushes for which there is space.
     #[default]
     Park,
-    /// It fails.
+    /// The write or commit fails.
     Fail,
 }

@@ -35,7 +35,7 @@ struct PunchLockState {
 
 impl PunchLock {
     /// Acquires the lock if it is free. Otherwise the lane is queued, and [`LaneEvent::PunchLockGranted`] announces that it
-    /// holds the lock; it must not ask again before.
+    /// holds the lock; the lane must not call this again before.
     fn acquire(&self, lane: &Arc<Mailbox>) -> bool {
         let mut state = self.lock();
         if state.holder.is_some() {

@@ -5,9 +5,9 @@
 //! as any read is (missing bitmaps are loaded), and its extents are prefetched ([`Action::Prefetch`]). A prefetch is a hint: no
 //! request waits for it, and the guest does not notice it. Random reads cost a few comparisons.
 //!
-//! - *Only while reads wait.* A read from the page cache is complete as soon as it was submitted. A read that is not grants the
-//!   next [`STEPS_PER_WAIT`] steps; without them a stream is only tracked. The blocking engine completes every read in
-//!   `submit`, so nothing is prefetched with it.
+//! - *Only while reads wait.* A read from the page cache is complete as soon as it was submitted. Any other read grants
+//!   the next [`STEPS_PER_WAIT`] steps. Without granted steps a stream is only tracked. The blocking engine completes
+//!   every read in `submit`, so nothing is prefetched with it.
 //! - *Only extents below [`LONG_EXTENT`] if the kernel itself reads [`WIDE_READAHEAD`] ahead.* In longer extents the kernel's
 //!   readahead finds the stream and is faster: it reads into large folios, a hint into single pages.
 //! - *At most a quarter of the engine's operations*, so that requests find room. The rest of a step is dropped.
@@ -32,9 +32,9 @@ const MIN_WINDOW: u64 = 1 << 10;
 const MAX_WINDOW: u64 = 16 << 10;
 /// A step prefetches at least this fraction of the window.
 const STEPS_PER_WINDOW: u64 = 4;
-/// Steps that a read that waited grants (64 MiB with the largest window).
+/// Steps that are granted when a read has waited for the disk (64 MiB with the largest window).
 const STEPS_PER_WAIT: u32 = 32;
-/// An end after which no read begins.
+/// Value of an unused end: no read begins after it.
 const NO_END: u64 = 1 << 62;
 /// Extents of at least this many bytes are left to a kernel with wide readahead.
 const LONG_EXTENT: u64 = 1 << 20;
@@ -164,7 +164,7 @@ fn whole_blocks(range: SectorRange, sectors: u64) -> SectorRange {
     )
 }
 
-/// Which extents of a file are prefetched.
+/// Policy that selects the extents of a file to prefetch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ReadaheadPolicy {
     /// None: O_DIRECT does not read from the page cache.

@@ -8,7 +8,7 @@ use crate::units::SectorRange;
 pub struct ZeroRange {
     /// Sectors of the disk.
     pub range: SectorRange,
-    /// Whether their space on the host may be deallocated.
+    /// Whether their space on the file system may be deallocated.
     pub unmap: bool,
 }
 
@@ -29,7 +29,7 @@ pub enum Work {
         /// Memory to write; as long as the range.
         from: GuestIovecs,
     },
-    /// Ask the kernel to read a range into the page cache. A hint, which is not answered.
+    /// Ask the kernel to read a range into the page cache. This is a hint, which gets no answer.
     Prefetch {
         /// Sectors to prefetch.
         range: SectorRange,
@@ -60,11 +60,11 @@ pub struct Request {
 /// The outcome of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
-    /// It succeeded.
+    /// The request succeeded.
     Done,
-    /// It failed, or a part of it.
+    /// The request failed, or a part of it did.
     Failed,
-    /// The disk does not support it.
+    /// The disk does not support the request.
     Unsupported,
 }
 

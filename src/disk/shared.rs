@@ -111,7 +111,7 @@ impl Disk {
         self.write_through.load(Ordering::SeqCst)
     }
 
-    /// Whether writes wait while the host is full.
+    /// Whether writes wait while the file system is full.
     pub(super) fn parks_when_full(&self) -> bool {
         self.when_full == WhenFull::Park
     }
@@ -122,7 +122,7 @@ impl Disk {
         self.files.get(slot)
     }
 
-    /// The writable layer. Only requests that write ask for it, and a read-only disk refuses them before.
+    /// The writable layer. Only requests that write call this, and a read-only disk refuses these requests before.
     pub(super) fn writable_top(&self) -> &Top {
         self.version.top().expect("only a writable disk writes, commits or grows")
     }
@@ -228,7 +228,7 @@ impl Disk {
             top.image.remove_journal()?;
         }
         top.image.trim()?;
-        // After the stamp is cut off: an image with a stamp but no journal is refused.
+        // The journal is removed after the stamp is cut off, since an image with a stamp but no journal is refused.
         top.image.remove_journal()
     }
 

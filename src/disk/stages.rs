@@ -216,7 +216,7 @@ impl Lane {
             self.parked.push(number);
             StageResult::Wait(TaskStage::AwaitGrowth)
         } else {
-            // Another lane made room since the plan.
+            // Another lane has made space since this plan was made.
             StageResult::Enter(TaskStage::Plan)
         }
     }
@@ -277,7 +277,7 @@ impl Lane {
             return StageResult::Finish(Outcome::Failed);
         }
         if std::mem::take(&mut task.no_space) {
-            // Nothing of the range was marked, so the next tick can start it again.
+            // No sector of the range was marked, so the next tick can repeat all operations of the range.
             self.release_punch_lock(number);
             self.parked.push(number);
             let first = !std::mem::replace(&mut task.stalled, true);
@@ -307,7 +307,7 @@ impl Lane {
             }
         }
         if !absent.is_empty() {
-            // These were evicted while the bytes moved. The marks that were made may be repeated.
+            // These bitmap sectors were evicted while the bytes moved. The marks that were made may be repeated.
             return self.load_bitmaps(number, task, &Missing::bitmap_sectors(&absent), TaskStage::LoadForMark);
         }
         task.pins.release();

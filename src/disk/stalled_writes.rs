@@ -1,4 +1,4 @@
-//! Writes and commits on a full host: the count of those that wait for space, and the log lines about them.
+//! Writes and commits on a full file system: the count of those that wait for space, and the log lines about them.
 //!
 //! Stalled writes are counted over all lanes of a disk. The log gets one line when the first write stalls, and one when the last
 //! stalled write has ended.
@@ -12,7 +12,7 @@ use crate::storage::File;
 /// Free bytes from which the host no longer counts as full. A full file system may report a few free bytes.
 const MIN_FREE_BYTES: u64 = 4 << 20;
 
-/// The number of a disk's writes that wait for space on the host.
+/// The number of a disk's writes that wait for space on the file system.
 #[derive(Debug, Default)]
 pub(super) struct StalledWrites(AtomicUsize);
 
@@ -46,7 +46,7 @@ impl StalledWrites {
     }
 }
 
-/// Whether a lane logged that writes fail because the host is full.
+/// Whether a lane logged that writes fail because the file system is full.
 #[derive(Debug, Default)]
 pub(super) struct NoSpaceLog(bool);
 
@@ -65,7 +65,7 @@ impl NoSpaceLog {
         }
     }
 
-    /// Logs that there is space again, if the log says that writes fail and the file system of `file` has space.
+    /// Logs that there is space again, if failing writes were logged and the file system of `file` has space.
     pub(super) fn check_space(&mut self, file: &File, image: &Path) {
         let has_space = |file: &File| file.file_system_space().is_ok_and(|space| space.available >= MIN_FREE_BYTES);
         if self.0 && has_space(file) {
@@ -73,7 +73,7 @@ impl NoSpaceLog {
         }
     }
 
-    /// Logs that there is space again, if the log says that writes fail.
+    /// Logs that there is space again, if failing writes were logged.
     pub(super) fn space_available(&mut self, image: &Path) {
         if std::mem::take(&mut self.0) {
             log_space_available(image);
@@ -81,7 +81,7 @@ impl NoSpaceLog {
     }
 }
 
-/// A commit round that stays open because the host is full.
+/// A commit round that stays open because the file system is full.
 #[derive(Debug, Default)]
 pub(super) struct StalledCommit {
     stalled: bool,

@@ -13,13 +13,13 @@ pub(super) enum TaskStage {
     Plan,
     /// Reads bitmaps that the plan needs. Then plans again.
     Load,
-    /// Waits until the file has grown, or until the host has space. Then plans again.
+    /// Waits until the file has grown, or until the file system has space. Then plans again.
     AwaitGrowth,
     /// Moves bytes. Then marks written sectors.
     Move,
     /// Reads bitmaps that were evicted while bytes moved. Then marks written sectors.
     LoadForMark,
-    /// Waits for the commit that makes it durable.
+    /// Waits for the commit that makes the request durable.
     AwaitCommit,
 }
 
@@ -32,17 +32,17 @@ pub(super) struct Task {
     pub(super) pending_ops: u32,
     /// Whether an operation failed.
     pub(super) failed: bool,
-    /// Whether an operation found the host full.
+    /// Whether an operation found the file system full.
     pub(super) no_space: bool,
-    /// Whether it is counted in `StalledWrites`.
+    /// Whether the request is counted in `StalledWrites`.
     pub(super) stalled: bool,
     /// Index of the range that is being discarded or zeroed.
     pub(super) range_index: usize,
-    /// Sectors of this range that are done.
+    /// Sectors of this range that are already discarded or zeroed.
     pub(super) sectors_done: u64,
-    /// The commit round that makes it durable.
+    /// The commit round that makes the request durable.
     pub(super) commit_round: u64,
-    /// Whether it may be answered only after a commit.
+    /// Whether the request may be answered only after a commit.
     pub(super) needs_commit: bool,
     /// The bitmaps that are being read.
     pub(super) load: Option<Box<Load>>,
@@ -80,7 +80,7 @@ impl Task {
         self.stalled = false;
     }
 
-    /// Whether it discards or zeroes, and so needs the punch lock.
+    /// Whether the request discards or zeroes sectors, and so needs the punch lock.
     pub(super) fn needs_punch_lock(&self) -> bool {
         matches!(self.work, Work::Discard { .. } | Work::WriteZeroes { .. })
     }

@@ -13,11 +13,11 @@ use crate::storage::{Action, Buffer, Completion, FileSlot, GuestIovecs, Op, Payl
 /// Bytes of zeros per write if a file system cannot punch.
 const ZERO_CHUNK: u64 = 1 << 20;
 
-/// What the lane has to do after an operation completed.
+/// The next action of the lane after an operation completed.
 pub(super) enum OpEffect {
     /// Nothing.
     None,
-    /// Log that a write failed because the host is full.
+    /// Log that a write failed because the file system is full.
     LogNoSpace,
     /// Replace a range operation that the file system does not support, with [`TaskOps::replace_unsupported`].
     Unsupported(Op),
@@ -162,8 +162,8 @@ impl TaskOps {
     }
 }
 
-/// Whether an operation failed because the host is full. Also writes to allocated blocks can, after a punch or on a
-/// copy-on-write file system.
+/// Whether an operation failed because the file system is full. Writes to allocated blocks can also fail for this
+/// reason, after a punch or on a copy-on-write file system.
 fn is_full(action: Action, e: &io::Error) -> bool {
     action != Action::Read && matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
@@ -173,7 +173,7 @@ fn is_full(action: Action, e: &io::Error) -> bool {
 fn log_if_failed<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
     let Err(e) = result else { return false };
     if e.raw_os_error() == Some(libc::EFAULT) {
-        // Not a failure of the file: a page of guest memory is lost, which is logged once for the disk.
+        // EFAULT is no failure of the file: a page of guest memory is lost, which is logged once for the disk.
         return true;
     }
     log::warn!("{}: {action:?} failed at byte {offset}: {e}", path().display());

@@ -38,13 +38,13 @@ pub fn run(words: &[u64], from: u32, end: u32) -> (bool, u32) {
     run_of(|index| words[index], from, end)
 }
 
-/// As [`run`], over a bitmap in which other threads set bits.
+/// Finds a run as [`run`] does, in a bitmap in which other threads set bits.
 #[inline]
 pub fn run_atomic(words: &[AtomicU64], from: u32, end: u32) -> (bool, u32) {
     run_of(|index| words[index].load(Ordering::Acquire), from, end)
 }
 
-/// As [`run`], over the words that `word` returns.
+/// Finds a run as [`run`] does, in the words that `word` returns.
 #[inline]
 pub fn run_of(word: impl Fn(usize) -> u64, from: u32, end: u32) -> (bool, u32) {
     if from >= end {
@@ -78,7 +78,8 @@ pub fn set(words: &mut [u64], from: u32, count: u32) -> bool {
     changed
 }
 
-/// As [`set`], on a bitmap that other threads read: with release order. Returns whether this call set any clear bit.
+/// Sets bits as [`set`] does, in a bitmap that other threads read: with release order. Returns whether this call set
+/// any clear bit.
 pub fn set_atomic(words: &[AtomicU64], from: u32, count: u32) -> bool {
     let mut changed = false;
     for (index, mask) in masks(from, count) {

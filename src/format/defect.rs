@@ -234,7 +234,8 @@ pub enum Defect {
         "the parent's file was changed {} seconds after the time that the child records. This is harmless if the file \
          was copied, touched or merged into; if its contents changed, so did the child's disk",
         found.saturating_sub(*recorded);
-    /// Another program marked a block whole, and its zeros hide data of the parent: what QEMU does to a child.
+    /// Another program marked a block whole, and its zeros hide data of the parent. QEMU writes to children in this
+    /// way.
     ParentHidden { block: u32, sector: u64, at: u64 }
         ["parent-hidden", _, Corruption, Warning, false, Invalid, *at]
         "block {block} was placed by another program and marked whole: its zeros hide data of the parent, from sector \

@@ -1,6 +1,6 @@
 //! Severity and consequence of a defect, and the macro that expands the table of defects.
 
-/// What a program may do with an image that has a defect.
+/// Consequence of a defect: the ways in which programs may still use the image.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Consequence {
     /// The image is read and written. Programs that read or write its data log a warning.
@@ -11,14 +11,14 @@ pub enum Consequence {
     NotReadable,
 }
 
-/// How bad a defect is.
+/// Severity of a defect.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Severity {
-    /// Nothing is wrong, but it may explain something.
+    /// An observation that is no violation of a rule, but may explain one.
     Note,
     /// The disk reads as it should, but another program may fail on the image.
     Cosmetic,
-    /// Space that nothing refers to.
+    /// Space in the file to which no structure refers.
     Leak,
     /// The disk may read wrong data, or cannot be served, until the defect is repaired.
     Corruption,
@@ -73,7 +73,7 @@ macro_rules! defects {
                 }
             }
 
-            /// What programs may still do with the image.
+            /// The consequence of the defect for the use of the image.
             pub fn consequence(&self) -> Consequence {
                 match self {
                     $(Defect::$variant { .. } => Consequence::$consequence,)*

@@ -21,7 +21,8 @@ pub struct EntryRules<'a> {
     pub blocks: u64,
     /// The byte at which the data ends. Blocks that end after it are [`PlacedBlocks::truncated`].
     pub data_end: u64,
-    /// How many bytes after `data_end` a block after the end of the disk may end for its space to count as used.
+    /// Largest distance in bytes from `data_end` to the end of a block after the end of the disk whose space counts as
+    /// used.
     pub slack: u64,
 }
 
@@ -51,7 +52,8 @@ pub struct PlacedBlocks {
     pub beyond_disk: Vec<u32>,
     /// The first byte after all metadata and all blocks.
     pub end: u64,
-    /// How many of the last `entries` end after the end of the data. Their bitmaps decide whether bytes are lost (O12).
+    /// Number of blocks at the end of `entries` that end after the end of the data. Their bitmaps decide whether bytes
+    /// are lost (O12).
     pub truncated: usize,
 }
 

@@ -1,4 +1,4 @@
-//! Which of the two footers counts (O3).
+//! The choice between the two footers of an image (O3).
 //!
 //! The footer at the end counts. The copy at the start of the file is where the guest of a fixed disk writes its sector
 //! 0. So the copy is used only if the footer at the end is missing or damaged, only for dynamic and differencing disks, and never in place of
@@ -8,14 +8,14 @@ use crate::format::defect::Defect;
 use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
 use crate::units::SECTOR;
 
-/// Where the chosen footer was read.
+/// The position of the chosen footer in the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FooterSource {
-    /// The last 512 bytes.
+    /// The last 512 bytes of the file.
     Trailing,
-    /// The last 511 bytes.
+    /// The last 511 bytes of the file.
     Trailing511,
-    /// The first 512 bytes, since the end has no footer.
+    /// The first 512 bytes of the file, since the end has no footer.
     Front,
 }
 
@@ -24,7 +24,7 @@ pub enum FooterSource {
 pub struct ChosenFooter {
     /// The footer.
     pub footer: Footer,
-    /// Where it was read.
+    /// Its position in the file.
     pub source: FooterSource,
     /// Defects that do not prevent reading.
     pub notes: Vec<Defect>,
@@ -81,7 +81,7 @@ fn read_trailing(last: &[u8; 512], len: u64) -> TrailingFooter {
         Err(Defect::FooterCookie { .. }) => {}
         decoded => return classify(decoded, FooterSource::Trailing, full_at, last[63]),
     }
-    // As in QEMU and libvhd: only if one more byte would complete a sector.
+    // QEMU and libvhd also accept a footer of 511 bytes only if one more byte would complete a sector.
     if (len + 1).is_multiple_of(SECTOR) {
         let short = last.last_chunk::<511>().expect("511 is less than 512");
         match Footer::decode_511(short) {

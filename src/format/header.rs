@@ -67,7 +67,7 @@ pub struct DynamicHeader {
     pub reserved: u32,
     /// The parent's name, UTF-16 big-endian, padded with zeros.
     pub parent_name: [u8; 512],
-    /// Where paths to the parent are stored.
+    /// The parent locators: positions and lengths of the paths to the parent.
     pub locators: [LocatorEntry; LOCATORS],
     /// Kept as it is.
     pub reserved_end: [u8; 256],

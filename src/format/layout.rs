@@ -1,4 +1,4 @@
-//! Where metadata and blocks go in the files that this crate writes.
+//! The layout of the files that this crate writes: positions of metadata and blocks.
 //!
 //! ```text
 //!   | footer, header | BAT ... | gap | bitmap | data ........... | gap | bitmap | data ........... | footer |
@@ -33,7 +33,7 @@ const LARGEST_UNIT: u64 = 64 << 10;
 /// The unit is at most this fraction of a block, so that gaps stay small.
 const UNITS_PER_BLOCK: u64 = 32;
 
-/// Where metadata and the footer of a new image are.
+/// Positions of the metadata and the footer of a new image.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NewLayout {
     /// Byte offset of the dynamic header; `None` for a fixed disk.

@@ -145,7 +145,7 @@ impl MetadataMap {
         self.extents.iter().any(|extent| extent.part == MetadataPart::Locator(slot))
     }
 
-    /// The first metadata that `range` overlaps, if any.
+    /// The kind of the first metadata extent that `range` overlaps, if any.
     pub fn overlapping(&self, range: &Range<u64>) -> Option<MetadataPart> {
         self.extents.iter().find(|extent| overlap(&extent.range, range)).map(|extent| extent.part)
     }

@@ -29,17 +29,19 @@ fn sectors_cut_off_are_lost_if_their_bits_are_set() {
         let (first, last) = (place(&host, 0), place(&host, 1));
         assert_eq!(lost(&host), (vec![], true));
         let cut = |len: u64| file(&host).set_len(len).unwrap();
-        // In the last block's absent sectors: an unclean shutdown, but not in a root, which has their bits set.
+        // The cut is in absent sectors of the last block. That is an unclean shutdown, except in a root, which has
+        // their bits set.
         cut(last + 20 * SECTOR);
         match root {
             false => assert_eq!(lost(&host), (vec![], true)),
             true => assert_eq!(lost(&host), (vec![(128 + 19, 256)], false)),
         }
-        // In the middle of a present sector.
+        // The cut is in the middle of a present sector.
         cut(last + SECTOR + 100);
         let all = if root { (128, 256) } else { (128, 129) };
         assert_eq!(lost(&host), (vec![all], false));
-        // In the bitmap: all sectors of the block may have been present. The first block ends in absent sectors.
+        // The cut is in the bitmap: all sectors of the block may have been present. The first block ends in absent
+        // sectors.
         cut(last + 100);
         assert_eq!(lost(&host), (vec![(128, 256)], false));
         cut(last);

@@ -89,7 +89,7 @@ impl Image {
                 return ControlFlow::Break(Error::from(defect).at_path(&path));
             }
             log::debug!("{}: {defect}", path.display());
-            // The first defect of a worse consequence than all before is kept in any case.
+            // A defect with a worse consequence than all kept defects is kept even beyond the limit.
             if notes.len() < MAX_NOTES || notes.iter().all(|known: &Defect| known.consequence() < consequence) {
                 notes.push(defect);
             }

@@ -27,7 +27,7 @@ pub struct CheckReport {
     pub cosmetic: u64,
     /// The defects, at most a thousand of one kind in a file.
     pub defects: Vec<FoundDefect>,
-    /// Observations that are no defects but may explain something.
+    /// Observations that are no defects but may explain one.
     pub notes: Vec<FoundDefect>,
     /// Lost ranges of the disk, ascending; for a chain those that any of its files has lost.
     pub lost: Vec<LostRange>,
@@ -63,12 +63,12 @@ pub struct FoundDefect {
     pub offset: Option<u64>,
     /// Description of the defect, for people.
     pub detail: String,
-    /// Whether it can be repaired without a guess.
+    /// Whether the defect can be repaired without a guess.
     pub repairable: bool,
-    /// Whether it counts among the corruptions.
+    /// Whether the defect counts among the corruptions.
     #[serde(skip)]
     pub corrupt: bool,
-    /// Which uses of the image it prevents.
+    /// The uses of the image that the defect prevents.
     #[serde(skip)]
     pub consequence: Consequence,
 }
@@ -100,7 +100,7 @@ pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u
 /// # Errors
 /// - `Busy` if another process has a file open for writing
 /// - `Refused` if `path` is no regular file, or if the image needs the live journal of a killed daemon; the message
-///   says whether the journal lies in one of the folders `runtime`
+///   states whether the journal lies in one of the folders `runtime`
 /// - `Io`; errors of `progress`
 pub fn check(
     env: &dyn Env,

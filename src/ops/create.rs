@@ -40,7 +40,7 @@ pub struct ChildSpec {
     pub block_size: Option<BlockSize>,
     /// Virtual size in bytes to which the disk can grow without a new block table.
     pub reserve: u64,
-    /// Which paths to the parent are recorded.
+    /// Kinds of paths to the parent that the child records.
     pub locators: Locators,
     /// Whether space for every block is reserved on the host.
     pub preallocate: bool,

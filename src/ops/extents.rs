@@ -1,7 +1,7 @@
 //! The extents of a chain in ascending order.
 //!
-//! If no layer has a block for a range, the range is skipped by a look at the block tables alone. So an empty disk costs
-//! next to nothing, whatever its size.
+//! If no layer has a block for a range, the block tables alone show this, and no bitmap is read for the range. So an
+//! empty disk costs next to nothing, regardless of its size.
 
 use crate::chain::{Extent, Layer, PlanBuffer, Source, Version};
 use crate::error::Result;
@@ -37,7 +37,7 @@ impl<'a> Extents<'a> {
         Extents { version, at, next_allocated, plan: PlanBuffer::default(), next: 0, uncached: false }
     }
 
-    /// Keeps no bitmap in the cache: for a caller that looks up nothing else in the version.
+    /// Returns an iterator that keeps no bitmap in the cache, for a caller that makes no other look-up in the version.
     pub(super) fn uncached(self) -> Extents<'a> {
         Extents { uncached: true, ..self }
     }

@@ -168,11 +168,11 @@ pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Imag
     loop {
         let before = env.open(path, Access::Read)?.stat()?;
         match inspect(env, path, parents) {
-            // If the file was written meanwhile, table and length may not fit together.
+            // If the file was written meanwhile, table and length may not fit together. The image is then read again.
             Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }
-            // The same, if it shows as damage.
+            // A write meanwhile may also look like damage. The image is then read again.
             Ok(info) if !info.damage.is_empty() && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }
@@ -262,7 +262,7 @@ fn session_info(env: &dyn Env, image: &Image) -> Result<Option<SessionInfo>> {
     Ok(Some(SessionInfo { open, host, user, folder }))
 }
 
-/// Describes a defect and what it prevents.
+/// Describes a defect and the uses of the image that it prevents.
 fn describe_defect(defect: &Defect) -> String {
     match defect.consequence() {
         Consequence::Warning => defect.to_string(),

@@ -26,7 +26,7 @@ pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Po
     // Symbolic links are resolved first: recorded paths to the parent are relative to the folder of the file itself.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
-    // Before `open_reconciled`, which may write a footer.
+    // This check precedes `open_reconciled`, which may write a footer.
     refuse_if_file_is_live(env, &policy.runtime, &file)?;
     let image = SavedMtime::preserve(&file, || open_reconciled(&file))?;
     image.check_writable()?;

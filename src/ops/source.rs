@@ -24,7 +24,8 @@ pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
 
 pub use crate::units::OnProgress as Progress;
 
-/// Format of a source. The user declares it; it is never probed, because a guest could write what looks like a VHD.
+/// Format of a source. The user declares it; it is never probed, because a guest could write bytes that look like a
+/// VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SourceFormat {
     /// The bytes of the disk.

@@ -153,7 +153,7 @@ pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer
             0 => 0,
             code => return -code,
         },
-        // SAFETY: as for `Sync`. A length of 0 means up to the end of the file.
+        // SAFETY: the call accesses no memory of this process. A length of 0 means up to the end of the file.
         Action::StartWriteback => unsafe { libc::sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE) as isize },
         // SAFETY: as for `Sync`.
         action => unsafe { libc::fallocate(fd, transfer::fallocate_mode(action), offset, len) as isize },

@@ -54,8 +54,8 @@ pub trait Engine: Send {
     /// Ends a batch of [`Engine::copy_cached`] calls. The engine measures whether the batch waited for the disk.
     fn end_copy_batch(&mut self) {}
 
-    /// Asks the kernel about page cache residency of ranges that recent `find_cached` calls missed. Makes system calls,
-    /// so it is called after all pending answers have been given.
+    /// Queries the kernel for the page cache residency of ranges that recent `find_cached` calls missed. Makes system
+    /// calls, so it is called after all pending answers have been given.
     fn query_residency(&mut self) {}
 
     /// Returns the number of copies made so far (for statistics and tests).

@@ -373,7 +373,7 @@ fn the_first_thread_that_uses_a_ring_owns_it() {
     })
     .join()
     .unwrap();
-    // An error if the kernel ties rings to threads, success otherwise; never a hang or a panic.
+    // The call fails if the kernel ties rings to threads, and succeeds otherwise. It never hangs or panics.
     ring.push(Op::sync(0, FileSlot(0))).unwrap();
     if ring.submit().is_ok() {
         assert!(all(ring.as_mut())[0].result.is_ok());

@@ -1,11 +1,12 @@
-//! Where a file has data, for those who copy it or look at it; and zeros in memory.
+//! Finds the ranges of a file that contain data, and tests whether bytes in memory are zero.
 
 use std::ops::Range;
 
 use super::File;
 use crate::error::{Error, Result};
 
-/// The next run of bytes in `range` that is no hole. Where a file system cannot tell, all is data.
+/// The next run of bytes in `range` that is no hole. If the file system cannot report holes, the whole range counts as
+/// data.
 ///
 /// # Errors
 /// `Io`.
@@ -27,12 +28,12 @@ pub fn next_data(file: &File, range: Range<u64>) -> Result<Option<Range<u64>>> {
     }
 }
 
-/// Whether a file system has no answer to where its holes are.
+/// Whether an error means that the file system cannot report holes.
 pub fn is_seek_unsupported(e: &Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 
-/// Whether all bytes are zero; 64 at a time, so that the compiler makes vectors of it.
+/// Whether all bytes are zero. Compares 64 bytes at a time, so that the compiler uses vector instructions.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (lines, rest) = bytes.as_chunks::<64>();
     lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|&byte| byte == 0)

@@ -6,7 +6,7 @@
 //! - *Shared memory* ([`Guard`]): guest memory, the in-flight region, a live journal. The handler replaces the whole
 //!   mapping with anonymous zeros and marks it as lost; then the access is repeated. Every kind of access survives
 //!   (plain copies, atomics, code of other crates). An access that succeeds costs nothing, since the handler runs only
-//!   after a fault. Users of the mapping check [`Guard::is_lost`] before they rely on what they read or wrote.
+//!   after a fault. Users of the mapping check [`Guard::is_lost`] before they rely on bytes that they read or wrote.
 //! - *Code with a failure exit* (a `FixUp`): the handler moves the interrupted thread to that exit.
 //!
 //! Any other SIGBUS goes to the handler that was installed before this one.
@@ -196,12 +196,12 @@ extern "C" fn handle_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: 
     // SAFETY: with SA_SIGINFO the kernel passes a pointer to a valid siginfo_t.
     let (code, addr) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
     if code == libc::BUS_MCEERR_AO {
-        // Memory failed that no thread has accessed. If a thread does access it, that access faults.
+        // The failed memory was not accessed by any thread. A later access to it faults.
         return;
     }
     if code <= 0 {
-        // Sent by another process, not caused by an access. SAFETY: signal and raise are async-signal-safe. The signal
-        // is delivered when this handler returns.
+        // The signal was sent by another process and not caused by an access. SAFETY: signal and raise are
+        // async-signal-safe. The signal is delivered when this handler returns.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);
             libc::raise(signal);
@@ -244,7 +244,7 @@ fn replace_guarded_mapping(addr: usize) -> bool {
 }
 
 fn map_zeros(start: usize, len: usize, entry: &GuardEntry) -> bool {
-    // Marked before the zeros appear, so that no thread takes them for the lost bytes.
+    // The mapping is marked before the zeros appear, so that no thread takes them for the lost bytes.
     entry.lost.store(true, Ordering::Release);
     LOSS_COUNT.fetch_add(1, Ordering::Release);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;

@@ -138,7 +138,7 @@ pub enum FilePresence {
     Unknown(&'static str),
 }
 
-/// How a file system allocates space for writes.
+/// Way in which a file system allocates space for writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AllocationMode {
     /// A write without space fails at once, and allocated pages can always be overwritten: ext4, XFS, tmpfs, and btrfs

@@ -70,7 +70,7 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, B
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|e| failed("cannot set the mode of the socket", e))?;
     let address = place.address().map_err(|e| failed("cannot bind", e))?;
     rustix::net::bind(&socket, &address).map_err(|e| failed("cannot bind", e))?;
-    // Right after bind: a front-end connects as soon as it sees the name.
+    // The socket listens right after bind, since a front-end connects as soon as it sees the name.
     let listens = rustix::net::listen(&socket, BACKLOG);
     let bound =
         rustix::fs::openat(&place.folder, place.name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
@@ -84,7 +84,7 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, B
         rustix::fs::chownat(&bound, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)
             .map_err(|e| failed(&format!("cannot give the socket to group {group}"), e))?;
     }
-    // Not fchmod, which refuses O_PATH descriptors. Not the path, which may name another file by now.
+    // The mode is set through /proc, since fchmod refuses O_PATH descriptors and the path may name another file by now.
     rustix::fs::chmod(proc_fd_path(&bound), Mode::from_raw_mode(access.mode as RawMode))
         .map_err(|e| failed("cannot set the mode of the socket", e))?;
     Ok((listener, bound_name))

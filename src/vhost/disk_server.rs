@@ -145,7 +145,7 @@ impl DiskServer {
                 })
             }
         };
-        // The time that draining the rings took counts, except that idle threads always get IDLE_EXIT_TIMEOUT.
+        // The time limit includes the time that draining the rings took, but idle threads always get IDLE_EXIT_TIMEOUT.
         let now = Instant::now();
         let by = (self.stop_seen.get().unwrap_or(now) + EXIT_TIMEOUT).max(now + IDLE_EXIT_TIMEOUT);
         self.workers.iter().for_each(|worker| worker.request_exit(by));
@@ -231,7 +231,8 @@ impl DiskServer {
                 return Ok(ConnectionEnd::Disconnected);
             }
             // The order matters, since poll checks the listener before the connection: if it finds the new connection of a
-            // front-end that reconnected, it also finds the hang-up of the old one. So that is not taken for a second one.
+            // front-end that reconnected, it also finds the hang-up of the old one. So the new connection is not taken
+            // for that of a second front-end.
             let mut fds =
                 vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.memory_lost, PollFlags::IN)];
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));

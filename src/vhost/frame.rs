@@ -67,7 +67,8 @@ pub(super) fn peek(socket: impl AsFd) -> io::Result<PeekedMessage> {
     if flags & !(REPLY | NEED_REPLY) != 1 || flags & VERSION_MASK != 1 || size as usize > MAX_MSG_SIZE {
         return Ok(PeekedMessage::Malformed);
     }
-    // Not by the length of a peek, which ends at a buffer with file descriptors.
+    // FIONREAD counts all bytes on the socket. The length of a peek would be too small, since a peek ends at a buffer
+    // with file descriptors.
     let whole = HEADER_LEN + size as usize;
     if rustix::io::ioctl_fionread(&socket)? < whole as u64 {
         return Ok(PeekedMessage::Partial);

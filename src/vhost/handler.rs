@@ -47,8 +47,8 @@ fn not_offered<T>() -> VhostResult<T> {
 }
 
 impl<'a> Handler<'a> {
-    /// Creates the handler of a new connection, and resets what an earlier front-end negotiated. `stop` becomes readable
-    /// with the stop signal.
+    /// Creates the handler of a new connection, and resets the features and the cache mode that an earlier front-end
+    /// set. `stop` becomes readable with the stop signal.
     pub(super) fn new(
         device: &'a Arc<Device>,
         workers: &'a [Worker],

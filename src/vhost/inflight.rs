@@ -1,7 +1,8 @@
 //! The in-flight region: created for the front-end, which keeps it and passes it to the next daemon that serves its rings.
 //!
-//! The daemon keeps the region for one connection only. After a reset of the guest, the front-end discards its region and
-//! asks for a new one. After a kill of the daemon, the region is the only record of the requests that were in flight.
+//! The daemon keeps the region for one connection only. After a reset of the guest, the front-end discards its region
+//! and requests a new one. After a kill of the daemon, the region is the only record of the requests that were in
+//! flight.
 
 #![allow(unsafe_code)]
 
@@ -32,7 +33,8 @@ fn refuse(why: String) -> io::Error {
 }
 
 /// Returns the length of a region in bytes: at most 64 queues of 32768 descriptors, 32 MiB. The numbers may be larger than
-/// those of the disk: a front-end sends what its user configured, and a refusal would leave the guest without its disk.
+/// those of the disk: a front-end sends the numbers that its user configured, and a refusal would leave the guest
+/// without its disk.
 fn region_len(shape: &VhostUserInflight) -> io::Result<usize> {
     let (queues, entries) = (shape.num_queues, shape.queue_size);
     if queues == 0 || queues > MAX_QUEUES || entries == 0 || entries > MAX_QUEUE_SIZE {
@@ -71,7 +73,8 @@ impl InflightRecords {
         if size != len as u64 {
             return Err(refuse(format!("in-flight region of {size} bytes, but its queues need {len}")));
         }
-        // First, since the file system of any other file could block the thread in a later call.
+        // The kind of file is checked first, since the file system of any other file could block the thread in a later
+        // call.
         let page = check_memory_file(&file)?;
         let file_len = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
         if offset.checked_add(size).is_none_or(|end| end > file_len) {

@@ -78,7 +78,8 @@ impl MemoryTable {
         if let Some(other) = self.regions.iter().find(|r| guest < r.guest + r.size && r.guest < guest_end) {
             return Err(refuse(format!("{shown} overlaps the one at {:#x}", other.guest)));
         }
-        // First, since the file system of any other file could block the thread in a later call.
+        // The kind of file is checked first, since the file system of any other file could block the thread in a later
+        // call.
         let page = check_memory_file(&file).map_err(|e| refuse(format!("{shown}: {e}")))?;
         let stat = fstat(&file)?;
         let length = u64::try_from(stat.st_size).unwrap_or(0).next_multiple_of(page as u64);

@@ -27,7 +27,7 @@ pub(super) fn no_sigbus_handler() -> io::Error {
 /// Checks that a file is memory (a memfd, or a file on tmpfs or hugetlbfs), and returns its page size.
 ///
 /// # Errors
-/// `InvalidInput` for any other file: the file system behind it may be slow, full or hostile.
+/// `InvalidInput` for any other file: its file system may be slow, full or hostile.
 pub(super) fn check_memory_file(file: &File) -> io::Result<usize> {
     // Only files in memory have seals. The kernel completes F_GET_SEALS without calling the file system.
     fcntl_get_seals(file).map_err(|_| {

@@ -67,7 +67,7 @@ pub(super) struct RingSetup {
 pub(super) enum Kick {
     /// The guest writes this eventfd.
     EventFd(Arc<File>),
-    /// Not at all: the ring must be polled.
+    /// The guest announces nothing: the ring must be polled.
     Polled,
 }
 

@@ -151,7 +151,8 @@ impl Worker {
         });
     }
 
-    /// Waits for the exit of the thread until its deadline. Returns false if the thread runs on, or if no exit was requested.
+    /// Waits for the exit of the thread until its deadline. Returns false if the thread still runs, or if no exit was
+    /// requested.
     pub(super) fn wait_for_exit(&self) -> bool {
         let (Some(thread), Some(by)) = (&self.thread, self.exit_deadline.get()) else { return false };
         while !thread.is_finished() {

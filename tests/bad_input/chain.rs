@@ -144,7 +144,7 @@ fn parents() -> Vec<Case> {
 
 fn locators() -> Vec<Case> {
     let longest = |len: usize| {
-        // Whole parts, and a separator more where one is left over.
+        // The path consists of whole `.\` components, with one more separator if the length is odd.
         let before = len / 2 - "p.vhd".len();
         ".\\".repeat(before / 2) + &"\\".repeat(before % 2) + "p.vhd"
     };

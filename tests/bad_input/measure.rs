@@ -27,8 +27,8 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Asserts what must hold for every input: no signal (panic, abort, time limit), no backtrace, and no memory allocated
-    /// by a number from the file.
+    /// Asserts the conditions that hold for every input: no signal (panic, abort, time limit), no backtrace, and no
+    /// memory allocated by a number from the file.
     pub(crate) fn assert_sane(&self, what: &str) {
         self.assert_sane_within(what, MEMORY_MIB);
     }
@@ -62,7 +62,7 @@ pub(crate) fn run(command: &mut Command) -> Run {
             None => timed.env_remove(name),
         };
     }
-    // A separate process group, so that the time limit kills both processes.
+    // The two processes get a process group of their own, so that the time limit kills both.
     timed.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let started = Instant::now();
     let mut child = timed.spawn().unwrap_or_else(|e| panic!("{timed:?}: {e}; `make test` installs it"));
@@ -113,7 +113,7 @@ fn peak_memory_excludes_the_test_process() {
     let ours = vec![1u8; 100 << 20];
     let little = run(&mut Command::new("true"));
     assert!(ours.iter().all(|b| *b == 1) && little.rss_kib < 20 << 10, "true counts {} KiB", little.rss_kib);
-    // A shell variable of 40 MB.
+    // The command fills a shell variable of 40 MB.
     let much = run(Command::new("bash").args(["-c", "x=$(head -c 40000000 /dev/zero | tr '\\0' x)"]));
     assert!(much.rss_kib > 40 << 10, "40 MB count {} KiB", much.rss_kib);
     assert_eq!(run(Command::new("bash").args(["-c", "exit 3"])).code, 3);

@@ -325,7 +325,7 @@ fn run_trap(trap: &Trap) {
             assert_eq!(run.code, 0, "{who}: {}", run.stderr);
             assert!(who != "convert" || shown.starts_with("<R s=0>"), "{who}: the sound parent's data is missing");
         } else if who == "info --chain" && run.code == 0 {
-            // `info` prints the child alone, and the reason.
+            // `info` prints the child alone, and a warning with the reason why the parent is refused.
             assert!(run.stderr.starts_with("warn: "), "{who}: {}", run.stderr);
             assert!(!shown.contains("└─"), "{who}: shows a parent: {shown}");
         } else {

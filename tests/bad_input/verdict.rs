@@ -84,7 +84,7 @@ pub(crate) fn run_case(case: &Case) -> Result<(), String> {
         }
         assert_eq!(snapshot(&images), before, "a file was changed");
         if matches!(case.want, Expected::Accepted) {
-            // Last, because a writable start may preallocate space in the file.
+            // The writable start comes last, because it may preallocate space in the file.
             Daemon::start(&image, &[]).stop();
         }
     }));

@@ -77,7 +77,7 @@ struct InFlight {
 
 /// A connected guest.
 pub(crate) struct Client {
-    // Before `transport`, which owns the memory the queues lie in.
+    // Declared before `transport`, which owns the memory of the queues, so that they are dropped first.
     queues: Vec<VirtioBlkQueue<'static, usize>>,
     transport: Box<VirtioBlkTransport>,
     memory: MmapMut,

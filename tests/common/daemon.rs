@@ -22,7 +22,7 @@ pub struct Daemon {
     arguments: Vec<OsString>,
     /// The socket of a killed predecessor.
     old_socket: Option<SocketIdentity>,
-    // In the system's temporary folder, since a socket's path must be short.
+    // This folder is in the system's temporary folder, since a socket's path must be short.
     socket_folder: TempDir,
 }
 
@@ -54,7 +54,7 @@ impl Daemon {
         self.child.id()
     }
 
-    /// Returns what the daemon and its predecessors have logged.
+    /// Returns the log of the daemon and its predecessors.
     pub fn log(&self) -> String {
         fs::read_to_string(self.socket_folder.path().join("log")).unwrap_or_default()
     }

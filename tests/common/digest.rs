@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use super::tool::{DIFFDISK, start};
 
-/// Returns the SHA-256, in hexadecimal, of what `command` writes to standard output. The command must succeed.
+/// Returns the SHA-256, in hexadecimal, of the standard output of `command`. The command must succeed.
 pub fn sha256_of_output(command: &mut Command) -> String {
     let mut child = start(command.stdin(Stdio::null()).stdout(Stdio::piped())).expect("the command starts");
     let digest = sha256_of(child.stdout.take().expect("standard output is a pipe"));

@@ -59,7 +59,7 @@ pub enum RestoredBase {
     Avail,
 }
 
-/// How a front-end connects.
+/// Way in which a front-end connects.
 pub struct ConnectOptions<'a> {
     pub base: RestoredBase,
     /// Waits for an acknowledgement of each message; otherwise sends all messages at once.

@@ -1,5 +1,5 @@
-//! A FUSE file system with one file, served by the test process. A test implements [`FileContent`]: what reads, writes and syncs
-//! do. This module supplies the rest: folder, attributes, opening.
+//! A FUSE file system with one file, served by the test process. A test implements [`FileContent`]: the effects of
+//! reads, writes and syncs. This module supplies the rest: folder, attributes, opening.
 
 use std::ffi::OsStr;
 use std::io;
@@ -18,7 +18,7 @@ const FILE: INodeNo = INodeNo(2);
 pub(crate) trait FileContent: Send + Sync + 'static {
     /// Its name.
     const NAME: &'static str;
-    /// How long the kernel may keep names and attributes.
+    /// Time for which the kernel may cache names and attributes.
     const TTL: Duration;
 
     /// Its length in bytes.

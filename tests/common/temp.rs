@@ -1,6 +1,6 @@
 //! Temporary folders and files: where a test puts its own, and how unfinished files of the programs are recognised.
 //!
-//! `tempfile::tempdir` is for everything that may lie anywhere, among it sockets, whose paths must be short.
+//! `tempfile::tempdir` is for files that may lie anywhere, including sockets, whose paths must be short.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
-//! Runs programs under a time limit and returns their output; locks against starting programs at the wrong moment.
+//! Runs programs under a time limit and returns their output; a lock prevents other threads from starting programs
+//! while a test holds it.
 
 use std::ffi::OsStr;
 use std::io::Read;

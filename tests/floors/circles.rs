@@ -2,7 +2,7 @@
 //!
 //! An edge leads from a file to the file that *defines* the name it uses. A re-export (`pub use`) is followed to the
 //! definition and is no edge of its own, so a `mod.rs` may offer the names of its children. Code under `#[cfg(test)]` is left
-//! out: unit tests import what they test.
+//! out: unit tests import the code that they test.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -75,7 +75,7 @@ struct SourceTree {
     modules: HashMap<Vec<String>, Module>,
 }
 
-/// One module: its file and what its names stand for.
+/// One module: its file, and the paths for which its names stand.
 #[derive(Default)]
 struct Module {
     file: String,
@@ -157,7 +157,8 @@ impl SourceTree {
         edges
     }
 
-    /// The file that defines what `path` names in the module at `place`; `None` if it is of another crate.
+    /// The file that defines the item to which `path` refers in the module at `place`; `None` if it is of another
+    /// crate.
     fn file_of(&self, place: &[String], path: &[String], depth: u32) -> Option<String> {
         if depth > 20 {
             return None;

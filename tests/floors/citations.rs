@@ -1,5 +1,5 @@
-//! What comments cite stands in docs/: sections ("crash-safety 5.2", "format 4.4"), rules (O12, V4), promises (S1),
-//! assumptions (A4) and tests (R9).
+//! Checks that docs/ contains everything that comments cite: sections ("crash-safety 5.2", "format 4.4"), rules (O12,
+//! V4), promises (S1), assumptions (A4) and tests (R9).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -39,7 +39,7 @@ fn citations_are_recognised() {
     assert!(of(" the old format has 3 fields, U32 and COOKIE_V1").is_empty());
 }
 
-/// "crash-safety 5.2" for each section of each document that comments may cite.
+/// Returns a citation such as "crash-safety 5.2" for each section of each document that comments may cite.
 fn sections() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for document in DOCUMENTS {

@@ -1,5 +1,5 @@
-//! Keeps the floors of the house: a file uses only what stands on lower floors, itself, and the words of `units` and
-//! `error`. Neighbours on one floor do not know each other. Crates from outside have homes.
+//! Checks the floors of the crate: a module uses only modules of lower floors, itself, and the shared modules. Modules
+//! on one floor do not use each other. An external crate is used only by the modules that are listed for it.
 
 mod circles;
 mod citations;
@@ -22,10 +22,10 @@ const FLOORS: &[(&str, u32)] = &[
     ("cli", 7),
 ];
 
-/// Words that any floor may use.
+/// Shared modules, which any floor may use.
 const WORDS: &[&str] = &["units", "error", "mutant", "failpoint", "random"];
 
-/// Where each crate from outside may be named.
+/// The modules that may use each external crate.
 const HOMES: &[(&str, &[&str])] = &[
     ("vhost", &["vhost"]),
     ("vhost_user_backend", &["vhost", "device"]),
@@ -42,8 +42,8 @@ const HOMES: &[(&str, &[&str])] = &[
     ("env_logger", &["cli"]),
 ];
 
-/// Files where `unsafe` is at home: memory that others share, calls into the kernel, descriptors by number, and tests
-/// that play the guest.
+/// Files that may contain `unsafe`: memory that other processes share, calls into the kernel, descriptors by number,
+/// and tests that play the guest.
 const UNSAFE: &[&str] = &[
     "cli/inherited_fd.rs",
     "device/guest_memory.rs",

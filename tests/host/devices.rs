@@ -86,7 +86,7 @@ fn a_disk_is_written_over_all_that_a_device_held_and_read_back() {
                 file.sync_all().expect("durable");
             }
             fixture.diffdisk(&format!("convert a.vhd {dev} --to raw --force --quiet")).ok();
-            // As a source the whole device is the disk.
+            // If the device is the source, the whole device is the disk.
             fixture.diffdisk(&format!("convert {dev} back.vhd --from raw --to dynamic")).ok();
             fixture.diffdisk("check back.vhd").ok();
             fixture.diffdisk(&format!("compare {dev} back.vhd --from raw --from vhd")).ok();

@@ -174,7 +174,7 @@ fn fill_up(full: &FullFs) {
 
 /// A small file system with an image and a ballast.
 struct FullFs {
-    // Before `_folder`, which has its device: unmounted first.
+    // Declared before `_folder`, so that the file system is unmounted before the file of its device is removed.
     mounted: Mounted,
     _folder: TempDir,
     kind: FsKind,
@@ -208,7 +208,8 @@ impl FullFs {
         Daemon::start(&self.image, &options.each_ref().map(String::as_str))
     }
 
-    /// Checks that the image has no space allocated beyond its end: ext4 keeps what a failed fallocate has allocated.
+    /// Checks that the image has no space allocated beyond its end: ext4 keeps the space that a failed fallocate has
+    /// allocated.
     fn assert_no_leak(&self) {
         let _settled = self.mounted.available();
         let m = fs::metadata(&self.image).expect("the image");
@@ -339,7 +340,7 @@ fn writes_wait(full: &FullFs) {
     client.flush().expect("a flush");
     drop(client);
     let log = daemon.log();
-    // As above, the file system may have space for a moment.
+    // Delayed allocation reserves more than it uses, so the file system may have space for a moment after writeback.
     assert!((1..=3).contains(&log.matches("the host is full").count()), "{log}");
     assert_eq!(log.matches("there is room again").count(), log.matches("the host is full").count(), "{log}");
     daemon.stop();

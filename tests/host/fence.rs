@@ -14,7 +14,7 @@ use crate::common::daemon::Daemon;
 use crate::common::temp::RuntimeDir;
 use crate::common::tool::diffdisk;
 
-/// How long the medium delays a request.
+/// Time by which the medium delays a request.
 const LATENCY: Duration = Duration::from_secs(3);
 /// First sector, and number of sectors, of the write in flight when its daemon is killed.
 const PLACE: (u64, u64) = (640, 16);

@@ -64,7 +64,7 @@ fn is_mixture_of(allowed: &[Content], bytes: &[u8], sector: u64) -> bool {
     })
 }
 
-/// What a power cut may do to a sector that is being written.
+/// The possible contents, after a power cut, of a sector that was being written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Tearing {
     /// The sector has its old or its new contents.
@@ -128,8 +128,8 @@ impl History {
         self.flushes.iter().filter(|f| f.complete.is_some()).count()
     }
 
-    /// Checks a disk after a power cut at position `cut` of the medium's log. Each sector must have what the last completed flush
-    /// covered, or something written since (S1, S2). Returns the violations.
+    /// Checks a disk after a power cut at position `cut` of the medium's log. Each sector must have the contents that
+    /// the last completed flush covered, or contents written since (S1, S2). Returns the violations.
     pub(crate) fn check(&self, disk: &[u8], cut: usize, sectors: Tearing) -> Vec<String> {
         let complete = self.flushes.iter().filter(|f| f.complete.is_some_and(|at| at <= cut));
         let covered = complete.map(|f| f.submitted_event).max().unwrap_or(0);

@@ -48,7 +48,7 @@ impl FsKind {
     pub(crate) fn make(self, on: &Path, options: &[&str]) {
         let mut mkfs = Command::new(format!("mkfs.{}", self.name()));
         match self {
-            // Without the initialisation that ext4 does in the background after the mount.
+            // These options disable the initialisation that ext4 does in the background after the mount.
             FsKind::Ext4 => mkfs.args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]),
             FsKind::Xfs => mkfs.args(["-q", "-f"]),
             // With separate block groups a small file system runs out of metadata space and never recovers.

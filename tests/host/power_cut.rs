@@ -1,9 +1,9 @@
 //! Power cuts under a real file system: daemons serve images in ext4 or XFS on a loop device, whose medium logs all requests. From
-//! the log the medium is rebuilt as a power cut at many moments could leave it, and is mounted. The images are compared with what
-//! their guests had written and flushed by then (crash-safety 11; R8: S1, S2, S4).
+//! the log the medium is rebuilt as a power cut at many moments could leave it, and is mounted. The images are compared
+//! with the writes and flushes of their guests up to that moment (crash-safety 11; R8: S1, S2, S4).
 //!
-//! After a cut the medium has everything up to the last sync, and any subset of the later pages. A sync covers a write if it
-//! reached the medium after the write.
+//! After a cut the medium has everything up to the last sync, and any subset of the later pages. A sync covers a write
+//! if the sync reached the medium after the write.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -88,11 +88,11 @@ fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str;
         .collect();
     places.sort_unstable();
     let mut medium = MediumReplay { synced: base, log: &log, at: 0 };
-    // In memory, since nothing here has to be durable.
+    // The folder is in memory, since nothing in it has to be durable.
     let folder = temp::in_memory();
     let sectors = modes.map(|mode| if mode == "--direct" { Tearing::Whole } else { Tearing::Torn });
-    // Each time in a new file: for a file that an old loop device still uses, a mount may find that device again. Its cache may
-    // have the superblock of the previous cut, which says that there is no journal to replay.
+    // Each cut gets a new file: for a file that an old loop device still uses, a mount may find that device again. The
+    // cache of that device may have the superblock of the previous cut, by which there is no journal to replay.
     let look = |pages: &Pages, name: String, cut: usize, serve: bool| {
         let device = folder.path().join(name);
         pages.save(&device).expect("room in memory");

@@ -198,7 +198,7 @@ fn holes_stay_holes_in_every_verb() {
     fixture.tool("convert", "a.vhd", &[alone.to_str().expect("a plain name"), "--to", "dynamic"]);
     sparse("alone.vhd");
     fixture.assert_scattered("alone.vhd", GIB, 200);
-    // Not `fs::copy`, which fills holes.
+    // `fs::copy` would fill the holes.
     run_ok(Command::new("cp").arg("--sparse=always").arg(fixture.path("a.vhd")).arg(fixture.path("b.vhd")));
     fixture.tool("flatten", "b.vhd", &[]);
     sparse("b.vhd");
@@ -237,7 +237,7 @@ fn many_children_take_what_they_write() {
         names.iter().for_each(|name| fixture.create(name, &["--parent", "root.vhd"]));
         let served: Vec<_> = names.iter().map(|name| fixture.serve(name, &[])).collect();
         let mut clients: Vec<_> = served;
-        // Like a guest's files: pieces of 256 KiB at scattered places.
+        // The writes resemble a guest's files: pieces of 256 KiB at scattered places.
         let piece = vec![0x5A; 256 << 10];
         for number in 0..mib * 4 {
             for (_, client) in &mut clients {

@@ -19,7 +19,7 @@ pub(crate) const KIB: u64 = 1 << 10;
 /// A chain under test, and the expected contents of its disk.
 pub(crate) struct ChainModel {
     folder: tempfile::TempDir,
-    /// In memory, for live journals.
+    /// The runtime folder for live journals, in memory.
     _runtime: tempfile::TempDir,
     pub(crate) durability: Durability,
     pub(crate) env: Arc<dyn Env>,
@@ -136,7 +136,8 @@ impl ChainModel {
         (0..1 + self.random.below(3)).map(|_| self.range(5000)).collect()
     }
 
-    /// Reads a discarded range. Each sector must have its old contents or zeros, and must keep what it has now.
+    /// Reads a discarded range. Each sector must have its old contents or zeros, and must keep its present contents
+    /// from then on.
     pub(crate) fn accept_discarded(&mut self, disk: &mut TestDisk, range: SectorRange) {
         let now = disk.read(range);
         let seed = self.random.next();

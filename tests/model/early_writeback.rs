@@ -1,5 +1,5 @@
-//! Early writeback: if a guest flushes after every few writes, the kernel is asked to start writeback before the flush, without
-//! any other effect. Unflushed writes are committed in the background.
+//! Early writeback: if a guest flushes after every few writes, the daemon starts writeback in the kernel before the
+//! flush, without any other effect. Unflushed writes are committed in the background.
 
 use std::sync::atomic::Ordering;
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the other people's programs that the tests compare with: QEMU, 7-Zip, libvhdi by apt, vhd-lib by npm into
-# target/oracles. Does nothing where everything is there. Needs root for apt.
+# Installs the independent programs that the tests use for comparison: QEMU, 7-Zip, libvhdi by apt, vhd-lib by npm into
+# target/oracles. Does nothing if all of them are installed. Needs root for apt.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 oracles=${CARGO_TARGET_DIR:-$here/../../target}/oracles

@@ -1,4 +1,4 @@
-//! Descriptions of chains: layers, what is written into each, and the disk that each must show. They are built on any host.
+//! Descriptions of chains: layers, the writes to each, and the disk that each must show. They are built on any host.
 
 use std::path::{Path, PathBuf};
 

@@ -96,7 +96,7 @@ fn the_disk_stays_at_every_moment() {
     }
 }
 
-/// Compacts an image twice. Returns what the first run freed, and the length of the file before and after.
+/// Compacts an image twice. Returns the result of the first run, and the length of the file before and after.
 fn lengths(setup: &dyn Fn(&Fixture<'_>)) -> (Compacted, usize, usize) {
     let host = SimHost::new(1);
     let fixture = Fixture::new(&host, Path::new(FOLDER));
@@ -290,7 +290,7 @@ fn alignment_gaps_are_no_leaks_and_take_no_space() {
     assert_eq!(fixture.defects("i.vhd"), [""; 0]);
     assert_eq!(compacted(&host, &fixture.folder).expect("it works").freed_blocks, 0);
     assert_eq!(places(&host, &path, 5), before, "a block has moved");
-    // Per block its data and a page with its bitmap; header and BAT; the footer.
+    // The file contains, for each block, its data and a page with its bitmap, then header and BAT, and the footer.
     assert_eq!(allocated(), 5 * (u64::from(LARGE) + 4096) + 8192 + 4096);
     // An unreferenced block is still a leak.
     file.write_at(&[0xFF; 4], block_table(&host, &path) + 2 * 4).expect("no entry");

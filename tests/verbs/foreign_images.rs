@@ -80,7 +80,7 @@ fn an_export_of_xen_orchestra_has_no_batmap() {
     let vhd = VhdFile::create(&folder.join("tap.vhd"), spec);
     vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());
     assert_healthy(folder, "tap.vhd");
-    // Blocks right after the BAT, as in such exports.
+    // The blocks begin right after the BAT, as in exports of Xen Orchestra.
     let mut bytes = fs::read(&vhd.path).expect("the image");
     let (table, block) = (2048, usize::try_from(vhd.blocks_at).expect("small"));
     let moved = bytes.split_off(block);

@@ -157,7 +157,7 @@ fn killed_again_and_again() {
 
 #[test]
 fn an_interrupted_merge_is_continued() {
-    // Full of data, so that there is time for a signal.
+    // The layers are full of data, so that there is time for a signal.
     let layer = |name, parent, value| Layer {
         name,
         parent,
@@ -300,7 +300,7 @@ fn a_different_merge_than_the_one_begun_is_refused() {
     fixture.merge().ok();
     fs::remove_file(aside).expect("it is there");
     fixture.assert_done("after the other image was moved");
-    // A record that cannot be read.
+    // The record of the killed merge cannot be read.
     let fixture = whole.copy();
     assert!(failpoints::killed("merge.noted", 1, fixture.args()));
     let entries = fs::read_dir(fixture.folder.path()).expect("the folder").flatten();
@@ -340,7 +340,7 @@ fn restore(backup: &Path, onto: &Path) {
 fn an_ancestor_restored_after_a_kill_is_copied_to_again() {
     let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.copied", "merge.closed", "merge.marked", "merge.relinked"] {
-        // Into the same file, and as another file of the same name.
+        // The backup is restored into the same file, and as another file of the same name.
         for renamed in [false, true] {
             let fixture = whole.copy();
             let aside = scratch("backup");

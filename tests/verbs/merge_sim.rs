@@ -49,7 +49,7 @@ impl MergeCase {
         }
     }
 
-    /// Returns what the ancestor shows after the merge.
+    /// Returns the disk that the ancestor shows after the merge.
     fn shown(&self) -> Vec<u8> {
         let mut shows = self.chain.expected(self.merged_layers[0]);
         shows.resize(usize::try_from(self.chain.sectors(self.into)).expect("small"), 0);

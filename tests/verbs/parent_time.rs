@@ -89,7 +89,7 @@ fn verbs_that_keep_the_disk_restore_the_time() {
         let before = time(&host, &path);
         verb(&host, &path);
         assert_eq!(time(&host, &path), before, "{name}");
-        // The same after a power cut.
+        // The modification time is the same after a power cut.
         assert_eq!(time(&host.crash_with(&|_| true), &path), before, "{name}");
         assert!(!notes(&fixture, "g.vhd").contains(&"parent-changed"), "{name}");
     }

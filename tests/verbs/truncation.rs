@@ -287,7 +287,7 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
                     pattern::assert_same(&what, &bytes, &want);
                     figures.verbs_done += 1;
                 }
-                // Among them `merge` of a root and `compact` of a fixed image.
+                // The refused verbs include `merge` of a root and `compact` of a fixed image.
                 Err(_) => figures.verbs_refused += 1,
             }
         }

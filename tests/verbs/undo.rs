@@ -89,7 +89,7 @@ fn an_undo_is_refused_for_another_or_changed_image() {
         assert!(done.code == Some(1) && done.stderr.contains(why), "{why}: {}", done.stderr);
         assert!(fs::read(image).expect("the image") == before, "{why}: the image was changed");
     };
-    // Another image.
+    // The undo file is applied to another image.
     let other = VhdFile::create(&scratch.path().join("other.vhd"), VhdSpec::fixed(4096).with_uuid([9; 16]));
     refused(&other.path, &made.undo, "another image");
     refused(&made.path, &other.path, "not an undo file");

@@ -200,7 +200,7 @@ fn the_names_of_inherited_sockets_select_their_disks() {
     let ((first, x), (second, y)) = (inheritable(&fixture.path("x")), inheritable(&fixture.path("y")));
     let before = |names: &str| format!("exec 3<&{x} 4<&{y}; {names} LISTEN_FDS=2 LISTEN_PID=$$");
     let disks = "--disk path=a.vhd,id=a --disk path=b.vhd,id=b";
-    // In the reverse order of the disks.
+    // The sockets are passed in the reverse order of the disks.
     let mut daemon = fixture.daemon(&before("LISTEN_FDNAMES=b:a"), disks).spawn().unwrap();
     fixture.wait_for(&mut daemon, "disk b: ");
     let sectors = |name: &str| Guest::connect(&fixture.path(name), 1, 64).config.capacity.to_native();
@@ -304,7 +304,7 @@ fn an_image_that_is_unlinked_while_served_is_reported_once() {
     let args = "--disk path=a.vhd,socket=a.sock --disk path=b.vhd,socket=b.sock --disk path=c.vhd,socket=c.sock";
     let mut daemon = fixture.daemon("", args).spawn().unwrap();
     fixture.wait_for(&mut daemon, "disk c.vhd: ");
-    // With a front-end and without one.
+    // The first disk has a front-end, the others have none.
     let mut guest = Guest::connect(&fixture.path("a.sock"), 1, 64);
     fs::remove_file(fixture.path("a.vhd")).unwrap();
     fs::rename(fixture.path("b.vhd"), fixture.path("moved.vhd")).unwrap();

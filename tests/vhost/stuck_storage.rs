@@ -135,7 +135,8 @@ fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, 
     stuck.stop_answering();
     guest.prepare(GuestRequest::Write);
     guest.publish();
-    // Long enough for the daemon to look up the names of its files as well. This look-up must not block it either.
+    // The wait is long enough for the daemon to look up the names of its files as well. This look-up must not block it
+    // either.
     sleep(Duration::from_secs(6));
     assert_eq!(guest.completed(), 1);
     Some((dir, daemon, guest, front_end, stuck))
@@ -166,7 +167,8 @@ fn stopping_a_queue_has_a_deadline() {
     next.attach(&mut again);
     assert!(!next.enable(&mut again));
     assert!(again.is_closed(), "where the ring stands is unknown");
-    // Nor any other queue: the late request could overwrite what the front-end writes through it.
+    // The front-end cannot enable another queue either: the late request could overwrite data that the front-end writes
+    // through that queue.
     let mut again = FrontEnd::negotiated(daemon.connect());
     next.attach_to(&mut again, 1);
     assert!(!again.set(SET_VRING_ENABLE, [1u32, 1].as_bytes(), &[]));

@@ -89,7 +89,7 @@ fn rings_larger_than_their_in_flight_record_are_served() {
     );
 }
 
-/// No message tells the front-end the daemon's `--queue-size`, only the number of queues.
+/// No message contains the daemon's `--queue-size`, only the number of queues.
 #[test]
 fn rings_and_records_larger_than_the_daemons_queue_size_are_served() {
     let (_dir, mut daemon) = started(&["--num-queues=1", "--queue-size=64", "--log-level=debug"]);

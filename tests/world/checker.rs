@@ -87,7 +87,7 @@ impl Checker {
             let survives = |i: usize| match n % 4 {
                 0 => i == lone,
                 1 => i != lone,
-                // Whole pages of 4 KiB.
+                // Whole pages of 4 KiB survive or are lost.
                 2 => {
                     let place = match units[i].1 {
                         DurableUnit::Sector(_, at) => at / 8,
@@ -102,7 +102,8 @@ impl Checker {
         Ok(())
     }
 
-    /// Checks one crash outcome: `survives` tells which units survive. With the seed `torn` sectors may be torn.
+    /// Checks one crash outcome: `survives` returns whether a unit survives. If `torn` is a seed, sectors are torn at
+    /// random.
     fn check_crash(
         &mut self,
         host: &SimHost,

@@ -52,7 +52,7 @@ pub(crate) fn run_all(
     let mut runs = 0;
     for number in (share..kinds.pow(len)).step_by(of) {
         let acts: Vec<Action> = (0..len).map(|n| ALL[number / kinds.pow(n) % kinds]).collect();
-        // The second of two equal ones in a row has no effect.
+        // The second of two equal actions in a row has no effect.
         if acts.windows(2).any(|w| w[0] == w[1] && matches!(w[0], Action::Flush | Action::Reopen)) {
             continue;
         }

@@ -7,7 +7,7 @@ use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
 use crate::world::{CheckOptions, World};
 
-/// What happens to an operation.
+/// The fault that an operation meets.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum FaultKind {
     Io,

@@ -14,7 +14,7 @@ const ACTS: u64 = 24;
 /// Bytes in a page of the simulated host.
 const PAGE: u64 = 4096;
 
-/// What ends the lack of space.
+/// The event that ends the lack of space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Ending {
     /// Space is freed.

@@ -65,7 +65,7 @@ pub(crate) fn large_blocks() -> Vec<Layout> {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Placement {
-    /// As this library creates it, empty.
+    /// An empty image, as this library creates it.
     Native,
     /// The first block is allocated. In a child it ends so that the next bitmap replaces the footer. In a dynamic image there is
     /// a gap, and the second new block's data replaces the footer.

@@ -1,5 +1,5 @@
-//! The production code on a simulated machine that crashes, is killed, and fails, with a model of what each sector may contain
-//! (crash-safety 1, 11).
+//! The production code on a simulated machine that crashes, is killed, and fails, with a model of the values that each
+//! sector may contain (crash-safety 1, 11).
 //!
 //! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs only that seed.
 //! `DIFFDISK_MUTANT=<name>` searches for one mutant only.

@@ -1,4 +1,5 @@
-//! What each sector may contain after a crash: its value at the last completed flush, and every value written since.
+//! The values that each sector may contain after a crash: its value at the last completed flush, and every value
+//! written since.
 
 use diffdisk::units::SectorRange;
 
@@ -17,7 +18,7 @@ struct Sector {
     acknowledged: usize,
 }
 
-/// The disk as the guest knows it.
+/// The disk as the guest expects it.
 #[derive(Clone, Debug)]
 pub(crate) struct Model(Vec<Sector>);
 
@@ -47,7 +48,7 @@ impl Model {
         }
     }
 
-    /// Returns what a flush that begins now makes durable: the last acknowledged action of each sector.
+    /// Returns the actions that a flush which begins now makes durable: the last acknowledged one of each sector.
     pub(crate) fn flush_point(&self) -> Vec<u32> {
         self.0.iter().map(|s| s.values[s.acknowledged].0).collect()
     }
@@ -75,7 +76,7 @@ impl Model {
         Ok(())
     }
 
-    /// Checks what was read from some sectors of the running disk.
+    /// Checks data that was read from some sectors of the running disk.
     pub(crate) fn check_read(&self, values: &[Option<Value>]) -> Result<(), String> {
         let missing = self.0.iter().zip(values).map(|(s, v)| v.unwrap_or(s.values[s.acknowledged].1));
         self.check(&missing.collect::<Vec<_>>(), true)

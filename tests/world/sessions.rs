@@ -342,7 +342,7 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     Ok(())
 }
 
-/// Opens two copies of a killed image: the second is refused, at whatever step the first was killed.
+/// Opens two copies of a killed image: the second is refused, at any step at which the first was killed.
 pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
     for step in 1..40 {
         let (host, mut written) = (layout.host(7), WrittenValues::default());
@@ -362,7 +362,7 @@ pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
             match open(&host) {
                 Ok(mut guest) => {
                     guest.check(&written, &layout.values)?;
-                    // Not a new mark, so the generation stays that of the take-over.
+                    // This write makes no new mark, so the generation is still that of the take-over.
                     guest.write(&mut written, 2, 4);
                     drop(guest);
                     let host = kill(&host, 1);
@@ -429,7 +429,7 @@ pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
         return Err("a discarded journal is not removed".into());
     }
     check_reopen(&given_up, &written, layout)?;
-    // A settled image is refused to nothing.
+    // Every program may open a settled image.
     let file = host.open(&top(), Access::Write).map_err(error_line)?;
     file.lock(Lock::Exclusive).map_err(error_line)?;
     let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;

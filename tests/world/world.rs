@@ -16,7 +16,7 @@ use crate::model::{self, Model};
 /// Depth of the engines.
 const DEPTH: usize = 32;
 
-/// How many crash outcomes are checked.
+/// Number of crash outcomes to check.
 #[derive(Clone, Copy)]
 pub(crate) struct CheckOptions {
     /// Crash outcomes checked at a step, if there are too many to check all; 0 for none.
@@ -27,7 +27,7 @@ pub(crate) struct CheckOptions {
     pub(crate) journal: bool,
 }
 
-/// How a disk uses space.
+/// Way in which a disk uses space.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SpacePolicy {
     pub(crate) when_full: WhenFull,
@@ -40,7 +40,7 @@ impl Default for SpacePolicy {
     }
 }
 
-/// What the completion of a request means for the model.
+/// The change of the model when a request completes.
 struct InFlightRequest {
     act: u32,
     kind: InFlightKind,
@@ -64,7 +64,7 @@ pub(crate) struct World<'a> {
     pub(crate) trace: Vec<String>,
     /// Whether faults are planned, so that requests may fail.
     pub(crate) may_fail: bool,
-    // Before `disk`: lanes are dropped before their disk.
+    // Declared before `disk`, so that lanes are dropped before their disk.
     pub(crate) lanes: Vec<Lane>,
     pub(crate) disk: Option<Arc<Disk>>,
     model: Model,

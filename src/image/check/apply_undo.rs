@@ -90,7 +90,8 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
         file.set_len(head.len)?;
     }
     for group in groups {
-        // In reverse order: if a range was replaced twice, its first piece has the original contents.
+        // Pieces are written back in reverse order: if a range was replaced twice, its first piece has the original
+        // contents.
         for piece in before.iter().rev().filter(|piece| group(piece.offset, end)) {
             piece.each_chunk(undo, |at, bytes| file.write_at(bytes, at))?;
         }
@@ -138,7 +139,7 @@ fn is_in_pieces(undo: &File, before: &[UndoPiece], at: u64, now: &[u8]) -> Resul
     Ok(false)
 }
 
-/// Reads what the repair left in a range of the image. Bytes that no piece covers are zeros.
+/// Reads the bytes that the repair left in a range of the image. Bytes that no piece covers are zeros.
 fn content_after_repair(undo: &File, after: &[UndoPiece], at: u64, len: usize) -> Result<Vec<u8>> {
     let (mut bytes, end) = (vec![0; len], at + len as u64);
     // Pieces are at most a chunk long.

@@ -1,4 +1,4 @@
-//! Repairs defects that have one possible repair, crash-safely, and saves what it replaces.
+//! Repairs defects that have one possible repair, crash-safely, and saves the bytes that it replaces.
 //!
 //! The guest's disk reads the same before, during and after a repair. A repair changes only copies (footers), derived
 //! data (XenServer's batmap), bits and entries that no reader uses, and unreferenced space.

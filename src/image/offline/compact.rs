@@ -52,7 +52,7 @@ impl Offline {
         }
         self.drop_blocks(&blocks)?;
         failpoint::reached("compact.entries-dropped");
-        // Punched now, because a move allocates space before it frees any.
+        // The gaps are punched now, because a move allocates space before it frees any.
         self.punch_unused(0..self.footer_offset())?;
         failpoint::reached("compact.gaps-punched");
         Ok(())

@@ -184,7 +184,7 @@ pub fn is_reparent_finished(image: &Image) -> bool {
 /// The footer, header and locator texts that an image gets.
 struct ReparentedMetadata {
     footer: Footer,
-    /// Without locators.
+    /// The header without locators.
     header: DynamicHeader,
     /// Slot, platform and text of each locator.
     texts: Vec<(usize, Platform, Vec<u8>)>,
@@ -251,13 +251,14 @@ fn home_of(image: &Image) -> u64 {
     if now == HEADER_HOME || clip(usual.clone(), &occupied(image, is_free)) == usual { HEADER_HOME } else { now }
 }
 
-/// Returns the space for texts, in whole sectors, ascending: between the header and what follows, and of the old texts.
+/// Returns the space for texts, in whole sectors, ascending: the space from the header to the next structure, and the
+/// space of the old texts.
 fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
     let mut taken = occupied(image, |part| matches!(part, MetadataPart::Header | MetadataPart::Locator(_)));
     let behind = home + HEADER_BYTES;
     taken.push(home..behind);
     let mut free = Vec::new();
-    // Only up to the table: the space before the first block may contain another program's data.
+    // Texts are placed only before the table: the space before the first block may contain another program's data.
     let table = image.table_offset().unwrap_or(0);
     if table > behind {
         free.push(clip(behind..table, &taken));

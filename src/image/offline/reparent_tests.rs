@@ -136,7 +136,7 @@ fn a_full_file_system_and_an_unsupported_path_change_nothing() {
     let before = host.bytes(Path::new(crate::image::testing::PATH));
     let stat = file(&host).stat().unwrap();
     host.set_faults(FaultPlan { capacity: Some(stat.allocated), ..FaultPlan::default() });
-    // More than the free rest of the file's last page.
+    // The texts take more space than is free in the file's last page.
     let long = ParentLink { absolute: Some(format!("/{}/p.vhd", "f".repeat(1800)).into()), ..link(8, "p.vhd") };
     assert_eq!(reparent(&host, &file(&host), Some(&long)).unwrap_err().kind(), ErrorKind::NoSpace);
     host.set_faults(FaultPlan::default());

@@ -1,4 +1,5 @@
-//! Allocation: how much space a growing file reserves on the file system, whole blocks or only what a commit writes.
+//! Allocation: the space that a growing file reserves on the file system, either whole blocks or only the pages that a
+//! commit writes.
 //!
 //! A commit must not fail for lack of space after its data was acknowledged. So growth reserves the pages that step C2 of a
 //! commit writes before a block gets its place (docs/space.md):
@@ -25,7 +26,7 @@ const MERGE_GAP: u64 = layout::PAGE;
 /// Reservations pushed to the engine at once, so that it has room for the requests of the queue.
 const OPS_AT_ONCE: usize = 32;
 
-/// How the space of new blocks is allocated on the file system.
+/// Way in which the space of new blocks is allocated on the file system.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Allocation {
     /// Writes allocate the space of data. Growth reserves only the pages of bitmaps.

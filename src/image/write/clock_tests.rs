@@ -62,7 +62,7 @@ impl SharedImage {
             // Two commits end before the insertion.
             let until = self.commits.load(Ordering::SeqCst) + 2;
             let is_over = || self.commits.load(Ordering::SeqCst) >= until || self.over.load(Ordering::SeqCst);
-            // Bounded, as the thread that commits may have failed.
+            // The wait is bounded, as the thread that commits may have failed.
             for _ in 0..10_000 {
                 if is_over() {
                     break;
@@ -78,7 +78,7 @@ impl SharedImage {
         let mut random = Random::new(self.seed ^ number << 32);
         let block_size = self.image.image().block_size().unwrap();
         for _ in 0..150 {
-            // Mostly a few sectors, as full bitmap sectors are not evicted any more.
+            // Most ranges have a few sectors, as full bitmap sectors are not evicted any more.
             let longest = if random.chance(1, 40) { 3000 } else { [1, 3][random.index(2)] };
             let start = random.below(self.sectors.len() as u64);
             let range = SectorRange::between(start, (start + 1 + random.below(longest)).min(self.sectors.len() as u64));
@@ -314,7 +314,7 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     }
     println!("before: {before}, after: {}, {} frames", resident(), bitmaps.frames());
     let kept = (0..blocks as usize).filter(|index| bitmaps.eviction_count(*index).is_none()).count();
-    // A few more frames than bitmap sectors, as the clock gives up its search early.
+    // There may be a few more frames than bitmap sectors, as the clock ends its search early.
     let (frames, most) = (bitmaps.frames(), kept + kept / 100);
     assert!((50_000..120_000).contains(&kept), "64 MiB hold {kept} bitmap sectors of 600 bytes");
     assert!((kept..most).contains(&frames), "{frames} frames for {kept} bitmap sectors");

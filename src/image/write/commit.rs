@@ -90,7 +90,7 @@ impl Commit {
         if let Some(source) = failed {
             return Err(self.fail(source));
         }
-        // In this order, as growth whose sync fails poisons the image before it clears `syncing`.
+        // `syncing` is read before the poison, as growth whose sync fails poisons the image before it clears `syncing`.
         let growth_syncs = self.image.is_growth_syncing();
         self.image.check_poison()?;
         match self.phase {
@@ -107,7 +107,8 @@ impl Commit {
                 Ok(JobStep::Wait)
             }
             CommitPhase::WritePointers => {
-                // Before the new bits are durable, so that the journal does not fit a copy of the image that lacks them.
+                // The generation is renewed before the new bits are durable, so that the journal does not fit a copy of
+                // the image that lacks these bits.
                 if let Err(e) = self.image.renew_generation() {
                     return Err(self.fail_stamp(e));
                 }
@@ -127,7 +128,8 @@ impl Commit {
 
     /// Takes the snapshot S, and begins with C1, C2 or C3.
     fn start(&mut self, ops: &mut Vec<Op>) -> JobStep {
-        // Cleared before the copies are made: a write that completes later needs a sync in the next commit.
+        // `unsynced` is cleared before the copies are made, since a write that completes later needs a sync in the next
+        // commit.
         let unsynced = self.image.unsynced.swap(false, Ordering::SeqCst);
         let dirty = std::mem::take(&mut *self.image.dirty());
         self.epoch = self.image.begin_commit(&dirty);

@@ -8,8 +8,8 @@ use crate::image::open::Image;
 use crate::image::session_state::refuse_if_live;
 use crate::storage::{Env, RuntimeFolder};
 
-/// How acknowledged writes survive the end of the process (crash-safety 7). After a power cut or a kernel crash, only flushed
-/// writes are guaranteed, whatever is chosen here.
+/// Way in which acknowledged writes survive the end of the process (crash-safety 7). After a power cut or a kernel
+/// crash, only flushed writes are guaranteed, regardless of this choice.
 #[derive(Clone, Debug)]
 pub enum Durability {
     /// A live journal records them.

@@ -10,8 +10,8 @@
 //! The bitmap of a new block must not contain stale bytes, which would be set bits. And both footers must be valid at every
 //! moment. So the file grows in steps, outside of guest requests (crash-safety 4):
 //!
-//! 1. Reserve space on the file system for some of the new blocks ([`Allocation`]). If it is full, free what was reserved,
-//!    halve the reservation, and try again.
+//! 1. Reserve space on the file system for some of the new blocks ([`Allocation`]). If the file system is full, free
+//!    the reserved space, halve the reservation, and try again.
 //! 2. Write stamp and footer at the new end, which extends the file: one write within one page, so a kill leaves both or
 //!    neither.
 //! 3. Make the footer durable. From now on it is the trailing footer.
@@ -160,7 +160,7 @@ impl Growth {
             (&step, self.phase),
             (Ok(JobStep::Wait), GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe)
         );
-        // Set after a failure has poisoned the image: a commit that reads `syncing` as false must see the poison.
+        // `syncing` is set after a failure has poisoned the image: a commit that reads it as false must see the poison.
         self.image.free_tail().syncing = syncs;
         match step {
             Ok(JobStep::Wait) => Ok(JobStep::Wait),
@@ -344,9 +344,9 @@ impl Growth {
         }
     }
 
-    /// Frees what a failed reservation has reserved: ext4 keeps it until the file is truncated to its present length.
+    /// Frees the space of a failed reservation, which ext4 keeps until the file is truncated to its present length.
     fn release_reserved(&self) -> Result<()> {
-        // Under the lock, as a session that begins on another queue extends the file.
+        // The length is read and set under the lock, as a session that begins on another queue extends the file.
         let _tail = self.image.free_tail();
         self.image.file().set_len(self.image.file().stat()?.len)
     }
@@ -363,7 +363,7 @@ impl Growth {
             tail.footer = self.old_end;
             back = file.write_at(&self.image.footer_bytes(), tail.footer * SECTOR);
         }
-        // Under the lock, as a session that began meanwhile has moved the footer.
+        // The file is truncated under the lock, as a session that began meanwhile has moved the footer.
         let back = back.and_then(|()| file.set_len((tail.footer + 1) * SECTOR));
         drop(tail);
         if let Err(e) = back.and_then(|()| file.sync()) {

@@ -59,7 +59,7 @@ fn a_full_file_system_is_reported_and_nothing_stays_reserved() {
     assert!(!image.is_poisoned() && !image.is_growing() && image.is_growth_due());
     let after = file(&host).stat().unwrap();
     assert_eq!((after.len, after.allocated), (before.len, before.allocated), "a failed step frees what it reserved");
-    // With little space: fewer blocks.
+    // With little space, growth reserves fewer blocks.
     host.set_faults(FaultPlan { capacity: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
     grow(&host, &image).unwrap();
     assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
@@ -169,7 +169,7 @@ fn the_free_tail_of_a_killed_process_is_reserved_again() {
         image.set_allocation(allocation);
         let found = file(&host).stat().unwrap();
         assert!(found.len == left.len && found.allocated <= left.allocated, "{found:?}");
-        // It is unknown what is reserved in it, so nothing counts as reserved.
+        // The reserved ranges of the free tail are unknown after a kill, so no space counts as reserved.
         file(&host).punch_hole(found.len - 200 * SECTOR, 200 * SECTOR - SECTOR).unwrap();
         let found = file(&host).stat().unwrap();
         host.set_faults(FaultPlan { capacity: Some(found.allocated), ..FaultPlan::default() });

@@ -1,6 +1,6 @@
 //! The result of one step of a job, such as a commit or a step of growth.
 
-/// What the caller of a job does after a step.
+/// The action of a job's caller after a step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum JobStep {
     /// Carries out all operations that the step pushed, then calls the job again.

@@ -46,7 +46,7 @@ pub struct Journal {
     state: Mutex<JournalState>,
 }
 
-/// Which slots are in use; not in shared memory.
+/// The slots that are in use. This list is not in shared memory.
 #[derive(Debug)]
 pub(super) struct JournalState {
     /// Epoch of the slots that are claimed now.
@@ -329,7 +329,8 @@ impl Journal {
         self.shm[COMMITTED].store(epoch << 1 | (1 - which) as u64, Ordering::Release);
         self.shm[UNACCOUNTED].store(0, Ordering::Release);
         let mut state = self.lock();
-        // After the store to COMMITTED: a slot that is claimed before it must contain the epoch of this commit as `placed by`.
+        // The list is cleared after the store to COMMITTED: a slot that is claimed before that store must contain the
+        // epoch of this commit as `placed by`.
         state.placing.1.clear();
         for slot in ended {
             state.used.remove(&slot);

@@ -120,7 +120,7 @@ fn places_written_by_a_killed_commit_are_accounted_for_by_the_next_daemon() {
             write(&image, 4, 16);
             commit(&image, second);
             drop(image);
-            // Once more: a wrong sum is detected when the image is opened after the next commit.
+            // The image is opened again, since a wrong sum is detected only at the open after the next commit.
             let image = rig.open();
             assert!(marked(&image, 8).starts_with(&[0, 1, 2, 3, 4]), "{first} {second}");
             assert!(marked(&image, 16).contains(&4));
@@ -152,7 +152,7 @@ fn a_full_journal_is_replayed_after_a_kill() {
         kept += u32::from(image.mark(SectorRange::between(at, at + 8)) == Ok(true));
     }
     assert_eq!(kept, JOURNAL_SLOTS, "the other writes need a commit before they are acknowledged");
-    // All bitmaps, and all sectors of the BAT but the last few.
+    // The commit is abandoned after it has written all bitmaps, and all sectors of the BAT but the last few.
     assert!(!commit(&image, JOURNAL_SLOTS as usize + 200 + 25));
     drop(image);
     let image = rig.open();

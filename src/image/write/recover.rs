@@ -54,7 +54,8 @@ pub(in crate::image) fn recover(
         let block = bitmaps.block_of(slot.bitmap_sector).0;
         if table.place(block).is_none() {
             let end = u64::from(slot.place) + u64::from(block_size.stride_sectors());
-            // Not always after the last block in the file, as a block that was placed later may have been committed first.
+            // The place need not be after the last block in the file, as a block that was placed later may have been
+            // committed first.
             let inside =
                 u64::from(slot.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
             if !inside
@@ -73,7 +74,7 @@ pub(in crate::image) fn recover(
     let end = image.data_end().div_ceil(SECTOR).max(next + stamp);
     // The sectors that are made zero end before the stamp.
     let zeros = if mutant::enabled(Mutant::ScrubStamp) { end } else { end - stamp };
-    // The front copy first: if the trailing footer is missing, the front copy is the only valid footer.
+    // The front copy is written first: if the trailing footer is missing, the front copy is the only valid footer.
     let (footer, mut front) = (image.footer().encode(), [0; SECTOR_BYTES]);
     file.read_at(&mut front, 0)?;
     if front != footer {

@@ -101,7 +101,7 @@ impl Session {
         let session = Session::new(folders.to_vec(), env.origin()?, image);
         let stamp = match SessionState::of(env, image)? {
             SessionState::Closed => {
-                // Checked now, so that the daemon fails at its start and not at the first write.
+                // The space is checked now, so that the daemon fails at its start and not at the first write.
                 if let Some(folder) = folders.first().filter(|_| required) {
                     Journal::probe(folder)?;
                 }

@@ -1,7 +1,7 @@
 //! Removal of stale journals: journals in the runtime folder that no image's stamp names.
 //!
-//! A journal is left behind if a daemon is killed at the beginning or the end of a session, if an image is replaced, or if
-//! its session is discarded. It is removed if all of these hold:
+//! A stale journal remains if a daemon is killed at the beginning or the end of a session, if an image is replaced, or
+//! if its session is discarded. It is removed if all of these hold:
 //!
 //! - it has no valid slots: a journal with marks stays, with a warning, as its image may come back;
 //! - no process has it open;
@@ -23,7 +23,7 @@ pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<(
     for name in runtime.list()?.iter().filter(|name| name.ends_with(".live")) {
         let journal = match Journal::open(runtime, name) {
             Ok(journal) => journal,
-            // In use, or removed meanwhile.
+            // The journal is in use, or was removed meanwhile.
             Err(e) if matches!(e.kind(), ErrorKind::Busy | ErrorKind::NotFound) => continue,
             Err(e) => {
                 log::warn!("this file is not a live journal: {}", e.line());

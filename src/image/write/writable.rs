@@ -161,8 +161,8 @@ impl Writable {
         self.begin_session(&mut tail);
         sparse.bitmaps.insert_fresh(block, sparse.fresh);
         if let Some(journal) = self.journal() {
-            // Not needed for safety, as a mark records the place, too. But after a kill the space of the block is not lost, and an
-            // entry that a killed commit has written to the BAT is accounted for.
+            // Without this slot, a kill would lose the space of the block, and the sum over the BAT would lack an entry
+            // that a killed commit wrote. Safety does not depend on the slot: marks record the place, too.
             let index = sparse.bitmaps.first_sector_of(block);
             let mut frame = sparse.bitmaps.lock_resident(index);
             frame.state.journal_slot = journal.claim_slot(index, block, place, true, frame.words());
@@ -191,7 +191,7 @@ impl Writable {
                     let are_bits_kept = self.make_bits_durable(index, frame, &bits);
                     frame.state.not_journaled = !are_bits_kept;
                     (is_kept, has_new_bits) = (is_kept & are_bits_kept, true);
-                    // A bitmap sector with a journal slot is dirty, so that a commit ends the slot.
+                    // A bitmap sector with a journal slot counts as dirty, since only a commit ends the slot.
                     if bits.is_newer || frame.state.journal_slot.is_some() {
                         self.note_dirty(index, &mut frame.state);
                     }

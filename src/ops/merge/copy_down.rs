@@ -52,8 +52,8 @@ impl LayerStack {
         self.version.frozen().layers().iter().map(|layer| &layer.image)
     }
 
-    /// Checks that the host has space for the data of `blocks` new blocks of the image below. Their data needs at most
-    /// the space that the layers take.
+    /// Checks that the file system has space for the data of `blocks` new blocks of the image below. Their data needs
+    /// at most the space that the layers take.
     ///
     /// # Errors
     /// `NoSpace`, `Io`.

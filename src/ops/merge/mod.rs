@@ -11,7 +11,8 @@
 //!
 //! Each step is durable before the next:
 //!
-//! 1. Check that the host has space for the data, and make room for the bitmaps of all blocks that the ancestor will get.
+//! 1. Check that the file system has space for the data, and make room for the bitmaps of all blocks that the ancestor
+//!    will get.
 //! 2. Save the record of the merge ([`MergeRecord`](crate::chain::MergeRecord)). Mark the ancestor as partly overwritten
 //!    ([`mark_receiver`](crate::chain::mark_receiver)). Save in the record that copying has begun.
 //! 3. Copy the layers into the ancestor, with its own commits. The record gets the progress after a commit, never before.

@@ -16,7 +16,7 @@ use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 pub(super) struct MergePlan {
     /// CHILD and the images between CHILD and the ancestor, youngest first.
     pub(super) layers: LayerStack,
-    /// What the record contains of each layer.
+    /// The entry of each layer in the record.
     pub(super) merged_layers: Vec<MergedLayer>,
     /// The folder of each layer.
     pub(super) layer_folders: Vec<Folder>,

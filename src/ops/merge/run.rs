@@ -110,7 +110,7 @@ impl<'a> PreparedMerge<'a> {
             layers: plan.merged_layers.clone(),
             ancestor: plan.ancestor.uuid(),
             ancestor_path,
-            // Compared again under the exclusive lock.
+            // This stamp is compared again under the exclusive lock.
             ancestor_stamp: FileStamp::of(plan.ancestor.file())?,
             copied: Copied::Nothing,
             abandoned: false,
@@ -198,7 +198,8 @@ impl<'a> PreparedMerge<'a> {
         let ancestor = plan.ancestor.file();
         let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
         file.lock(Lock::Exclusive)?;
-        // Compared before the ancestor is opened for writing, which may recover it and so change its stamp.
+        // The stamps are compared before the ancestor is opened for writing, which may recover it and so change its
+        // stamp.
         if FileStamp::of(&file)? != self.record.ancestor_stamp && self.record.copied != Copied::Nothing {
             self.record.copied = Copied::Before(0);
         }
@@ -270,7 +271,7 @@ impl<'a> PreparedMerge<'a> {
         let child = self.record.layers[0].uuid;
         if receiver_mark(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
             match mark_receiver(ancestor, child, &self.record.child()) {
-                // Without a mark the record shows it, if both lie in one folder.
+                // Without a mark, the record shows that the ancestor is partly overwritten, if both lie in one folder.
                 Err(e) if self.record.ancestor_path.components().count() == 1 => log::info!("{}", e.line()),
                 Err(e) => log::warn!("{}; do not open the image by itself until the merge is finished", e.line()),
                 Ok(()) => {}
@@ -285,8 +286,8 @@ impl<'a> PreparedMerge<'a> {
         Ok(())
     }
 
-    /// Records durably that everything before `sector` is copied. If the host is full, the previous record stays and is
-    /// still valid.
+    /// Records durably that everything before `sector` is copied. If the file system is full, the previous record stays
+    /// and is still valid.
     fn checkpoint(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.record.copied = Copied::Before(sector);
         self.record.ancestor_stamp = FileStamp::of(ancestor)?;
@@ -341,7 +342,7 @@ impl<'a> PreparedMerge<'a> {
             let file = match folder.open(name, Access::Read) {
                 Ok(file) => file,
                 Err(e) if e.kind() == ErrorKind::NotFound => {
-                    // An interrupted call may have removed it without a sync.
+                    // An interrupted call may have removed this layer without a sync.
                     folder.sync()?;
                     continue;
                 }
@@ -358,7 +359,8 @@ impl<'a> PreparedMerge<'a> {
             }
             folder.remove(name)?;
             failpoint::reached("merge.layer-removed");
-            // Synced before its parent is removed: after a crash it must not come back without its parent.
+            // The removal of a layer is synced before its parent is removed: after a crash the layer must not come back
+            // without its parent.
             folder.sync()?;
             failpoint::reached("merge.layer-gone");
             removed.push(path);

@@ -285,7 +285,7 @@ impl FileBackend for HostFile {
     }
 
     fn advise_random_reads(&self) {
-        // Failure only costs time, here and in the other advice.
+        // A failure only costs time, as in all calls that advise the kernel.
         let _ = rustix::fs::fadvise(self, 0, None, Advice::Random);
     }
 

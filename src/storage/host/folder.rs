@@ -80,7 +80,7 @@ impl HostFolder {
         let mut tries = 0;
         loop {
             match rustix::fs::openat2(&self.fd, relative, flags, Mode::empty(), BENEATH) {
-                // EAGAIN: a rename anywhere raced with the resolution of `..`.
+                // The kernel returns EAGAIN if a rename anywhere raced with the resolution of `..`.
                 Err(Errno::AGAIN | Errno::INTR) if tries < 100 => tries += 1,
                 other => return other,
             }
@@ -118,7 +118,7 @@ impl FolderBackend for HostFolder {
     }
 
     fn absolute(&self) -> Result<Folder> {
-        // The kernel knows the path of the descriptor. Without /proc, the path is resolved again.
+        // The link in /proc contains the path of the descriptor. Without /proc, the path is resolved again.
         let kernel = fs::read_link(format!("/proc/self/fd/{}", self.fd.as_raw_fd()));
         let path = match kernel {
             Ok(path) if path.is_absolute() => path,
@@ -184,7 +184,7 @@ impl FolderBackend for HostFolder {
                 }
                 e => Error::io("cannot create the file", e.into()).at_path(&path),
             })?;
-        // `link_unnamed` needs /proc. Checked now, since the caller writes the whole file before it calls
+        // `link_unnamed` needs /proc. This is checked now, since the caller writes the whole file before it calls
         // `link_unnamed`.
         if fs::symlink_metadata(proc_path(&fd)).is_err() {
             let what = "files without names need /proc, which is not mounted";

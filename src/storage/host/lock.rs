@@ -162,7 +162,7 @@ fn other_lock(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
 }
 
 /// Returns a process that has a descriptor with a lock on the byte, if `/proc` shows it. Prefers another process over
-/// this one, since the description that asks may hold the byte itself. A lock belongs to a description and not to a
+/// this one, since the description of the caller may hold the byte itself. A lock belongs to a description and not to a
 /// process, so the kernel reports no process id.
 fn holder_pid(id: FileId, byte: i64) -> Option<u32> {
     let mut own = None;

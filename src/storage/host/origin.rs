@@ -8,7 +8,7 @@ use uuid::Uuid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::types::Origin;
 
-/// See [`Env::origin`](crate::storage::Env::origin).
+/// Implements [`Env::origin`](crate::storage::Env::origin).
 pub(super) fn origin() -> Result<Origin> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
     let text = fs::read_to_string(path).map_err(|e| Error::io("cannot read", e).at_path(path))?;

@@ -24,8 +24,8 @@ impl HostFile {
         }
     }
 
-    /// Zeroes a range of a device that cannot discard to zeros. The device does it if it can (BLKZEROOUT); otherwise
-    /// the kernel writes zeros.
+    /// Zeroes a range of a device that cannot discard to zeros. The device zeroes the range if it can (BLKZEROOUT);
+    /// otherwise the kernel writes zeros.
     fn zero_device(&self, offset: u64, len: u64) -> Result<()> {
         let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         match retry(|| rustix::fs::fallocate(self, mode, offset, len)) {

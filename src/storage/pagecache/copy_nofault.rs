@@ -27,7 +27,8 @@ pub(super) fn is_available() -> bool {
 /// - No reference to either range exists during the call.
 #[inline]
 pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
-    // SAFETY: the caller guarantees what `arch::copy` requires.
+    // SAFETY: the caller guarantees that both ranges are mapped and do not overlap, that no reference to them exists,
+    // and that `is_available` has installed the fix-up. `arch::copy` requires nothing else.
     unsafe { arch::copy(from, to, len) }
 }
 
@@ -36,7 +37,8 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
 /// # Safety
 /// `context` is the context that the kernel passed to a signal handler which is running on this thread.
 unsafe fn fix_up(context: *mut c_void) -> bool {
-    // SAFETY: the caller guarantees what `arch::fix_up` requires.
+    // SAFETY: the caller passes the context of a signal handler that is running on this thread, as `arch::fix_up`
+    // requires.
     unsafe { arch::fix_up(context) }
 }
 
@@ -74,7 +76,7 @@ mod arch {
         static diffdisk_copy_failed: u8;
     }
 
-    /// See [`fix_up`](super::fix_up).
+    /// Implements [`fix_up`](super::fix_up).
     pub(super) unsafe fn fix_up(context: *mut c_void) -> bool {
         let (start, failed) = (diffdisk_copy as *const () as usize, (&raw const diffdisk_copy_failed) as usize);
         // SAFETY: the caller guarantees that `context` is the context of this thread's signal handler, which on Linux
@@ -145,7 +147,7 @@ mod tests {
             let (read, written) =
                 unsafe { (copy(mapped, memory.as_mut_ptr(), 8192), copy(memory.as_ptr(), mapped, 8192)) };
             assert_eq!((read, written), (works, works), "a file of {len} bytes");
-            // SAFETY: as above.
+            // SAFETY: `mapped` is mapped until the process ends, and the array is not borrowed during the call.
             assert!(unsafe { copy(mapped, memory.as_mut_ptr(), 4096) }, "the first page is always available");
         }
     }

@@ -1,14 +1,14 @@
 //! Mapped parts of one file, and which of their pages are resident in the page cache.
 //!
 //! ```text
-//!   file     regions of 256 MiB, each mapped when a read asks for it (by long reads only if they read the same data again)
-//!   region   a bit per page: the page was resident when the kernel was last asked
+//!   file     regions of 256 MiB, mapped when a read needs them (by long reads only if they read the same data again)
+//!   region   a bit per page: the page was resident at the last query
 //!            a counter per window of 64 pages: reads that missed because of a page without its bit
 //! ```
 //!
-//! The kernel is asked (mincore) about whole windows, and only about windows that were missed repeatedly: a query costs
-//! as much as two reads. Its answer may be outdated a moment later. The copy then waits for the disk, as any access to
-//! a mapped file does. The reader measures how long copies take, and clears the bits of windows that made it wait.
+//! Residency is queried (mincore) for whole windows, and only for windows that were missed repeatedly: a query costs as
+//! much as two reads. The result may be outdated a moment later. The copy then waits for the disk, as any access to a
+//! mapped file does. The reader measures how long copies take, and clears the bits of windows that made it wait.
 //!
 //! A mapping appears in the resident set of the process (VmRSS, as RssFile), but its pages are page cache that the
 //! kernel reclaims. It does not reclaim page tables: 4 KiB for each 2 MiB of which something was copied. So the number
@@ -70,7 +70,7 @@ pub(in crate::storage) struct FileMap {
 #[derive(Debug)]
 pub(in crate::storage) struct MapRegion {
     start: NonNull<u8>,
-    /// Bytes of the file in this region when the kernel was last asked about it.
+    /// Bytes of the file in this region at the last query.
     valid_bytes: AtomicUsize,
     /// A bit per page, a word per window.
     resident: [AtomicU64; REGION_BYTES / WINDOW_BYTES],
@@ -122,7 +122,7 @@ impl FileMap {
         }
     }
 
-    /// Asks the kernel about the residency of the windows that contain `len` > 0 bytes from `offset`. Maps the region
+    /// Queries the kernel for the residency of the windows that contain `len` > 0 bytes from `offset`. Maps the region
     /// instead, if it is not mapped yet. `size` returns the length of the file.
     pub(in crate::storage) fn query(
         &self,
@@ -225,8 +225,7 @@ impl MapRegion {
         Some(MapRegion { start, valid_bytes: AtomicUsize::new(bytes_in_region(index, size)), resident, misses })
     }
 
-    /// Returns the address of `len` bytes at `within`, if all of their pages were resident when the kernel was last
-    /// asked.
+    /// Returns the address of `len` bytes at `within`, if all of their pages were resident at the last query.
     #[inline]
     pub(in crate::storage) fn resident_start(&self, within: usize, len: usize) -> Option<NonNull<u8>> {
         let end = within + len;
@@ -275,7 +274,7 @@ impl Drop for MapRegion {
     }
 }
 
-/// Asks the kernel which of at most 64 mapped pages from `start` are resident. Bit 0 is the first page.
+/// Queries the kernel for the residency of at most 64 mapped pages from `start`. Bit 0 is the first page.
 fn mincore_bits(start: NonNull<u8>, pages: usize) -> Option<u64> {
     let mut bytes = [0u8; 64];
     let bytes = &mut bytes[..pages];
@@ -291,8 +290,8 @@ fn is_coherent(file: impl AsFd) -> bool {
 }
 
 /// Returns whether the kernel reports the residency of the file. For a file that this process neither owns nor may
-/// write, it reports every page as resident (mincore(2), since Linux 5.2). So this function asks about a page that
-/// cannot be resident, so far beyond the end of the file that the file does not grow to it meanwhile.
+/// write, it reports every page as resident (mincore(2), since Linux 5.2). So this function queries a page that cannot
+/// be resident, so far beyond the end of the file that the file does not grow to it meanwhile.
 fn reports_residency(file: impl AsFd, len: u64) -> bool {
     let beyond = len.next_multiple_of(PAGE as u64) + (4 << 30);
     // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping. Its page is never

@@ -101,7 +101,7 @@ impl PageCacheReader {
         self.queries.retain(|(of, ..)| *of != slot);
     }
 
-    /// See [`Engine::find_cached`](crate::storage::Engine::find_cached).
+    /// Implements [`Engine::find_cached`](crate::storage::Engine::find_cached).
     #[inline]
     pub(in crate::storage) fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         if len > MAX_COPY {
@@ -136,13 +136,13 @@ impl PageCacheReader {
         }
     }
 
-    /// See [`Engine::copy_cached`](crate::storage::Engine::copy_cached).
+    /// Implements [`Engine::copy_cached`](crate::storage::Engine::copy_cached).
     #[inline]
     pub(in crate::storage) fn copy(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
         let (index, within) = file_map::locate(found.offset);
         let is_at = |region: &MapRegion| region.maps_at(within, found.from);
         if !self.map_cache.get(found.slot, index).is_some_and(is_at) {
-            // Not cached; or the range was found by another engine, or in another file.
+            // The region is not cached, or the range was found by another engine or in another file.
             let file = self.files.get(usize::from(found.slot.0)).and_then(Option::as_ref);
             if !file.and_then(|file| file.file_map().region(index)).is_some_and(|region| is_at(region)) {
                 return false;
@@ -225,7 +225,7 @@ impl PageCacheReader {
         self.backoff_until = Some(Instant::now() + took * BACKOFF_FACTOR);
     }
 
-    /// See [`Engine::query_residency`](crate::storage::Engine::query_residency).
+    /// Implements [`Engine::query_residency`](crate::storage::Engine::query_residency).
     pub(in crate::storage) fn run_queries(&mut self) {
         self.backoff_until = self.backoff_until.filter(|until| Instant::now() < *until);
         for (slot, offset, len) in self.queries.drain(..) {

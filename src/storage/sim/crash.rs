@@ -1,4 +1,4 @@
-//! Which changes survive a crash.
+//! Computes the state of a machine after a crash from the changes that survive.
 
 use std::collections::BTreeMap;
 

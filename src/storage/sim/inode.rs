@@ -57,7 +57,7 @@ pub(super) enum Effect<'a> {
     Len(u64),
 }
 
-/// Which changes a sync makes durable.
+/// The changes that a sync makes durable.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum SyncScope {
     /// All changes.
@@ -142,7 +142,8 @@ impl Contents {
                 if offset >= end {
                     return Vec::new();
                 }
-                // Only sectors that are no holes yet: the range may be much larger than the data in it.
+                // Only sectors that are no holes yet are changed, since the range may be much larger than the data in
+                // it.
                 let present = self.sectors.range(offset / SECTOR..end.div_ceil(SECTOR));
                 present
                     .map(|(&sector, _)| {

@@ -120,7 +120,8 @@ impl SimMachine {
 
     /// Returns the machine after a restart: same clock and numbers, nothing open, no shared memory.
     pub(super) fn after_power_cut(&self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> SimMachine {
-        // Drawn from a copy of the random state: trying an outcome must not change what happens next on this machine.
+        // Drawn from a copy of the random state, so that trying an outcome does not change the later random choices of
+        // this machine.
         let mut next = SimMachine::new(Random::new(self.random.clone().next_u64()));
         (next.inodes, next.names) = (inodes, names);
         (next.order, next.clock, next.next) = (self.order, self.clock, self.next);
@@ -169,7 +170,7 @@ impl SimMachine {
         let n = self.counts.steps;
         if self.stop_at.is_some_and(|at| n >= at) {
             self.dead = true;
-            // A killed process stores nothing: what its destructors store must not reach the shared memory.
+            // A killed process stores nothing more, so stores by its destructors must not reach the shared memory.
             self.shm = self.shm_copy();
             return self.check_alive();
         }
@@ -207,7 +208,7 @@ impl SimMachine {
         self.read_mapped(id, into, offset)
     }
 
-    /// Reads through a mapping, which is no step.
+    /// Reads through a mapping. The read does not count as a step.
     pub(super) fn read_mapped(&mut self, id: InodeId, into: &mut [u8], offset: u64) -> io::Result<()> {
         let inode = self.inode(id);
         if offset.checked_add(into.len() as u64).is_none_or(|end| end > inode.len()) {
@@ -356,7 +357,7 @@ impl SimMachine {
             Action::Punch => self.clear(op.inode, op.offset, op.len, false),
             Action::Zero => self.clear(op.inode, op.offset, op.len, true),
         };
-        // If the machine ended at this step, the operation stays in flight: it may have been stored.
+        // If the machine ended at this step, the operation stays in flight, and its bytes may have been stored.
         self.check_alive()?;
         self.in_flight.remove(&number);
         result

@@ -17,7 +17,8 @@ impl SharedMachine {
         SharedMachine(Arc::new(Mutex::new(machine)))
     }
 
-    /// Locks the machine, even if a test has panicked with the lock: its own message is the one that matters.
+    /// Locks the machine, even if a test has panicked while it held the lock, so that no second panic hides the message
+    /// of the first.
     pub(super) fn lock(&self) -> MutexGuard<'_, SimMachine> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,4 @@
-//! Tests of the simulated host: what tests built on it may rely on.
+//! Tests of the simulated host: the behaviour on which other tests rely.
 #![allow(clippy::cast_possible_truncation)]
 
 use std::ffi::OsStr;

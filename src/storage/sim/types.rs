@@ -11,7 +11,7 @@ pub enum CompletionOrder {
     Pushed,
 }
 
-/// How a step fails.
+/// The way in which a step fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
     /// With EIO. A sync that fails drops the changes that it should have made durable: later syncs succeed without

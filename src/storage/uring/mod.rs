@@ -140,7 +140,7 @@ impl UringEngine {
                     }
                 }
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
-                // No memory for requests, or completions must be reaped first.
+                // The kernel has no memory for requests, or completions must be reaped first.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
                     if self.in_flight > 0 {
                         return Ok(());
@@ -268,7 +268,7 @@ impl Engine for UringEngine {
 
     fn submit(&mut self) -> io::Result<()> {
         if self.queued > 0 {
-            // First the operations that the kernel carries out meanwhile.
+            // The queued operations are submitted first, so that the kernel carries them out during the writes below.
             self.enter(0)?;
         }
         self.write_nowait();
@@ -360,7 +360,7 @@ impl Drop for UringEngine {
         }
         // The kernel destroys a closed ring later, on its own thread. Until then the ring's table holds the files and
         // their locks, and the next process would find them busy. Only the thread that owns the ring can empty the
-        // table; on another one the files are released when the kernel gets to it.
+        // table; if another thread drops the ring, the files are released when the kernel destroys it.
         if let Err(e) = self.ring.submitter().register_files_update(0, &[-1; FILE_SLOTS as usize]) {
             log::debug!("the kernel releases the files of a ring later: {e}");
         }

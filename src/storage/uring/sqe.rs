@@ -62,7 +62,7 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
     let (ring, enabled) = match first {
         Ok(ring) => (ring, false),
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            // Linux 5.19. Older kernels: no flags.
+            // These flags need Linux 5.19. On older kernels the ring is created without flags.
             let mut next = IoUring::builder();
             next.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all().dontfork();
             match next.build(count) {
@@ -78,8 +78,8 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
         other => other?,
     }
     if !enabled {
-        // Limits what a compromised process can do with the ring, since seccomp does not see its operations: no opening
-        // of files or sockets.
+        // Restricts the operations of the ring for the case that the process is compromised, since seccomp does not see
+        // them: no operation may open files or sockets.
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Read::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),

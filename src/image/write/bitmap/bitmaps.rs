@@ -51,7 +51,7 @@ pub struct Bitmaps {
     bits_per_sector: u32,
 }
 
-/// Where a bitmap sector is.
+/// The location of a bitmap sector.
 pub(in crate::image::write) enum Residence<'a> {
     /// In the file only. Contains the number of evictions so far.
     Absent(u32),
@@ -266,7 +266,7 @@ impl Bitmaps {
                     if frame.owner() == Some(index) {
                         return Residence::Resident(frame);
                     }
-                    // Evicted before the lock was taken: the table has another entry by now.
+                    // The bitmap sector was evicted before the lock was taken, so the table has another entry by now.
                 }
             }
         }

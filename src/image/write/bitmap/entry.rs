@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::image::sparse_array::SparseArray;
 
-/// Where a bitmap sector is; encoded in 32 bits.
+/// The location of a bitmap sector, encoded in 32 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum BitmapEntry {
     /// In the file only. Contains the number of evictions so far (30 bits; it wraps around).

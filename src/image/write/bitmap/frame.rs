@@ -38,7 +38,7 @@ pub(crate) struct FrameState {
     pub(crate) dirty: bool,
     /// The running commit has a copy of it, which may not be in the file yet.
     pub(crate) in_commit: bool,
-    /// It was never written to the file, so a mark needs a commit even if no bit changes.
+    /// The bitmap sector was never written to the file, so a mark needs a commit even if no bit changes.
     pub(crate) unwritten: bool,
     /// The BAT entry of its block is not in the file yet.
     pub(crate) unplaced: bool,
@@ -178,8 +178,8 @@ impl LockedFrame<'_> {
 
     /// Sets `count` bits from `bit`. Returns whether any of them was clear.
     pub(crate) fn set_bits(&self, bit: u32, count: u32) -> bool {
-        // Set before the bits, as a concurrent mark that finds them set must not return before they are in the journal.
-        // Cleared when the frame is unlocked.
+        // `owes_commit` is set before the bits, as a concurrent mark that finds the bits set must not return before
+        // they are in the journal. It is cleared when the frame is unlocked.
         self.frame.owes_commit.store(true, Ordering::Relaxed);
         bitmap::set_atomic(self.words(), bit, count)
     }
@@ -245,7 +245,7 @@ mod tests {
         );
         frame.lock().set_bits(1, 1);
         assert!(look.run(0, 8) == (true, 2) && look.is_valid());
-        // The same owner again after a change: the read began before.
+        // The frame has the same owner again, but the read began before the changes of owner, so it is invalid.
         give(8, 0);
         give(7, 1 << 63);
         assert!(!look.is_valid() && frame.read_optimistic(7).unwrap().is_valid());
