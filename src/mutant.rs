@@ -38,15 +38,15 @@ pub enum Mutant {
     EarlyMarks,
     /// A flush joins the running commit instead of the next one.
     JoinRunning,
-    /// A disk counts as clean after open.
+    /// An image counts as synced when it is opened, although a killed process may have left data in the page cache.
     CleanAtOpen,
     /// Marks are not recorded in the live journal.
     NoJournal,
     /// The boot id is ignored, so a journal from before a crash of the machine is replayed.
     IgnoreBootId,
-    /// Bits that are not part of a commit are evicted.
+    /// Dirty bitmap sectors are evicted.
     EvictDirty,
-    /// Bits that are part of a running commit are evicted.
+    /// Bitmap sectors that are part of a running commit are evicted.
     EvictInCommit,
     /// Bits read from a bitmap are used although the bitmap was loaded and evicted meanwhile.
     StaleBits,

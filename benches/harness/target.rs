@@ -9,7 +9,7 @@ pub struct Target {
     pub bound: Bound,
 }
 
-/// The side on which a ratio is good.
+/// The bound of a ratio, and the side of the bound on which the ratio must lie.
 #[derive(Clone, Copy)]
 pub enum Bound {
     AtLeast(f64),

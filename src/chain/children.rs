@@ -72,7 +72,7 @@ pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
         }
     }
     if current.len() < recorded.len() {
-        // Without permission to change it, the attribute stays as it is.
+        // If this process may not change the attribute, its stale lines stay.
         let _ = parent.file().set_attribute(CHILDREN_ATTRIBUTE, encode_children(&current).as_deref());
     }
     let began = env.monotonic_time();

@@ -1,4 +1,5 @@
-//! Tests of `children.rs`: children are found by the attribute and by headers; children of copies are not.
+//! Tests of `children.rs`: children of an image are found by its attribute and by the headers of the files in its
+//! folder; children of a copy of the image do not count.
 
 use super::super::OpenMode;
 use super::super::testing::ChainFolder;

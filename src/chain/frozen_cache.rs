@@ -44,7 +44,7 @@ impl PackedRun {
         self.0 & ((1 << END_BITS) - 1)
     }
 
-    /// The source of sector `skip` of the run.
+    /// Returns the source of the sector that is `skip` sectors after the first one of the run.
     fn source(self, skip: u64) -> Source {
         match (self.0 >> END_BITS) & ZERO_SLOT {
             ZERO_SLOT => Source::Zero,
@@ -103,7 +103,7 @@ fn start_of(runs: &[PackedRun], number: usize) -> u64 {
     if number == 0 { 0 } else { runs[number - 1].end() }
 }
 
-/// The run that holds sector `at` of the cell if all runs have the same length.
+/// Returns the index of the run that contains sector `at` of the cell, provided that all runs have the same length.
 fn guess_run(runs: &[PackedRun], at: u64) -> usize {
     usize::try_from(runs.len() as u64 * at / CELL_SECTORS).expect("below the number of runs")
 }

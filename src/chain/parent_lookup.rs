@@ -28,7 +28,7 @@ pub(super) enum ParentLookup {
     Invalid(File, Error),
     /// A file is at a recorded place, but may not be opened. No image is at fault.
     Refused(Error),
-    /// No parent can be opened, because of this broken rule.
+    /// No parent was found. The defect states the reason.
     NotFound(Defect),
 }
 

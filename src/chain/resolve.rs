@@ -30,7 +30,8 @@ pub struct Load {
     reads: Vec<BitmapRead>,
 }
 
-/// One bitmap sector to read. Only for the top: its bytes once they were read, and how often it was evicted before.
+/// One bitmap sector to read. Only bitmap sectors of the top use `evictions`, the number of evictions before the read,
+/// and `bytes`, the bytes once they were read.
 #[derive(Debug, Clone)]
 struct BitmapRead {
     slot: FileSlot,

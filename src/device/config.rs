@@ -10,14 +10,14 @@ use crate::units::{BlockSize, SECTOR};
 
 /// Size of the configuration space in bytes. Bytes after the last known field read as zero.
 pub const CONFIG_SPACE: u32 = 256;
-/// Most segments of a request. With header and status they fit into a ring of 128, the smallest default of all front-ends. The
-/// size of the ring is not known when the guest reads this.
+/// Maximum number of segments of a request. With header and status they fit into a ring of 128, the smallest default of
+/// all front-ends. The size of the ring is not known when the guest reads this.
 pub const SEG_MAX: u16 = 126;
 /// Limits of `DISCARD` and `WRITE_ZEROES` that are offered to drivers. Ranges of 32 MiB make a trim many requests, between which
 /// other requests of the guest are served.
 pub const ZEROING_LIMITS: SegmentLimits = SegmentLimits { sectors: 1 << 16, segments: 32 };
-/// Most sectors of a range that is accepted: 1 GiB. Earlier versions of the daemon offered this limit, and a guest that was
-/// started with one of them still uses it.
+/// Maximum number of sectors of an accepted range: 1 GiB. Earlier versions of the daemon offered this limit, and a
+/// guest that was started with one of them still uses it.
 pub const MAX_ZEROED_SECTORS: u32 = 1 << 21;
 /// log2 of the sectors in a physical block. Data in the images is aligned to 4 KiB.
 const PHYSICAL_BLOCK_EXP: u8 = 3;

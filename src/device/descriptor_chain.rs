@@ -7,7 +7,7 @@
 use super::guest_memory::{GuestSpan, GuestView};
 use super::spec::{Descriptor, desc};
 
-/// Most entries of an indirect table.
+/// Maximum number of entries of an indirect table.
 pub const MAX_INDIRECT: u16 = 1024;
 /// Entries that an indirect table may have on a ring of any size. A driver reads `seg_max` before it chooses the size of its ring,
 /// and Linux uses tables of `seg_max + 2` entries also on a smaller ring.

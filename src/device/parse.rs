@@ -11,9 +11,9 @@ use crate::disk::{Work, ZeroRange};
 use crate::storage::GuestIovecs;
 use crate::units::{SECTOR, SectorRange};
 
-/// Most bytes of one read or write (V9).
+/// Maximum number of bytes of one read or write (V9).
 pub const MAX_BYTES: u64 = 32 << 20;
-/// Most ranges of a DISCARD or WRITE_ZEROES.
+/// Maximum number of ranges of a DISCARD or WRITE_ZEROES.
 const MAX_SEGMENTS: usize = ZEROING_LIMITS.segments as usize;
 /// Initial capacity of a new [`GuestIovecs`].
 const IOVEC_CAPACITY: usize = 16;

@@ -242,7 +242,7 @@ impl Queue {
         Ok(q.next_avail())
     }
 
-    /// Whether the ring is broken because a page of the guest's memory or of the record is lost.
+    /// Whether the ring is broken because a page of the guest's memory or of the in-flight record is lost.
     pub fn is_memory_lost(&self) -> bool {
         self.virtqueue.as_ref().and_then(Virtqueue::broken) == Some(RingError::MemoryLost)
     }

@@ -199,7 +199,7 @@ pub const CONFIG_WRITEBACK: usize = 32;
 pub struct BlkConfig {
     /// Size of the disk in sectors of 512 bytes.
     pub capacity: u64,
-    /// Most segments of a request, without header and status.
+    /// Maximum number of segments of a request, without header and status.
     pub seg_max: u32,
     /// Size of a logical block in bytes.
     pub blk_size: u32,
@@ -226,9 +226,9 @@ pub struct BlkConfig {
 /// Limits of a request with segments.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SegmentLimits {
-    /// Most sectors of one segment.
+    /// Maximum number of sectors of one segment.
     pub sectors: u32,
-    /// Most segments.
+    /// Maximum number of segments.
     pub segments: u32,
 }
 

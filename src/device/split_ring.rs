@@ -156,26 +156,29 @@ impl SplitRing {
         if head < self.size { Ok(head) } else { Err(RingError::BadHead) }
     }
 
-    /// The entry of the avail ring, `n` after the next.
+    /// Returns the entry of the avail ring that is `n` entries after the next one.
     #[inline]
     fn avail_entry(&self, n: u16) -> u16 {
         let at = ELEMENTS + usize::from((self.next_avail + Wrapping(n)).0 & (self.size - 1)) * AVAIL_ELEMENT;
         self.avail.load(at, Ordering::Relaxed)
     }
 
-    /// Prefetches the first descriptor of the chain `n` after the next. Another processor wrote it, so it is in no cache here.
+    /// Prefetches the first descriptor of the chain that is `n` chains after the next one. Another processor wrote the
+    /// descriptor, so no cache of this processor contains it.
     #[inline]
     pub fn prefetch_descriptor(&self, n: u16) {
         self.table.prefetch(self.descriptor_offset(n));
     }
 
-    /// The address in that descriptor, for a prefetch only: it is not checked, and is read again.
+    /// Returns the buffer address in the descriptor that [`SplitRing::prefetch_descriptor`] prefetches. The address is
+    /// for a prefetch only: it is not checked, and the descriptor is read again later.
     #[inline]
     pub fn header_addr_hint(&self, n: u16) -> u64 {
         Descriptor::decode(self.table.load_raw64(self.descriptor_offset(n)), 0).addr
     }
 
-    /// Offset of that descriptor. An invalid head is reduced to a valid one.
+    /// Returns the offset of the first descriptor of the chain that is `n` chains after the next one. An invalid head
+    /// is reduced to a valid one.
     #[inline]
     fn descriptor_offset(&self, n: u16) -> usize {
         usize::from(self.avail_entry(n) & (self.size - 1)) * desc::LEN
@@ -186,7 +189,7 @@ impl SplitRing {
         self.next_avail = self.next_used + Wrapping(taken);
     }
 
-    /// Moves on to the chain after the next one, which was taken.
+    /// Moves past the next chain, which the caller has taken.
     pub fn advance(&mut self) {
         self.next_avail += 1;
     }

@@ -16,18 +16,19 @@ use crate::disk::{Answer, Outcome, Request, Work};
 use crate::error::{Error, ErrorKind};
 use crate::storage::{GuestIovecs, sigbus};
 
-/// Most chains of one batch (V17).
+/// Maximum number of chains of one batch (V17).
 ///
-/// A batch is half of the available chains, at least 4 and at most this. So the driver processes the first answers while the
-/// device serves the rest of its queue. If a batch were all of the queue, the two would work in turns (figures in
+/// A batch is half of the available chains, at least 4 and at most 16. So the driver processes the first answers while
+/// the device serves the rest of its queue. If a batch were all of the queue, the two would work in turns (figures in
 /// `docs/performance.md`, section 3).
 pub const MAX_BATCH: u16 = 16;
-/// Fewest chains of one batch, if as many are available.
+/// Minimum number of chains of one batch, if so many are available.
 const MIN_BATCH: u16 = 4;
-/// Bytes of reads and writes after which a batch is complete, for the same reason.
+/// Number of bytes of reads and writes after which a batch is complete, for the reason given at [`MAX_BATCH`].
 pub const MAX_BATCH_BYTES: u64 = 512 << 10;
-/// Most bytes of reads and writes in flight for one queue (V15). The bytes are guest memory, so this does not bound memory of the
-/// daemon; it bounds the share of the disk that one queue can occupy. It is larger than any request.
+/// Maximum number of bytes of reads and writes in flight for one queue (V15). The bytes are guest memory, so this does
+/// not bound memory of the daemon; it bounds the share of the disk that one queue can occupy. It is larger than any
+/// request.
 pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
 
 /// Reason for which a batch ended.
@@ -77,7 +78,7 @@ impl Virtqueue {
     /// resubmitted first, and new chains are popped after them.
     ///
     /// # Errors
-    /// - `Io` if a page of the guest's memory or of the record is lost.
+    /// - `Io` if a page of the guest's memory or of the in-flight record is lost.
     /// - Those of [`InFlightRecord::resume`].
     pub fn new(
         view: GuestView,
@@ -110,8 +111,8 @@ impl Virtqueue {
         })
     }
 
-    /// Whether a page of the guest's memory or of the record is lost. As long as no page of any mapping is lost, this takes one
-    /// load and one comparison.
+    /// Returns whether a page of the guest's memory or of the in-flight record is lost. As long as no page of any
+    /// mapping is lost, this takes one load and one comparison.
     #[inline]
     fn is_memory_lost(&mut self) -> bool {
         let losses = sigbus::loss_count();

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::mailbox::{LaneEvent, Mailbox};
 
-/// Most sectors of a piece: 2 MiB, the default block size.
+/// Maximum number of sectors of a piece: 2 MiB, the default block size.
 pub(super) const PUNCH_SECTORS: u64 = 4096;
 
 /// The lock of a disk for punching. One lane holds it at a time; waiting lanes are granted it in the order of their requests.

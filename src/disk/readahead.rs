@@ -51,7 +51,7 @@ pub(super) struct Readahead {
     streams: [ReadStream; STREAMS],
     /// Ends of the last reads outside of streams.
     recent_ends: [u64; RECENT_ENDS],
-    /// Index of the oldest of them.
+    /// Index of the oldest entry of `recent_ends`.
     oldest_end: usize,
     /// Number of reads that continued a stream.
     clock: u64,

@@ -10,7 +10,7 @@ use crate::format::layout::{self, PAGE};
 use crate::format::metadata::MetadataMap;
 use crate::units::{BlockSize, SECTOR};
 
-/// The limits that the entries of a BAT must keep.
+/// The rules for the entries of a BAT: the values against which the entries are checked.
 #[derive(Clone, Debug)]
 pub struct EntryRules<'a> {
     /// The metadata that no block may overlap.
@@ -21,8 +21,8 @@ pub struct EntryRules<'a> {
     pub blocks: u64,
     /// The byte at which the data ends. Blocks that end after it are [`PlacedBlocks::truncated`].
     pub data_end: u64,
-    /// Largest distance in bytes from `data_end` to the end of a block after the end of the disk whose space counts as
-    /// used.
+    /// Distance in bytes. The space of a block after the end of the disk counts as used only if the block ends at most
+    /// this far after `data_end`.
     pub slack: u64,
 }
 

@@ -13,7 +13,7 @@ use crate::format::{Consequence, Defect, DiskType, Platform, Severity};
 use crate::image::{Image, SessionState, next_data};
 use crate::storage::{Access, Env, File, FileSystemSpace, LockHolder, Stat};
 
-/// Most attempts to read an image that changes while it is read.
+/// Maximum number of attempts to read an image that changes while it is read.
 const MAX_ATTEMPTS: usize = 4;
 /// Free space of a file system that is enough, even if it is a small part of the file system.
 const AMPLE_BYTES: u64 = 10 << 30;
@@ -168,7 +168,8 @@ pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Imag
     loop {
         let before = env.open(path, Access::Read)?.stat()?;
         match inspect(env, path, parents) {
-            // If the file was written meanwhile, table and length may not fit together. The image is then read again.
+            // If another process wrote to the file meanwhile, the block table and the length of the file may not match.
+            // The image is then read again.
             Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }

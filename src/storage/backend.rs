@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::types::{Access, AllocationMode, DirectRules, FileSystemSpace, Lock, ModifiedTime, NameStatus, Stat};
 use crate::error::Result;
 
-/// Open file. Clones are cheap and share the open description.
+/// Open file. Clones are cheap and share the open file description.
 ///
 /// All reads and writes are positional: there is no file position. All errors contain the path.
 #[derive(Clone, Debug)]

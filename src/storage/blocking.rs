@@ -148,14 +148,14 @@ pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer
         }
         // SAFETY: the call accesses no memory of this process.
         Action::Sync => unsafe { libc::fdatasync(fd) as isize },
-        // SAFETY: as for `Sync`.
+        // SAFETY: the call accesses no memory of this process.
         Action::Prefetch => match unsafe { libc::posix_fadvise(fd, offset, len, libc::POSIX_FADV_WILLNEED) } {
             0 => 0,
             code => return -code,
         },
         // SAFETY: the call accesses no memory of this process. A length of 0 means up to the end of the file.
         Action::StartWriteback => unsafe { libc::sync_file_range(fd, 0, 0, libc::SYNC_FILE_RANGE_WRITE) as isize },
-        // SAFETY: as for `Sync`.
+        // SAFETY: the call accesses no memory of this process.
         action => unsafe { libc::fallocate(fd, transfer::fallocate_mode(action), offset, len) as isize },
     };
     result_code(returned)

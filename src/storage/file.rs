@@ -184,8 +184,8 @@ impl File {
         self.0.start_writeback(offset, len)
     }
 
-    /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open description. Waits up to 30
-    /// s, but only for the I/O of processes that have ended.
+    /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open file description. Waits up
+    /// to 30 s, but only for the I/O of processes that have ended.
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock; the message contains the holder if it can be found

@@ -61,7 +61,8 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `deref`, and `&mut self` excludes all other access.
+        // SAFETY: `start` points to an allocation of `len` bytes, initialised by `alloc_zeroed`, which lives as long as
+        // self. `&mut self` excludes all other access.
         unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
@@ -106,8 +107,7 @@ impl GuestIovecs {
         iovecs
     }
 
-    /// Neither runs nor owner yet ([`GuestIovecs::reset`] gives one); room for `runs` runs without a further
-    /// allocation.
+    /// Creates an empty list without an owner, with capacity for `runs` runs. [`GuestIovecs::reset`] sets the owner.
     pub fn with_capacity(runs: usize) -> GuestIovecs {
         GuestIovecs(Box::new(IovecList { runs: Vec::with_capacity(runs), len: 0, owner: None }))
     }
@@ -209,7 +209,9 @@ impl GuestIovecs {
     /// Copies `from` over the bytes from `at` on.
     pub fn copy_from(&self, at: usize, from: &[u8]) {
         self.for_each_run(at, from.len(), |done, start, n| {
-            // SAFETY: as in `zero`. The source is borrowed memory of this process, so it does not overlap guest memory.
+            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and writable. No
+            // reference to them exists, so they do not overlap `from`, which is borrowed. The slice of `from` has `n`
+            // bytes.
             unsafe { std::ptr::copy_nonoverlapping(from[done..done + n].as_ptr(), start, n) }
         });
     }
@@ -218,7 +220,9 @@ impl GuestIovecs {
     pub fn copy_to(&self, at: usize, to: &mut [u8]) {
         let len = to.len();
         self.for_each_run(at, len, |done, start, n| {
-            // SAFETY: as in `copy_from`, with source and destination exchanged.
+            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and readable. No
+            // reference to them exists, so they do not overlap `to`, which is borrowed exclusively. The slice of `to`
+            // has `n` bytes.
             unsafe { std::ptr::copy_nonoverlapping(start, to[done..done + n].as_mut_ptr(), n) }
         });
     }

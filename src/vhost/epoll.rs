@@ -9,7 +9,7 @@ use std::time::Duration;
 pub(super) enum WakeSource {
     /// Another thread of the daemon, or the kernel.
     Internal,
-    /// The guest's kick.
+    /// The kick eventfd of the queue.
     Kick,
 }
 

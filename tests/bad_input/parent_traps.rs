@@ -45,7 +45,8 @@ struct Trap {
     reads: bool,
 }
 
-/// The folders of a trap: the child's, and next to it one with `secret.vhd`, which has the recorded parent id.
+/// The folders of a trap: the folder of the child, which is allowed, and a folder next to it, which is not allowed. The
+/// second one contains `secret.vhd`, an image with the UUID that the child records for its parent.
 struct TrapFolders {
     inside: PathBuf,
     outside: PathBuf,

@@ -32,7 +32,7 @@ pub(crate) struct Options {
     pub(crate) queues: usize,
     /// Descriptors per queue.
     pub(crate) queue_size: u16,
-    /// Maximum of requests in flight, over all queues.
+    /// Maximum number of requests in flight, over all queues.
     pub(crate) depth: usize,
 }
 

@@ -27,7 +27,7 @@ use zerocopy::IntoBytes;
 
 /// Largest data of a request in bytes.
 pub const MAX_DATA: usize = 64 << 10;
-/// Maximum of requests in flight in a queue.
+/// Maximum number of requests in flight in a queue.
 pub const DEPTH: usize = 24;
 /// Descriptors in a ring.
 const QUEUE_SIZE: u16 = 128;

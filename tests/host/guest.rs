@@ -9,7 +9,7 @@ use crate::common::rng::Rng;
 
 pub(crate) const SECTOR: usize = 512;
 
-/// Maximum of requests in flight.
+/// Maximum number of requests in flight.
 const DEPTH: usize = 8;
 /// Sectors of the largest request.
 const MAX_SECTORS: u64 = 256;

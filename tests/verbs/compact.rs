@@ -96,7 +96,8 @@ fn the_disk_stays_at_every_moment() {
     }
 }
 
-/// Compacts an image twice. Returns the result of the first run, and the length of the file before and after.
+/// Compacts an image twice; the second run must free nothing. Returns the result of the first run, and the length of
+/// the file before the first and after the second run.
 fn lengths(setup: &dyn Fn(&Fixture<'_>)) -> (Compacted, usize, usize) {
     let host = SimHost::new(1);
     let fixture = Fixture::new(&host, Path::new(FOLDER));

@@ -53,7 +53,8 @@ fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -
     (outcome, exchanges.into_inner())
 }
 
-/// Makes a folder `vm` with `c.vhd` on `p.vhd` in each of two folders, with the same names and UUIDs but other data.
+/// Makes a folder `vm` in each of two folders, with the image `p.vhd` and its child `c.vhd`. Names and UUIDs are the
+/// same in both, but the data differs.
 fn two_copies(root: &Path, folders: [&str; 2]) {
     let [one, other] = folders.map(|folder| root.join(folder).join("vm"));
     fs::create_dir_all(&one).expect("a folder");

@@ -15,7 +15,7 @@ use crate::common::temp::is_temporary;
 use crate::fixture::{Fill, Fixture, overwrite};
 use crate::sweep::FOLDER;
 
-/// Maximum of images in a sequence.
+/// Maximum number of images in a sequence.
 const IMAGES: usize = 7;
 /// Defects that are expected here: sizes of parents and children may differ.
 const ALLOWED: [&str; 1] = ["parent-size"];

@@ -358,7 +358,8 @@ fn the_tool_reports_a_file_size_limit() {
     }
 }
 
-/// The number of descriptors that a start reserves suffices for the load and is not much larger than needed.
+/// The number of file descriptors that the daemon reserves at its start suffices for the load, and is not much larger
+/// than needed.
 #[test]
 fn the_start_reserves_the_right_number_of_descriptors() {
     let fixture = StartFixture::new();

@@ -40,8 +40,8 @@ pub(crate) const ALL: [Action; 10] = [
     Action::FailSync,
 ];
 
-/// Runs the workloads of `len` actions out of the first `kinds`, of these every `of`-th from number `share` on. Returns how many
-/// were run.
+/// Runs workloads of `len` actions that use only the first `kinds` kinds of actions. The workloads are numbered; every
+/// `of`-th one runs, beginning with number `share`. Returns how many ran.
 pub(crate) fn run_all(
     layout: &Layout,
     len: u32,

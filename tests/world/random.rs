@@ -16,7 +16,7 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, checks: CheckOptions, checker: 
     let layout = &layouts[random.index(layouts.len())];
     let lanes = 1 + random.index(2);
     let mut world = World::new(layout, random.next_u64(), lanes, checks, checker);
-    // Three runs of four have too little memory for the bitmaps.
+    // In three of four runs the cache is too small for all bitmaps.
     let granules = [None, Some(0), Some(1), Some(4)][(seed / 2 % 4) as usize];
     if let Some(granules) = granules {
         world.limit_bitmap_cache(granules);

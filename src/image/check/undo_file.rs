@@ -40,7 +40,7 @@ const CHUNK: usize = 64 << 10;
 pub(super) struct UndoHeader {
     /// Length of the image before the repair.
     pub(super) len: u64,
-    /// Offset in the undo file at which the pieces from before the repair end.
+    /// Offset in the undo file after the pieces that contain the image's bytes from before the repair.
     pub(super) before: u64,
     pub(super) uuid: uuid::Uuid,
     pub(super) state: UndoState,
@@ -48,7 +48,7 @@ pub(super) struct UndoHeader {
     pub(super) len_after: u64,
     /// Checksum of the block table after the repair.
     pub(super) table_sum: u64,
-    /// Offset in the undo file at which the pieces from after the repair end.
+    /// Offset in the undo file after the pieces that contain the image's bytes from after the repair.
     pub(super) after: u64,
 }
 

@@ -19,7 +19,7 @@ use crate::units::{BlockSize, SECTOR};
 const BATCH: u64 = 64 << 20;
 /// Bytes per read and write of a copy.
 const CHUNK: usize = 1 << 20;
-/// One of this many page-aligned blocks that a gap can take may be left out so that the others get a larger alignment.
+/// Of this many page-aligned blocks that fit into a gap, one may be left out so that the others get a larger alignment.
 const MISALIGNED_SHARE: u64 = 32;
 
 /// The move of a block to a lower file sector.

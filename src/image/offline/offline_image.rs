@@ -20,7 +20,7 @@ use crate::image::write::recover::recover;
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
 
-/// An exclusively locked image, recovered as for writing.
+/// An image that is locked exclusively, after the recovery that an open for writing makes.
 pub struct Offline {
     file: File,
     footer: Footer,

@@ -18,7 +18,7 @@ const MAX_STEP_BYTES: u64 = 1 << 30;
 const FIRST_RESERVED_BLOCKS: u64 = 8;
 /// Largest reservation of bitmaps in one step, in bytes.
 const MAX_RESERVED_BYTES: u64 = 8 << 20;
-/// Length of a run of neighbours from which on the guest is taken to write in sequence.
+/// Minimum length of a run of neighbouring blocks that counts as sequential writing.
 const SEQUENTIAL_BLOCKS: u32 = 8;
 /// Number of the last blocks of a run whose bitmaps are not examined: their writes may be in flight.
 const IN_FLIGHT_BLOCKS: u32 = 4;

@@ -187,7 +187,8 @@ fn the_free_tail_of_a_killed_process_is_reserved_again() {
 
 #[test]
 fn a_failed_step_on_a_copy_on_write_file_system_continues_when_there_is_space() {
-    // Overwriting the old end takes a page that was not reserved.
+    // On a copy-on-write file system, overwriting the footer at the old end of the file takes a page that was not
+    // reserved.
     let plan = |room| FaultPlan { capacity: room, copy_on_write: true, ..FaultPlan::default() };
     let host = host_with(child(), 128 * 400);
     host.set_faults(plan(None));

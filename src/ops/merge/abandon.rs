@@ -90,8 +90,8 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     }
 }
 
-/// Opens the ancestor under an exclusive lock, which no running merge holds. Returns `None` if the ancestor is gone or
-/// another image has its name.
+/// Opens the ancestor and locks it exclusively. Fails with `Busy` while a merge runs, since the merge holds a lock on
+/// the ancestor. Returns `None` if the ancestor is gone or another image has its name.
 fn lock_receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
     let Some(file) = none_if_not_found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;

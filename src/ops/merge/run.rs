@@ -23,7 +23,7 @@ use crate::units::SECTOR;
 /// Bytes written between two saves of the progress, or a quarter of the disk if that is less.
 const CHECKPOINT_BYTES: u64 = 512 << 20;
 
-/// Work of one call. An earlier, interrupted call may have done the rest of the merge.
+/// The changes that one call of `merge` made. An earlier, interrupted call may have made the others.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Merged {
     /// The ancestor that received the data.

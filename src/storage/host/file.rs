@@ -22,11 +22,11 @@ use crate::units::SECTOR;
 /// Maximum time to wait for the I/O of a process that has ended.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Open regular file or block device. Engines and [`File`] handles share it, and with it the open description and its
-/// locks.
+/// Open regular file or block device. Engines and [`File`] handles share it, and with it the open file description and
+/// its locks.
 #[derive(Debug)]
 pub(in crate::storage) struct HostFile {
-    // Dropped before the descriptor: a mapping keeps the description open, and with it the locks.
+    // Dropped before the descriptor: a mapping keeps a reference to the open file description, and so keeps the locks.
     file_map: FileMap,
     fd: OwnedFd,
     path: PathBuf,
@@ -258,7 +258,7 @@ impl FileBackend for HostFile {
     }
 
     /// Waits at the fence: I/O of a killed process can still reach the file after the process is gone. Its locks last
-    /// until then, because its rings hold the locked descriptions.
+    /// until then, because its rings hold the locked open file descriptions.
     fn lock(&self, wanted: Lock) -> Result<()> {
         if wanted == Lock::Exclusive && self.access == Access::Read {
             let what = "an exclusive lock needs a file opened for writing";

@@ -1,8 +1,8 @@
-//! Locks on open descriptions: one byte for diffdisk, and the bytes that QEMU uses.
+//! Locks on open file descriptions (F_OFD_SETLK): one byte for diffdisk, and the bytes that QEMU uses.
 //!
 //! QEMU (`block/file-posix.c`) takes *read* locks only: byte 100+p means "this process uses permission p", byte 200+p
 //! means "this process does not share p" (0 consistent read, 1 write, 3 resize). After locking its bytes, a process
-//! checks that no other description holds the opposite byte of any of them.
+//! checks that no other open file description holds the opposite byte of any of them.
 #![allow(unsafe_code)]
 
 use std::fs;
@@ -43,7 +43,7 @@ fn own_lock_type(lock: Option<Lock>) -> i32 {
     }
 }
 
-/// Returns the byte that conflicts with `byte` if another description holds it.
+/// Returns the byte that conflicts with `byte` if another open file description holds it.
 fn conflicting_byte(byte: i64) -> i64 {
     if byte >= 200 { byte - 100 } else { byte + 100 }
 }
@@ -59,15 +59,16 @@ fn describe_byte(byte: i64) -> &'static str {
     }
 }
 
-/// Returns whether a live process holds a lock on one of the bytes, by another description than `fd`. If not, the lock
-/// belongs to a process that has ended or is being killed, and ends with the last I/O of that process.
+/// Returns whether a live process holds a lock on one of the bytes, by another open file description than that of `fd`.
+/// If not, the lock belongs to a process that has ended or is being killed, and ends with the last I/O of that process.
 pub(super) fn is_held_by_live_process(fd: BorrowedFd<'_>, id: FileId) -> bool {
     let theirs = |d: &LockDescriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
     descriptors_with_lock(|line| IN_USE_BYTES.iter().any(|&byte| lock_line_covers(line, id.ino, byte)))
         .any(|d| theirs(&d) && d.refers_to(id) && !is_dying(d.pid))
 }
 
-/// Changes the description's lock from `held` to `wanted`. After an error the description still holds `held`.
+/// Changes the open file description's lock from `held` to `wanted`. After an error the open file description still
+/// holds `held`.
 pub(super) fn change(fd: BorrowedFd<'_>, id: FileId, held: Option<Lock>, wanted: Lock) -> Result<()> {
     let (old, new) = (bytes_of(held), bytes_of(Some(wanted)));
     let taken = acquire(fd, id, new, wanted);
@@ -141,7 +142,7 @@ fn set(fd: BorrowedFd<'_>, kind: i32, byte: i64) -> io::Result<()> {
     Ok(())
 }
 
-/// Returns whether another description than `fd` holds a lock of diffdisk or QEMU on the file.
+/// Returns whether another open file description than that of `fd` holds a lock of diffdisk or QEMU on the file.
 pub(super) fn is_locked(fd: BorrowedFd<'_>) -> Result<bool> {
     for byte in IN_USE_BYTES {
         if other_lock(fd, byte).map_err(failed)?.is_some() {
@@ -151,7 +152,8 @@ pub(super) fn is_locked(fd: BorrowedFd<'_>) -> Result<bool> {
     Ok(false)
 }
 
-/// Returns the process id of a lock that another description holds on a byte: -1 if the kernel does not report it.
+/// Returns the process id of a lock that another open file description holds on a byte: -1 if the kernel does not
+/// report it.
 fn other_lock(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
     let mut l = range(libc::F_WRLCK, byte);
     // SAFETY: the descriptor is open as long as `fd`, and F_OFD_GETLK reads and writes one flock at the pointer.
@@ -162,8 +164,8 @@ fn other_lock(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
 }
 
 /// Returns a process that has a descriptor with a lock on the byte, if `/proc` shows it. Prefers another process over
-/// this one, since the description of the caller may hold the byte itself. A lock belongs to a description and not to a
-/// process, so the kernel reports no process id.
+/// this one, since the open file description of the caller may hold the byte itself. A lock belongs to an open file
+/// description and not to a process, so the kernel reports no process id.
 fn holder_pid(id: FileId, byte: i64) -> Option<u32> {
     let mut own = None;
     for d in descriptors_with_lock(|line| lock_line_covers(line, id.ino, byte)).filter(|d| d.refers_to(id)) {
@@ -175,7 +177,7 @@ fn holder_pid(id: FileId, byte: i64) -> Option<u32> {
     own
 }
 
-/// Descriptor of a process whose description holds a lock.
+/// Descriptor of a process whose open file description holds a lock.
 pub(super) struct LockDescriptor {
     pub(super) pid: u32,
     number: i32,

@@ -1,7 +1,8 @@
 //! Finds the processes that hold locks on files, by `/proc`.
 //!
-//! A lock belongs to an open description, not to a process. The kernel lists the locks of a description in the fdinfo
-//! of each descriptor that refers to it. One pass over these files finds the holders of any number of files.
+//! A lock belongs to an open file description, not to a process. The kernel lists the locks of an open file description
+//! in the fdinfo of each descriptor that refers to it. One pass over these files finds the holders of any number of
+//! files.
 
 use std::fs;
 use std::os::fd::AsFd;

@@ -15,7 +15,8 @@ fn open(path: &Path, access: Access) -> File {
     Host.open(path, access).unwrap()
 }
 
-/// Serializes the tests of locks: between fork and exec a child process holds all descriptions, with their locks.
+/// Serializes the tests of locks: between fork and exec a child process holds all open file descriptions, with their
+/// locks.
 pub(in crate::storage::host) fn serialize() -> std::sync::MutexGuard<'static, ()> {
     static LOCK: std::sync::Mutex<()> = std::sync::Mutex::new(());
     LOCK.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -57,7 +58,8 @@ fn two_descriptions_exclude_each_other() {
 #[test]
 fn locks_on_the_bytes_of_qemu_are_respected() {
     let _alone = serialize();
-    // Bytes that another description holds as read locks, and whether a shared and an exclusive lock are then possible.
+    // Bytes on which another open file description holds read locks, and whether a shared and an exclusive lock are
+    // then possible.
     let cases: &[(&[i64], bool, bool)] = &[
         (&[100], true, true),
         (&[100, 201], true, false),

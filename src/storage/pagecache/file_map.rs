@@ -192,7 +192,8 @@ impl FileMap {
     }
 }
 
-/// Returns the windows that contain `len` bytes at `within`, up to the end of the region.
+/// Returns the indices of the windows that contain the `len` bytes from offset `within` of a region, up to the end of
+/// the region.
 fn windows(within: usize, len: usize) -> std::ops::Range<usize> {
     within / WINDOW_BYTES..(within + len).div_ceil(WINDOW_BYTES).min(REGION_BYTES / WINDOW_BYTES)
 }

@@ -118,10 +118,11 @@ impl SimMachine {
         }
     }
 
-    /// Returns the machine after a restart: same clock and numbers, nothing open, no shared memory.
+    /// Returns the machine after a restart: it continues the clock and the numbering of this one, has no file open, and
+    /// has no shared memory.
     pub(super) fn after_power_cut(&self, inodes: BTreeMap<InodeId, Inode>, names: Names) -> SimMachine {
-        // Drawn from a copy of the random state, so that trying an outcome does not change the later random choices of
-        // this machine.
+        // The seed is drawn from a copy of the random state, so that trying a crash outcome does not change the later
+        // random choices of this machine.
         let mut next = SimMachine::new(Random::new(self.random.clone().next_u64()));
         (next.inodes, next.names) = (inodes, names);
         (next.order, next.clock, next.next) = (self.order, self.clock, self.next);

@@ -15,7 +15,8 @@ use crate::mutant::{self, Mutant};
 use crate::storage::runtime_folder::RuntimeFolderBackend;
 use crate::storage::shm::Shm;
 
-/// Runtime folder of a [`SimHost`](super::SimHost). Every path is one.
+/// Runtime folder of a [`SimHost`](super::SimHost). Every path of the simulated machine can be opened as a runtime
+/// folder.
 #[derive(Debug)]
 pub(super) struct SimRuntimeFolder {
     shared: SharedMachine,

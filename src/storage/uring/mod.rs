@@ -214,8 +214,8 @@ impl UringEngine {
 
 impl Engine for UringEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        // The ring's table holds the open description itself. So its locks last as long as any operation in flight,
-        // even if this process is killed, and the next process waits for them (`host/file.rs`, the fence).
+        // The ring's table holds the open file description itself. So its locks last as long as any operation in
+        // flight, even if this process is killed, and the next process waits for them (`host/file.rs`, the fence).
         self.update_file(slot, HostFile::of(file)?.as_raw_fd())?;
         self.page_cache.register(slot, file)?;
         self.nowait.register(slot, file)

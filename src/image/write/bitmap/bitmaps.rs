@@ -29,7 +29,8 @@ use crate::units::{BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
 /// Memory for frames, in bytes, beyond which a clean bitmap sector is evicted for another.
 const MAX_FRAME_BYTES: usize = 64 << 20;
-/// Frames without an owner that threads may hold at once.
+/// Number of frames in addition to one per bitmap sector. They are for threads that hold a frame which has no owner
+/// yet.
 const SPARE_FRAMES: usize = 1024;
 
 /// The bitmap of a new block before anything is written to it.
@@ -75,13 +76,13 @@ impl Bitmaps {
         }
     }
 
-    /// Sets the number of frames from which on a new one evicts another, from the next insertion on. There are more only
-    /// while too many bitmap sectors are dirty or pinned.
+    /// Sets the number of frames at which an insertion evicts another bitmap sector. The next insertion uses the new
+    /// number. The cache exceeds it only while too many bitmap sectors are dirty or pinned.
     pub fn set_max_frames(&self, frames: usize) {
         self.pool.set_max_frames(frames);
     }
 
-    /// Number of frames from which on a new one evicts another.
+    /// Returns the number of frames at which an insertion evicts another bitmap sector.
     pub(in crate::image::write) fn max_frames(&self) -> usize {
         self.pool.max_frames()
     }

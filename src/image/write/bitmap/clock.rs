@@ -12,7 +12,7 @@ use super::entry::{BitmapEntry, EntryTable};
 use super::frame::{BitmapFrame, LockedFrame};
 use crate::image::sparse_array::SparseArray;
 
-/// Frames that the hand passes in one allocation, at most.
+/// Maximum number of frames that the hand passes in one allocation.
 const MAX_TRIES: usize = 256;
 
 /// The frames of one image.
@@ -33,7 +33,8 @@ struct Clock {
 }
 
 impl FramePool {
-    /// Creates an empty pool for at most `len` frames, which evicts from `max_frames` on.
+    /// Creates an empty pool for at most `len` frames. An allocation evicts a bitmap sector if `max_frames` frames are
+    /// in use.
     pub(super) fn new(len: usize, max_frames: usize) -> FramePool {
         FramePool {
             frames: SparseArray::new(len, BitmapFrame::new),
@@ -42,7 +43,7 @@ impl FramePool {
         }
     }
 
-    /// Number of frames from which on an allocation evicts.
+    /// Returns the number of frames in use at which an allocation evicts a bitmap sector.
     pub(super) fn max_frames(&self) -> usize {
         self.max_frames.load(Ordering::Relaxed)
     }
@@ -71,7 +72,7 @@ impl FramePool {
         // Lock order: a thread that holds a frame may wait for the clock. So under the clock's lock, frames in use are
         // only tried (`try_lock`), and only frames without an owner are waited for.
         let mut clock = self.clock();
-        // More than one, if the pool has grown beyond its limit.
+        // Several bitmap sectors are evicted if the pool has grown beyond its limit.
         while clock.made as usize - clock.free.len() >= self.max_frames() {
             let Some(number) = self.evict_one(&mut clock, table) else { break };
             clock.free.push(number);
