@@ -12,7 +12,7 @@
 //! | --- | --- | --- | --- |
 //! | nothing copied | its own disk | CHILD's disk | refused |
 //! | partly copied | refused: neither disk | CHILD's disk: CHILD hides every overwritten sector | refused |
-//! | all copied | CHILD's disk; refused below a layer between | CHILD's disk | refused, as is changing CHILD |
+//! | all copied | CHILD's disk; refused as parent of a layer between | CHILD's disk | refused, as is changing CHILD |
 //! | abandoned | refused: neither disk | CHILD's disk | only its size and the allocation of blocks |
 //!
 //! Opening a chain logs one warning for each unfinished merge in it.

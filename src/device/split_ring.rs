@@ -234,7 +234,8 @@ impl SplitRing {
             self.used.store(FLAGS, 0, Ordering::Relaxed);
             self.kicks_enabled = true;
         }
-        // The driver stores avail.idx before it loads avail_event; the device does the reverse, for the same reason as in `publish`.
+        // The driver stores avail.idx before it loads avail_event; the device stores avail_event before it loads
+        // avail.idx, for the reason given in `publish`.
         fence(Ordering::SeqCst);
         self.avail.load(IDX, Ordering::Relaxed) != self.next_avail.0
     }

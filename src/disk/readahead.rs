@@ -1,5 +1,5 @@
-//! Readahead across layers: a guest that reads sequentially meets, at every border between layers, a file in which the
-//! kernel's own readahead has not seen the stream yet.
+//! Readahead across layers: a guest that reads sequentially reaches, at every border between layers, a file in which
+//! the kernel's own readahead has not seen the stream yet.
 //!
 //! A queue tracks the sequential streams among its reads. While reads wait for the disk, the next part of a stream is planned
 //! as any read is (missing bitmaps are loaded), and its extents are prefetched ([`Action::Prefetch`]). A prefetch is a hint: no

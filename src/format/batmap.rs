@@ -1,7 +1,7 @@
 //! XenServer's batmap: one bit for each block, set if the block is whole. It follows the BAT of images made by `tap`.
 //!
-//! Reads here do not need it. But it takes space, its checksum must be right after a resize, and its header contains
-//! whether the data is encrypted (format 5.1, O15).
+//! This crate reads images without it. But it takes space, its checksum must be right after a resize, and its header
+//! records whether the data is encrypted (format 5.1, O15).
 
 use std::ops::Range;
 

@@ -128,8 +128,8 @@ impl LocatorEntry {
     }
 }
 
-/// Decodes the text of a locator to paths in bytes. A URL with escapes gives two: decoded, and as it stands, which is
-/// how libvhd reads it. An opaque platform gives none.
+/// Decodes the text of a locator to paths in bytes. A URL with escapes gives two paths: the decoded one, and the one
+/// with the escapes, which libvhd uses. An opaque platform gives none.
 pub fn decode_texts(platform: Platform, data: &[u8]) -> Vec<Vec<u8>> {
     match platform {
         Platform::W2ru | Platform::W2ku => {

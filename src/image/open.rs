@@ -171,7 +171,7 @@ impl Image {
         &self.chosen.footer
     }
 
-    /// Returns the defects that did not end the open; if there are many, the first of them.
+    /// Returns the defects that did not end the open; if there are many, only the first ones.
     pub fn notes(&self) -> &[Defect] {
         &self.notes
     }

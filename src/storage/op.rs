@@ -91,8 +91,8 @@ impl Op {
 
 /// Completed operation.
 ///
-/// The operation was carried out in full, or failed: engines continue short transfers. A read that meets the end of the
-/// file fails with [`io::ErrorKind::UnexpectedEof`]. After an error the payload of a read has unspecified contents.
+/// The operation was carried out in full, or failed: engines continue short transfers. A read that reaches the end of
+/// the file fails with [`io::ErrorKind::UnexpectedEof`]. After an error the payload of a read has unspecified contents.
 #[derive(Debug)]
 pub struct Completion {
     /// The operation, with its memory.

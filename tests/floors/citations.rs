@@ -117,7 +117,7 @@ fn read(document: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// All Rust files of the crate, its tests and benches, but for this check.
+/// All Rust files of the crate, its tests and benches, except this check.
 fn sources() -> Vec<PathBuf> {
     let (mut found, mut open) = (Vec::new(), ["src", "tests", "benches"].map(|folder| root().join(folder)).to_vec());
     while let Some(folder) = open.pop() {

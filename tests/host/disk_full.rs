@@ -156,7 +156,7 @@ fn scattered_writes(full: &FullFs, in_place: bool) {
     diffdisk(["check", text(&full.image), full.runtime.option()]).ok();
 }
 
-/// Fills the file system but for a little space.
+/// Fills the file system except for a little space.
 fn fill_up(full: &FullFs) {
     let file = File::create(full.mounted.path().join("filler")).expect("a filler");
     let mut at = 0;

@@ -88,7 +88,7 @@ fn data_that_both_chains_share_is_not_read() {
     let fixture = Fixture::new(&host, Path::new(FOLDER));
     branches(&fixture);
     let copied = rebased(&host, &fixture.folder, "b.vhd", false).expect("it works");
-    // The copied sectors are 10..25 but for 12, 40..50 but for 45, 100..110 but for 105..107, 160..170 but for 168.
+    // The copied sectors are 10..25 except 12, 40..50 except 45, 100..110 except 105..107, and 160..170 except 168.
     assert_eq!(copied, (14 + 9 + 8 + 9) * 512);
     let reads = host.counts().reads;
     rebased(&host, &fixture.folder, "b.vhd", false).expect("it is on that parent already");

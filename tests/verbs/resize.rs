@@ -111,7 +111,8 @@ fn fixed_images_grow_and_shrink() {
     }
 }
 
-/// Makes a root in whose file blocks of the end of the disk come first, so that other blocks must move when these are freed.
+/// Makes a root in whose file the blocks at the end of the disk come first. When a smaller size frees these blocks,
+/// other blocks must move.
 fn shrinkable(fixture: &Fixture<'_>) {
     fixture.dynamic("i.vhd", SMALL, 100);
     fixture.write("i.vhd", &[(90, 100, Z)]);

@@ -75,7 +75,7 @@ impl SequenceRun<'_> {
         format!("create {name} ({number}) on {parent:?}")
     }
 
-    /// Writes to an image without children, whose disks would change.
+    /// Writes to an image without children, since a write to a parent would change the disks of its children.
     fn write(&mut self) -> String {
         let parents: Vec<_> = self.images.iter().filter_map(|image| image.parent).collect();
         let Some(of) = self.pick(|n, _| !parents.contains(&n)) else { return "-".into() };

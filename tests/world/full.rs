@@ -1,5 +1,5 @@
-//! R9: the file system is full in every phase. The same script runs with no free page, with one, with two, and so on, until no
-//! operation meets the limit.
+//! R9: the file system is full in every phase. The same script runs with no free page, with one, with two, and so on,
+//! until the limit affects no operation.
 
 use diffdisk::disk::{Allocation, WhenFull};
 use diffdisk::storage::sim::{FaultPlan, Random};

@@ -30,7 +30,7 @@ pub(super) type OnPosition<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// The program that placed the blocks of an image, as far as its metadata identifies it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum PlacementWriter {
-    /// Diffdisk: data is always page-aligned, mostly to more than a page.
+    /// Diffdisk: data is always aligned to a page, and mostly to more than a page.
     Diffdisk,
     /// XenServer, with the same alignment. Other programs may have added blocks without changing the creator.
     XenServer,

@@ -120,7 +120,7 @@ fn a_sparse_step_reserves_the_pages_that_commits_write() {
     assert!(after.len > before.len + 8 * (64 << 10));
     // The first bitmap shares a page with the BAT, and the footer is in the page after the eighth block.
     assert_eq!(after.allocated - before.allocated, 8 * 4096, "eight bitmaps and the footer");
-    // Now the file system is full: there is no space for data, but for all that a commit writes.
+    // Now the file system is full: there is no space for data, but there is space for everything that a commit writes.
     host.set_faults(FaultPlan { capacity: Some(after.allocated), ..FaultPlan::default() });
     image.reserve(0).unwrap(); // its data begins in the page of the old footer
     for block in 1..8 {

@@ -34,7 +34,7 @@ use crate::image::session_state::journal_name;
 use crate::mutant::{self, Mutant};
 use crate::storage::{FileId, RuntimeFolder, Shm};
 
-/// Number of used slots from which on a commit is due.
+/// Number of used slots at which a commit becomes due.
 const DUE_SLOTS: usize = JOURNAL_SLOTS as usize * 3 / 4;
 
 /// The journal of an image that is open for writing.

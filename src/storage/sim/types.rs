@@ -19,8 +19,8 @@ pub enum Fault {
     Io,
     /// With ENOSPC.
     NoSpace,
-    /// A write stores half of its sectors and fails with EIO. A read meets the end of the file. Any other step fails
-    /// with EIO.
+    /// A write stores half of its sectors and fails with EIO. A read fails as at the end of the file. Any other step
+    /// fails with EIO.
     Short,
 }
 

@@ -173,8 +173,8 @@ impl Bitmaps {
 
     /// Inserts and pins a bitmap sector as it was read from the file. `evictions` is its number from before the read.
     ///
-    /// If the bitmap sector is in memory by now, memory stays as it is and is pinned. If it was inserted and evicted since,
-    /// `sector` is out of date and is ignored. Returns whether the bitmap sector is pinned.
+    /// If the bitmap sector is in memory by now, its bits in memory do not change, and it is pinned. If it was inserted
+    /// and evicted since, `sector` is out of date and is ignored. Returns whether the bitmap sector is pinned.
     pub(in crate::image::write) fn insert(&self, index: usize, evictions: u32, sector: &[u8]) -> bool {
         let mut words = [0; SECTOR_BYTES / 8];
         bitmap::decode(sector, &mut words);
