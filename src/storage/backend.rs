@@ -22,8 +22,8 @@ pub struct File(pub(super) Arc<dyn FileBackend>);
 /// Open folder. Clones are cheap and share the descriptor.
 ///
 /// Names are looked up, created, changed and removed in the folder that was opened, even if its path has changed since.
-/// A path is resolved again by every call that takes one: between two calls another process can replace a folder on the
-/// path, and the second call then acts on another folder. An open folder does not change.
+/// A call that takes a path resolves the path again: another process can replace a folder on the path between two such
+/// calls, so that the calls act on different folders. An open folder rules this out.
 ///
 /// A name is a single path component. No call follows a symbolic link. All errors contain the path, which begins with
 /// [`Folder::path`]. A created, renamed, linked or removed name is certain to survive a crash only after
@@ -31,7 +31,7 @@ pub struct File(pub(super) Arc<dyn FileBackend>);
 #[derive(Clone, Debug)]
 pub struct Folder(pub(super) Arc<dyn FolderBackend>);
 
-/// Implementation of [`File`]; the methods of the same names there state the contract.
+/// Implementation of [`File`], whose methods of the same names document the contract.
 pub(super) trait FileBackend: Any + Debug + Send + Sync {
     fn path(&self) -> &Path;
     fn folder(&self) -> &Folder;
@@ -60,8 +60,8 @@ pub(super) trait FileBackend: Any + Debug + Send + Sync {
     fn set_direct(&self) -> Result<Option<DirectRules>>;
 }
 
-/// Implementation of [`Folder`]; the methods of the same names there state the contract. Names are valid: `Folder` has
-/// checked them.
+/// Implementation of [`Folder`], whose methods of the same names document the contract and check that the names are
+/// valid.
 pub(super) trait FolderBackend: Any + Debug + Send + Sync {
     fn path(&self) -> &Path;
     fn path_to(&self, name: &Path) -> PathBuf;

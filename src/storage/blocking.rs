@@ -21,8 +21,9 @@ pub struct BlockingEngine {
     calls: u64,
 }
 
-// SAFETY: the fields that are not Send by themselves are the pointers in `transfer`. They are valid and used only
-// within `execute`, which sets them for the operation that it borrows, and runs on one thread.
+// SAFETY: the only fields that are not Send are the iovecs in `transfer`. `Transfer::next_buffers` clears the list and
+// fills it from the operation that `execute` borrows, and only the system calls of the same `execute` use the iovecs.
+// So no iovec is used after the engine has moved to another thread.
 unsafe impl Send for BlockingEngine {}
 
 impl BlockingEngine {
@@ -111,22 +112,23 @@ fn execute(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer, calls: &mut
     }
 }
 
-/// Makes the next call of an operation. `flags` are the RWF flags of a read or write. Returns the result, or the
+/// Makes the next system call of an operation. `flags` are the RWF flags of a read or write. Returns the result, or the
 /// negated error code.
 pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer, flags: i32) -> i32 {
     let fd = fd.as_raw_fd();
     let (Ok(offset), Ok(len)) = (i64::try_from(transfer.offset(op)), i64::try_from(op.len)) else {
-        // The kernel's error for negative offsets.
+        // As signed values, the offset and length would be negative: the kernel's error for that is EINVAL.
         return -libc::EINVAL;
     };
     let returned = match op.action {
         Action::Read | Action::Write | Action::WriteThrough => {
             let (one, runs, count);
             match transfer.next_buffers(&mut op.payload) {
-                // The usual case. The kernel does not have to copy an array of iovecs.
+                // The usual case. Unlike pwritev2, pwrite passes no array of iovecs that the kernel has to copy.
                 IoBuffers::Single(start, len) if op.action == Action::Write && flags == 0 => {
-                    // SAFETY: the buffer is memory of the payload, which `op` keeps alive, and to which no reference
-                    // exists during the call.
+                    // SAFETY: `next_buffers` returned a part of the payload, which `op` keeps alive. No reference to
+                    // its bytes exists during the call: `op` is borrowed exclusively, and guest memory is accessed only
+                    // by raw pointers.
                     return result_code(unsafe { libc::pwrite(fd, start.cast_const().cast(), len as usize, offset) });
                 }
                 IoBuffers::Single(start, len) => {
@@ -135,9 +137,9 @@ pub(super) fn call_once(fd: BorrowedFd<'_>, op: &mut Op, transfer: &mut Transfer
                 }
                 IoBuffers::Vectored(start, n) => (runs, count) = (start, n.cast_signed()),
             }
-            // SAFETY: the buffers are memory of the payload, which `op` keeps alive, and to which no reference exists
-            // during the call. The array of iovecs is in the payload, in `transfer` or on this stack, all of which
-            // outlive the call.
+            // SAFETY: `next_buffers` returned parts of the payload, which `op` keeps alive. No reference to their bytes
+            // exists during the call: `op` is borrowed exclusively, and guest memory is accessed only by raw pointers.
+            // The array of iovecs is in the payload, in `transfer` or on this stack, all of which outlive the call.
             unsafe {
                 match op.action {
                     Action::Read => libc::preadv2(fd, runs, count, offset, flags),

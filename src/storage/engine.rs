@@ -13,9 +13,9 @@ use super::payload::GuestIovecs;
 /// An implementation guarantees:
 ///
 /// - `push` makes no system call.
-/// - Completions arrive in any order. Each operation completes exactly once, either whole or with an error.
-/// - The memory of an operation is not freed before its completion is reaped, not even if the engine is dropped. Drop
-///   waits for operations in flight; if it cannot wait, it leaks their memory.
+/// - Completions arrive in any order. Each operation completes exactly once, either in full or with an error.
+/// - The memory of an operation is not freed while the kernel may access it. If the engine is dropped, it waits for the
+///   operations in flight; if it cannot wait, it leaks their memory.
 ///
 /// The caller guarantees:
 ///
@@ -36,16 +36,16 @@ pub trait Engine: Send {
     /// If the slot number is too large, or the kernel refuses.
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()>;
 
-    /// Finds `len` bytes at `offset` of a file in the page cache. Returns `None` if not all of them are known to be
-    /// resident; then a read operation is needed. Makes no system call.
+    /// Finds `len` bytes at `offset` of a file in the page cache. Returns `None` if some of these bytes are not known
+    /// to be resident: the caller then needs a read operation. Makes no system call.
     fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         let _ = (slot, offset, len);
         None
     }
 
-    /// Copies a range from [`Engine::find_cached`] to `into`, from byte `at` on. The file must still be registered in
-    /// the same slot. Returns false if only a part was copied: the caller then repeats the read as an operation, which
-    /// reports the error if there is one.
+    /// Copies a range that [`Engine::find_cached`] returned to `into`, beginning at byte `at` of `into`. The file must
+    /// still be registered in the same slot. Returns false if the copy may be incomplete: the caller then repeats the
+    /// read as an operation, which reports any error.
     fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
         let _ = (found, into, at);
         false
@@ -55,7 +55,7 @@ pub trait Engine: Send {
     fn end_copy_batch(&mut self) {}
 
     /// Queries the kernel for the page cache residency of ranges that recent `find_cached` calls missed. Makes system
-    /// calls, so it is called after all pending answers have been given.
+    /// calls, so callers first pass on all pending completions.
     fn query_residency(&mut self) {}
 
     /// Returns the number of copies made so far (for statistics and tests).
@@ -72,7 +72,7 @@ pub trait Engine: Send {
     /// Submits all pushed operations, in one system call if the kernel allows it.
     ///
     /// # Errors
-    /// If the kernel accepts no more operations. The engine cannot be used any more.
+    /// If the kernel refuses the operations. The engine cannot be used after an error.
     fn submit(&mut self) -> io::Result<()>;
 
     /// Appends available completions to `out`. Never waits.
@@ -86,7 +86,8 @@ pub trait Engine: Send {
     fn wait(&mut self) -> io::Result<()>;
 
     /// Returns a descriptor that is readable (level-triggered) while completions may be available. `None` means that
-    /// completions are available as soon as `submit` returns.
+    /// there is no such descriptor: the caller calls `reap` after `submit`, and `wait` while operations are
+    /// outstanding.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Returns the number of operations that were pushed and not yet reaped.

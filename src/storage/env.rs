@@ -1,7 +1,7 @@
 //! The environment: opens files and folders, reads the clock, creates engines.
 //!
-//! Two implementations: [`Host`](super::host::Host), and (feature `sim`) a simulated host whose every crash, fault and
-//! reordering is drawn from one seed.
+//! The two implementations are [`Host`](super::host::Host) and, with the feature `sim`, a simulated host for crash
+//! tests, whose runs are reproducible from a seed.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,12 +14,14 @@ use super::runtime_folder::RuntimeFolder;
 use super::types::{Access, EngineKind, FilePresence, LockHolder, Origin};
 use crate::error::Result;
 
-/// Everything outside the process. Every source of non-determinism is a method of this trait.
+/// Interface to everything outside the process: files, clocks, random numbers, engines. A simulated host makes all of
+/// them deterministic.
 ///
-/// Paths are those of an operator: symbolic links are followed. An operation that takes more than one step, or uses a
-/// path that an image contains, goes through an open [`Folder`].
+/// Paths come from an operator, so symbolic links are followed. Code that makes more than one call on a folder, or uses
+/// a path that an image contains, uses an open [`Folder`].
 pub trait Env: Send + Sync {
-    /// Opens a regular file. [`File::folder`] returns the folder in the path. Opening never blocks and reads nothing.
+    /// Opens a regular file. [`File::folder`] returns the folder part of the path. Opening never blocks, and reads no
+    /// data.
     ///
     /// # Errors
     /// - `NotFound`, also for a symbolic link to nothing
@@ -43,12 +45,12 @@ pub trait Env: Send + Sync {
     ///
     /// # Errors
     /// - `Busy` for a device that is mounted or otherwise in use
-    /// - those of [`Env::open`]
+    /// - those of [`Env::open`], except that a block device is accepted
     fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
         self.open(path, access)
     }
 
-    /// Returns the lock holder of each file. A file whose locks cannot be queried counts as unlocked.
+    /// Returns the lock holder of each file; `None` if the file is not locked, or its locks cannot be queried.
     fn lock_holders(&self, files: &[&File]) -> Vec<Option<LockHolder>> {
         vec![None; files.len()]
     }
@@ -67,15 +69,15 @@ pub trait Env: Send + Sync {
     /// - `Io`
     fn canonical(&self, path: &Path) -> Result<PathBuf>;
 
-    /// Returns whether anything exists at `path`.
+    /// Returns whether the name exists, even if it is a symbolic link to nothing.
     fn exists(&self, path: &Path) -> bool;
 
     /// Opens the runtime folder, which contains the live journals.
     ///
     /// # Errors
     /// - `NotFound`
-    /// - `Refused` if it belongs to another user, or other users may write to it
-    /// - `Unsupported` if it is not on a file system in memory
+    /// - `Refused` if it is a symbolic link or not a folder, belongs to another user, or may be written by other users
+    /// - `Unsupported` if it is not on tmpfs or ramfs
     /// - `Io`
     fn runtime_folder(&self, folder: &Path) -> Result<RuntimeFolder>;
 
@@ -88,7 +90,7 @@ pub trait Env: Send + Sync {
     /// Returns the time in Unix seconds.
     fn now(&self) -> i64;
 
-    /// Returns the time since some fixed moment. It never decreases.
+    /// Returns the time since an arbitrary fixed moment. The time never decreases.
     fn monotonic_time(&self) -> Duration;
 
     /// Returns a new random UUID.
@@ -97,6 +99,6 @@ pub trait Env: Send + Sync {
     /// Creates an engine for one thread with at most `depth` outstanding operations.
     ///
     /// # Errors
-    /// `Io`, or `Unsupported`, if the kernel refuses io_uring and `kind` requires it.
+    /// `Io` or `Unsupported` if `kind` is [`EngineKind::Uring`] and the kernel refuses io_uring.
     fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>>;
 }

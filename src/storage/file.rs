@@ -13,7 +13,7 @@ impl File {
         self.0.path()
     }
 
-    /// Returns the folder in which the file was found or created. It stays open as long as the file.
+    /// Returns the folder in which the file was found or created. The folder stays open as long as the file.
     pub fn folder(&self) -> Folder {
         self.0.folder().clone()
     }
@@ -77,7 +77,8 @@ impl File {
         self.0.sync_all()
     }
 
-    /// Sets the modification time (futimens). A later write changes it again. Durable after [`File::sync_all`].
+    /// Sets the modification time (futimens). A later write changes the time again. The time is durable after
+    /// [`File::sync_all`].
     ///
     /// # Errors
     /// `Io`.
@@ -94,7 +95,7 @@ impl File {
     }
 
     /// Sets an extended attribute, or removes it if `value` is `None`. The bytes of the file and its modification time
-    /// do not change. Durable after [`File::sync_all`].
+    /// do not change. The attribute is durable after [`File::sync_all`].
     ///
     /// # Errors
     /// - `Unsupported` if the file system has no such attributes
@@ -153,8 +154,8 @@ impl File {
         self.0.file_system_space()
     }
 
-    /// Returns offset and length of the next range of data at or after `offset`: bytes that are not a hole, up to the
-    /// end of the file.
+    /// Returns offset and length of the first range at or after `offset` that is not a hole. The range ends at the next
+    /// hole or at the end of the file. Returns `None` if no such range is left.
     ///
     /// # Errors
     /// `Io`.
@@ -184,19 +185,21 @@ impl File {
         self.0.start_writeback(offset, len)
     }
 
-    /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open file description. Waits up
-    /// to 30 s, but only for the I/O of processes that have ended.
+    /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open file description. If a
+    /// conflicting lock belongs to a process that has ended but has I/O in flight, waits up to 30 s for the end of this
+    /// I/O.
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock; the message contains the holder if it can be found
-    /// - `Unsupported` for an exclusive lock on a file that is open for reading
+    /// - `Unsupported` for an exclusive lock on a file that was opened with [`Access::Read`](super::Access::Read)
     /// - `Io`
     pub fn lock(&self, lock: Lock) -> Result<()> {
         self.0.lock(lock)
     }
 
     /// Enables O_DIRECT and returns the alignment that it requires. Returns `None` and changes nothing if the file
-    /// system does not report the alignment, or requires offsets to be multiples of more than a sector.
+    /// system does not report the alignment, requires more than 512 bytes for offsets or 4096 bytes for memory, or
+    /// rejects O_DIRECT.
     ///
     /// # Errors
     /// `Io`.

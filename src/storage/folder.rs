@@ -13,7 +13,7 @@ impl Folder {
         self.0.path()
     }
 
-    /// Returns the path of a name in the folder, as an operator would write it.
+    /// Returns [`Folder::path`] joined with a name. If the folder is `.`, this is the name alone.
     pub fn path_to(&self, name: &OsStr) -> PathBuf {
         self.0.path_to(Path::new(name))
     }
@@ -64,7 +64,10 @@ impl Folder {
     /// Opens the folder `name`.
     ///
     /// # Errors
-    /// Those of [`Folder::open_beneath`].
+    /// - `NotFound`
+    /// - `Refused` for a symbolic link
+    /// - `Unsupported` if the kernel has no openat2
+    /// - `Io`, also if `name` is not a folder
     pub fn subfolder(&self, name: &OsStr) -> Result<Folder> {
         self.check_name(name)?;
         self.0.subfolder(name)
@@ -73,15 +76,15 @@ impl Folder {
     /// Creates a file and opens it for reading and writing.
     ///
     /// # Errors
-    /// - `Io` with `EEXIST` if the name exists
+    /// - `Io`, with `EEXIST` if the name exists
     /// - `NoSpace`
     pub fn create(&self, name: &OsStr) -> Result<File> {
         self.check_name(name)?;
         self.0.create(name)
     }
 
-    /// Creates a file without a name and opens it for reading and writing. It is deleted with its last handle, unless
-    /// [`Folder::link_unnamed`] gives it a name. [`File::path`] and errors call it `known_as`.
+    /// Creates a file without a name and opens it for reading and writing. The file is deleted with its last handle,
+    /// unless [`Folder::link_unnamed`] gives it a name. [`File::path`] and errors contain the name `known_as`.
     ///
     /// # Errors
     /// - `Unsupported` if the file system has no files without names
@@ -104,7 +107,7 @@ impl Folder {
         self.0.link_unnamed(file, name)
     }
 
-    /// Returns whether the name exists, be it that of a symbolic link.
+    /// Returns whether the name exists. Symbolic links are not followed.
     ///
     /// # Errors
     /// `Io`.

@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::File;
 use crate::error::{Error, Result};
 
-/// The next run of bytes in `range` that is no hole. If the file system cannot report holes, the whole range counts as
-/// data.
+/// Returns the first part of `range` that is not a hole; `None` if there is none. If the file system cannot report
+/// holes, the whole range up to the end of the file counts as data.
 ///
 /// # Errors
 /// `Io`.
@@ -28,12 +28,12 @@ pub fn next_data(file: &File, range: Range<u64>) -> Result<Option<Range<u64>>> {
     }
 }
 
-/// Whether an error means that the file system cannot report holes.
+/// Returns whether an error means that the file system cannot report holes.
 pub fn is_seek_unsupported(e: &Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
 
-/// Whether all bytes are zero. Compares 64 bytes at a time, so that the compiler uses vector instructions.
+/// Returns whether all bytes are zero. Compares 64 bytes at a time, so that the compiler uses vector instructions.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let (lines, rest) = bytes.as_chunks::<64>();
     lines.iter().all(|line| line.iter().fold(0, |all, byte| all | byte) == 0) && rest.iter().all(|&byte| byte == 0)

@@ -1,7 +1,8 @@
 //! Floor 0: access to everything outside the process.
 //!
-//! Owns: every system call on files and names ([`mod@env`]), and the engines, which carry out many operations at a time
-//! ([`mod@engine`]). Leaves to others: what the bytes mean, and in which order they become durable.
+//! Contains every system call on files and names ([`mod@env`]), and the engines, which carry out many operations
+//! concurrently ([`mod@engine`]). Other modules define the meaning of the bytes and the order in which they become
+//! durable.
 //!
 //! ```text
 //!   image, chain, ops            disk
@@ -26,8 +27,8 @@
 //!   op, payload, shm, types, sigbus, notifier, prefetch      data, memory, signals
 //! ```
 //!
-//! All I/O is positional: no file position is shared. Reads from the page cache are copies from mapped files
-//! (`pagecache/`).
+//! All I/O is positional: no code depends on the position of a file. The io_uring engine serves reads of resident pages
+//! by copies from mapped files (`pagecache/`).
 
 mod backend;
 pub mod blocking;

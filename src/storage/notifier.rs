@@ -1,4 +1,4 @@
-//! Wakes a thread: an eventfd that one thread writes and another one polls.
+//! Wakes a thread by an eventfd, which one thread writes and another one polls.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 
 use crate::error::{Error, Result};
 
-/// Descriptor that is readable from `notify` until `drain`.
+/// Eventfd that becomes readable with [`Notifier::notify`], and stays so until [`Notifier::drain`].
 #[derive(Debug)]
 pub struct Notifier(OwnedFd);
 
@@ -22,7 +22,7 @@ impl Notifier {
         Ok(Notifier(fd.map_err(|e| Error::io("cannot create an eventfd", e.into()))?))
     }
 
-    /// Makes the descriptor readable. (If the write fails because the counter is full, it is readable already.)
+    /// Makes the descriptor readable. The write fails only if the counter is full, and the descriptor is readable then.
     pub fn notify(&self) {
         while rustix::io::write(&self.0, 1u64.as_bytes()) == Err(Errno::INTR) {}
     }

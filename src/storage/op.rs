@@ -19,17 +19,17 @@ pub enum Action {
     Read,
     /// Write the payload to the file.
     Write,
-    /// Write the payload and make these bytes durable, with the metadata that is needed to read them back, and no other
-    /// bytes (RWF_DSYNC). An error may be that of an earlier write which the kernel reports only now, so it counts as a
-    /// failed sync.
+    /// Write the payload and make only these bytes durable, with the metadata that is needed to read them back
+    /// (RWF_DSYNC). The kernel may report the error of an earlier write here, so callers treat any error as a failed
+    /// sync.
     WriteThrough,
-    /// Make all writes durable that completed before this operation was submitted, with the metadata that is needed to
+    /// Make durable all writes that completed before this operation was submitted, with the metadata that is needed to
     /// read them back (fdatasync).
     Sync,
     /// Advise the kernel to begin reading the range into the page cache (posix_fadvise, WILLNEED).
     Prefetch,
     /// Advise the kernel to begin writing dirty pages of the file to the medium (sync_file_range, WRITE). Guarantees
-    /// nothing, and does not consume an error of the medium: the next sync still reports it.
+    /// nothing. Does not consume a writeback error: the next sync still reports the error.
     StartWriteback,
     /// Allocate space for the range without changing the file's length or bytes (fallocate, KEEP_SIZE).
     Allocate,
@@ -44,7 +44,7 @@ pub enum Action {
 pub struct Op {
     /// Value that the completion returns to the submitter. Engines ignore it.
     pub token: u64,
-    /// File.
+    /// Slot of the file.
     pub slot: FileSlot,
     /// Kind of operation.
     pub action: Action,
@@ -97,6 +97,6 @@ impl Op {
 pub struct Completion {
     /// The operation, with its memory.
     pub op: Op,
-    /// Its result.
+    /// Result of the operation.
     pub result: io::Result<()>,
 }

@@ -1,7 +1,7 @@
 //! Memory that operations read into and write from: buffers of this process, or guest memory.
 //!
-//! An operation owns its payload until its completion returns it. Nothing is freed or reused earlier, because the
-//! kernel may still be accessing the memory.
+//! An operation owns its payload until its completion returns it. The memory is not freed or reused earlier, because
+//! the kernel may still access it.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use super::prefetch::{self, PAGE};
 
-/// Alignment of [`Buffer`]: a page, which suffices for O_DIRECT on every medium.
+/// Alignment of [`Buffer`] in bytes: a page. O_DIRECT is not used for files that require more.
 pub const BUFFER_ALIGN: usize = 4096;
 
 /// Heap memory that is aligned for O_DIRECT.
@@ -24,11 +24,11 @@ pub struct Buffer {
 
 // SAFETY: a Buffer is the only owner of its memory, like a Box<[u8]>, and the memory is not tied to a thread.
 unsafe impl Send for Buffer {}
-// SAFETY: shared access to a Buffer gives only `&[u8]`.
+// SAFETY: a `&Buffer` gives access only to a `&[u8]`, which any number of threads may read.
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// Allocates `len` > 0 zero bytes. The caller bounds `len`: it must not come from untrusted input unchecked.
+    /// Allocates `len` > 0 zero bytes. The caller must check a `len` that comes from untrusted input.
     pub fn zeroed(len: usize) -> Buffer {
         assert!(len > 0, "a buffer has at least a byte");
         let layout = Self::layout(len);
@@ -85,8 +85,8 @@ impl std::fmt::Debug for Buffer {
 /// The running guest may change the bytes at any time. So no `&[u8]` of them ever exists: they are passed to the
 /// kernel, or copied by raw pointers.
 ///
-/// Boxed, because the value is moved many times on its way and is reused: moving all fields each time takes a tenth of
-/// this process's share of a read.
+/// The list is boxed because it is moved often: without the box, the moves took a tenth of this process's CPU time for
+/// a read.
 pub struct GuestIovecs(Box<IovecList>);
 
 struct IovecList {
@@ -95,8 +95,8 @@ struct IovecList {
     owner: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: the pointers are to memory that `owner` (itself Send + Sync) keeps mapped, which is not tied to a thread. The
-// memory is shared with another process anyway, so it is accessed only by raw pointers and never by references.
+// SAFETY: by the contract of `push`, the runs stay mapped while `owner` exists, and this value holds `owner`, which is
+// Send + Sync. Mapped memory is not tied to a thread. The bytes are accessed only by raw pointers, never by references.
 unsafe impl Send for GuestIovecs {}
 
 impl GuestIovecs {
@@ -119,8 +119,8 @@ impl GuestIovecs {
         self.0.owner = None;
     }
 
-    /// Removes all runs, and sets the owner of the next ones. If the owner is the same as before, its reference count
-    /// is not changed.
+    /// Removes all runs, and sets the owner of the runs that are pushed next. Does not change the reference count if
+    /// the owner is the same as before.
     #[inline]
     pub fn reset(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
         self.0.runs.clear();
@@ -162,7 +162,7 @@ impl GuestIovecs {
         &self.0.runs
     }
 
-    /// Appends `len` bytes from byte `at` to `out`, which gets the same owner.
+    /// Appends the runs of `len` bytes from byte `at` of this list to `out`, and gives `out` the same owner.
     ///
     /// # Panics
     /// If the range exceeds the list, or `out` has runs of another owner, which would no longer be kept mapped.
@@ -184,7 +184,8 @@ impl GuestIovecs {
                 continue;
             }
             let n = left.min(run.iov_len - skip);
-            // SAFETY: a part of a run of self, which `owner` keeps mapped, and `out` has the same owner now.
+            // SAFETY: by the contract of `push`, every run of self stays mapped, readable and writable while its owner
+            // exists. `out` has the same owner: it was set or checked above.
             unsafe { out.push(run.iov_base.cast::<u8>().wrapping_add(skip), n) };
             skip = 0;
             left -= n;
@@ -200,8 +201,9 @@ impl GuestIovecs {
     /// Writes zeros over `len` bytes from byte `at`.
     pub fn zero(&self, at: usize, len: usize) {
         self.for_each_run(at, len, |_, start, n| {
-            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and writable. No
-            // reference to them exists.
+            // SAFETY: `for_each_run` passes parts of runs. By the contract of `push` they stay mapped and writable
+            // while the owner exists, and self holds the owner. Guest memory is accessed only by raw pointers, so no
+            // reference to it exists.
             unsafe { start.write_bytes(0, n) }
         });
     }
@@ -209,9 +211,9 @@ impl GuestIovecs {
     /// Copies `from` over the bytes from `at` on.
     pub fn copy_from(&self, at: usize, from: &[u8]) {
         self.for_each_run(at, from.len(), |done, start, n| {
-            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and writable. No
-            // reference to them exists, so they do not overlap `from`, which is borrowed. The slice of `from` has `n`
-            // bytes.
+            // SAFETY: `for_each_run` passes parts of runs. By the contract of `push` they stay mapped and writable
+            // while the owner exists, and self holds the owner. Guest memory is accessed only by raw pointers, so the
+            // part does not overlap `from`, which is borrowed. The slice of `from` has `n` bytes.
             unsafe { std::ptr::copy_nonoverlapping(from[done..done + n].as_ptr(), start, n) }
         });
     }
@@ -220,26 +222,29 @@ impl GuestIovecs {
     pub fn copy_to(&self, at: usize, to: &mut [u8]) {
         let len = to.len();
         self.for_each_run(at, len, |done, start, n| {
-            // SAFETY: `for_each_run` passes parts of runs, which the owner held by self keeps mapped and readable. No
-            // reference to them exists, so they do not overlap `to`, which is borrowed exclusively. The slice of `to`
-            // has `n` bytes.
+            // SAFETY: `for_each_run` passes parts of runs. By the contract of `push` they stay mapped and readable
+            // while the owner exists, and self holds the owner. Guest memory is accessed only by raw pointers, so the
+            // part does not overlap `to`, which is borrowed exclusively. The slice of `to` has `n` bytes.
             unsafe { std::ptr::copy_nonoverlapping(start, to[done..done + n].as_mut_ptr(), n) }
         });
     }
 
-    /// Reads a byte of each page, so that an unavailable page is detected (`sigbus.rs`).
+    /// Reads a byte of each page, so that the SIGBUS handler (`sigbus.rs`) marks the mapping of an unavailable page as
+    /// lost.
     pub fn touch_pages(&self) {
         for run in &self.0.runs {
             let start = run.iov_base.cast::<u8>();
             for at in (0..run.iov_len).step_by(PAGE).chain([run.iov_len - 1]) {
-                // SAFETY: a byte of a run, which the owner held by self keeps mapped and readable. No reference to it
-                // exists.
+                // SAFETY: a byte of a run. By the contract of `push` the run stays mapped and readable while the owner
+                // exists, and self holds the owner. Guest memory is accessed only by raw pointers, so no reference to
+                // the byte exists.
                 let _ = unsafe { start.wrapping_add(at).read_volatile() };
             }
         }
     }
 
-    /// Calls `f(bytes before, address, length)` for each run, or part of a run, in a range.
+    /// Calls `f(position, address, length)` for each run, or part of a run, in the range of `len` bytes from `at`. The
+    /// position is counted from `at`.
     pub(super) fn for_each_run(&self, at: usize, len: usize, mut f: impl FnMut(usize, *mut u8, usize)) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.0.len), "a slice lies in its whole");
         let (mut skip, mut done) = (at, 0);
@@ -273,7 +278,7 @@ impl std::fmt::Debug for GuestIovecs {
 /// Memory of an operation.
 #[derive(Debug, Default)]
 pub enum Payload {
-    /// None, for syncs and operations on ranges.
+    /// No memory: for syncs and operations on ranges.
     #[default]
     None,
     /// Memory of this process.

@@ -3,10 +3,10 @@
 
 use std::hint::black_box;
 
-/// Bytes of a page.
+/// Size of a page in bytes.
 pub(super) const PAGE: usize = 4096;
 
-/// Bytes of a cache line.
+/// Size of a cache line in bytes.
 const LINE: usize = 64;
 
 /// Prefetches the cache line that contains an address, which may be invalid.
@@ -22,8 +22,8 @@ pub fn prefetch_line(at: *const u8) {
     let _ = at;
 }
 
-/// Prefetches one line of each page of `len` > 0 bytes, which makes the processor walk the page tables. A copy waits
-/// for each page-table walk, but the processor overlaps the walks of prefetches that follow each other closely.
+/// Prefetches one cache line of each page of `len` > 0 bytes, which makes the processor walk the page tables. A copy
+/// waits for each page-table walk, but the processor overlaps the walks of prefetches that follow each other closely.
 #[inline]
 pub(super) fn prefetch_pages(at: *const u8, len: usize) {
     (0..len).step_by(PAGE).for_each(|to| prefetch_line(at.wrapping_add(to)));

@@ -13,7 +13,7 @@ use crate::error::Result;
 #[derive(Clone, Debug)]
 pub struct RuntimeFolder(Arc<dyn RuntimeFolderBackend>);
 
-/// Implementation of [`RuntimeFolder`]; the methods of the same names there state the contract.
+/// Implementation of [`RuntimeFolder`], whose methods of the same names document the contract.
 pub(super) trait RuntimeFolderBackend: Debug + Send + Sync {
     fn path(&self) -> &Path;
     fn create(&self, name: &str, words: usize) -> Result<Shm>;
@@ -35,8 +35,8 @@ impl RuntimeFolder {
         self.0.path()
     }
 
-    /// Creates `words` words of shared memory, all zero. They appear under `name` already locked by this process. The
-    /// lock ends with the process, or when the last clone of the returned value is dropped.
+    /// Creates `words` words of shared memory, all zero. This process holds their lock before they appear under `name`.
+    /// The lock ends with the process, or when the last clone of the returned value is dropped.
     ///
     /// # Errors
     /// - `NoSpace`
@@ -54,12 +54,12 @@ impl RuntimeFolder {
         self.0.check_space(bytes)
     }
 
-    /// Opens and locks shared memory that another process created.
+    /// Opens and locks shared memory that an earlier process created.
     ///
     /// # Errors
     /// - `NotFound`
     /// - `Busy` if another process has it open
-    /// - `Refused` if the file was not created here by this user, or has another size
+    /// - `Refused` if the file cannot be one that [`RuntimeFolder::create`] created for this user with `words` words
     /// - `Io`
     pub fn open(&self, name: &str, words: usize) -> Result<Shm> {
         self.0.open(name, words)

@@ -1,12 +1,13 @@
 //! Shared memory that outlives the process but not the boot: a mapped file on tmpfs.
 //!
-//! The successor of a killed daemon finds the memory exactly as the last store left it. A reboot empties it. The
-//! runtime folder ([`RuntimeFolder`](super::RuntimeFolder)) creates and opens such files.
+//! The successor of a killed daemon finds the memory exactly as the last store left it. A reboot discards the memory.
+//! The runtime folder ([`RuntimeFolder`](super::RuntimeFolder)) creates and opens such files.
 //!
-//! A store must cost no more than a store, so there are no system calls, and a process that truncates the file while it
-//! is mapped causes SIGBUS. Seals that forbid truncation exist only for files without a name, which a successor could
-//! not find. So the mapping has a [`Guard`]: after a SIGBUS private zeros replace the mapping, the memory counts as
-//! *lost*, and the store is repeated there. Code that relies on a store checks [`Shm::is_lost`] after it.
+//! A store is a single instruction, without a system call. If another process truncates the mapped file, a store to a
+//! missing page causes SIGBUS. Seals that forbid truncation exist only for files without a name, which a successor
+//! could not find. So the mapping has a [`Guard`]: after a SIGBUS private zeros replace the mapping, the memory counts
+//! as *lost*, and the store is repeated on the zeros. Code that relies on a store checks [`Shm::is_lost`] after the
+//! store.
 #![allow(unsafe_code)]
 
 #[cfg(feature = "sim")]
@@ -44,8 +45,8 @@ impl Shm {
         Shm(ShmKind::Heap(Arc::new(HeapWords { words, _lock: Box::new(lock) })))
     }
 
-    /// Returns whether an access hit a page that the file no longer has. Later stores do not reach the file, so no
-    /// successor finds them.
+    /// Returns whether an access hit a page that the file no longer has. Stores from then on do not reach the file, so
+    /// no successor finds them.
     #[inline]
     pub fn is_lost(&self) -> bool {
         match &self.0 {
@@ -84,10 +85,10 @@ impl std::fmt::Debug for HeapWords {
 /// Mapped file of words.
 #[derive(Debug)]
 pub(super) struct ShmMapping {
-    // Fields are dropped in order: the guard must go before the mapping that it guards.
+    // Fields are dropped in order: the guard must be dropped before the mapping that it guards.
     guard: Guard,
     words: MappedWords,
-    /// Keeps the lock.
+    /// Holds the lock of the file.
     _file: OwnedFd,
 }
 
@@ -118,7 +119,7 @@ impl ShmMapping {
             MappedWords { start: NonNull::new(start.cast()).expect("a mapping is not at address zero"), len: words };
         // SAFETY: `start` is the beginning of the mapping made above, which is readable and writable up to the end of
         // the page with its last byte. `ShmMapping` drops the guard before the words, so the mapping outlives the
-        // guard. Its bytes are accessed only as atomics (`Deref`), and users of the words check `is_lost`.
+        // guard. The bytes of the mapping are accessed only as atomics (`Deref`).
         let guard = unsafe { Guard::new(start.cast(), bytes, rustix::param::page_size()) };
         let guard = guard.ok_or_else(|| Error::new(ErrorKind::Unsupported, "cannot install the handler for SIGBUS"))?;
         Ok(ShmMapping { guard, words, _file: file })

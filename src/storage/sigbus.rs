@@ -1,7 +1,7 @@
 //! SIGBUS handler: keeps an unavailable page of a mapping from ending the process.
 //!
 //! The kernel sends SIGBUS to a thread that accesses a mapped page which does not exist: the file was truncated, its
-//! disk failed, or the machine has no memory left for it. Two kinds of access survive this:
+//! disk failed, or no memory is left for the page. Two kinds of access survive this:
 //!
 //! - *Shared memory* ([`Guard`]): guest memory, the in-flight region, a live journal. The handler replaces the whole
 //!   mapping with anonymous zeros and marks it as lost; then the access is repeated. Every kind of access survives
@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering,
 /// Mappings in one chunk of the registry.
 const CHUNK_ENTRIES: usize = 64;
 
-/// Registry entry: a guarded mapping, or free.
+/// Registry entry, which describes a guarded mapping or is free.
 struct GuardEntry {
     taken: AtomicBool,
     /// Address of the first byte; 0 while the entry guards nothing.
@@ -70,15 +70,15 @@ static LOSS_COUNT: AtomicU32 = AtomicU32::new(0);
 /// Action that was installed before this handler.
 static PREVIOUS_ACTION: OnceLock<libc::sigaction> = OnceLock::new();
 
-/// Changes the context of a thread that was interrupted in code with a failure exit, so that the thread continues
-/// there. Returns false if the thread was interrupted in other code. Called in a signal handler, with the context that
-/// the kernel passed.
+/// Changes the context of a thread that was interrupted in code with a failure exit, so that the thread continues at
+/// that exit. Returns false if the thread was interrupted in other code. Called in a signal handler, with the context
+/// that the kernel passed.
 pub(super) type FixUp = unsafe fn(context: *mut c_void) -> bool;
 
 static FIX_UP: OnceLock<FixUp> = OnceLock::new();
 
-/// Returns the number of times that any guarded mapping lost a page. While it does not change, no [`Guard::is_lost`]
-/// changes.
+/// Returns the number of times that any guarded mapping lost a page. While this number does not change, no
+/// [`Guard::is_lost`] changes.
 #[inline]
 pub fn loss_count() -> u32 {
     LOSS_COUNT.load(Ordering::Acquire)
@@ -231,8 +231,9 @@ fn replace_guarded_mapping(addr: usize) -> bool {
             let start = entry.start.load(Ordering::Acquire);
             let len = entry.len.load(Ordering::Relaxed);
             fence(Ordering::Acquire);
-            // Another thread may give the entry to another mapping meanwhile, but not if it guards the mapping of this
-            // access: that mapping is in use, so its guard lives.
+            // Another thread may reuse the entry for another mapping between these loads, which the second load of
+            // `start` detects. It cannot reuse the entry of the mapping that this access hit: that mapping is in use,
+            // so its guard exists.
             let is_same = entry.start.load(Ordering::Relaxed) == start;
             if start != 0 && is_same && addr.wrapping_sub(start) < len {
                 return map_zeros(start, len, entry);
@@ -249,10 +250,10 @@ fn map_zeros(start: usize, len: usize, entry: &GuardEntry) -> bool {
     LOSS_COUNT.fetch_add(1, Ordering::Release);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: the caller of `Guard::new` guarantees that the range is a mapping which may be replaced, and which stays
-    // mapped while the guard lives. The guard lives: the faulting access uses the mapping. The only references to its
-    // bytes are to atomics, for which zeros are a valid value. mmap is async-signal-safe on Linux: it is a plain system
-    // call.
+    // SAFETY: the caller of `Guard::new` guarantees that the range is a mapping of the caller's own, which stays mapped
+    // while the guard exists. The guard exists, because the faulting access uses the mapping. The only references to
+    // its bytes are to atomics, for which zeros are a valid value. mmap is async-signal-safe on Linux: it is a plain
+    // system call.
     let placed = unsafe { libc::mmap(ptr::without_provenance_mut(start), len, protection, flags, -1, 0) };
     if placed == libc::MAP_FAILED {
         // The kernel may have unmapped the range already, and another thread's mapping may take its addresses. SAFETY:

@@ -1,11 +1,11 @@
-//! Progress of one operation of an engine on real files: continues short transfers and interprets results.
+//! Progress of one operation on a file of the host: continues short transfers and interprets results.
 
 use std::io;
 
 use super::op::{Action, Op};
 use super::payload::Payload;
 
-/// Maximum number of iovecs in one call (UIO_MAXIOV). More of them result in a short transfer.
+/// Maximum number of iovecs in one call (UIO_MAXIOV). A longer list is passed in several calls.
 const MAX_IOVECS: usize = 1024;
 
 /// Maximum length of a call with a single buffer. The kernel's limit is a page less than 2 GiB.
@@ -27,7 +27,8 @@ pub(super) struct Transfer {
 pub(super) enum IoBuffers {
     /// Address and length of one buffer.
     Single(*mut u8, u32),
-    /// Address and length of an array of iovecs. The array does not move until the next call of the operation.
+    /// Address and number of an array of iovecs. The array stays in place until the next call of
+    /// [`Transfer::next_buffers`].
     Vectored(*const libc::iovec, u32),
 }
 
@@ -85,7 +86,8 @@ impl Transfer {
                 self.retries += 1;
                 return TransferState::Continue;
             }
-            // A direct read cannot continue within a sector, where the last call ended if the file ends there.
+            // A direct read cannot continue in the middle of a sector. The previous call ended there only because the
+            // file does.
             if code == libc::EINVAL
                 && op.action == Action::Read
                 && self.done > 0

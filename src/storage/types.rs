@@ -17,7 +17,7 @@ pub enum EngineKind {
     /// io_uring if the kernel allows it, otherwise blocking calls. The fallback is logged.
     #[default]
     Auto,
-    /// io_uring, or an error.
+    /// io_uring. Creating the engine fails if the kernel refuses io_uring.
     Uring,
     /// Blocking positional calls.
     Blocking,
@@ -26,9 +26,9 @@ pub enum EngineKind {
 /// Lock on a file (crash-safety 8).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lock {
-    /// Other readers are allowed, writers are not.
+    /// Excludes every process of diffdisk that has an exclusive lock, and QEMU processes that may write or resize.
     Shared,
-    /// Excludes every other process of diffdisk, and QEMU.
+    /// Excludes every other process of diffdisk, and QEMU processes that do not share the file with a writer.
     Exclusive,
 }
 
@@ -114,14 +114,14 @@ pub enum LockHolder {
         /// Start time, Unix seconds; `None` if it cannot be read.
         since: Option<i64>,
     },
-    /// A process that the kernel does not show to this one.
+    /// A process that is not visible in `/proc`.
     Hidden,
 }
 
 /// Alignment that O_DIRECT requires for a file, in bytes (powers of two).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DirectRules {
-    /// Alignment of memory addresses and lengths.
+    /// Alignment of memory addresses.
     pub memory: usize,
     /// Alignment of file offsets and lengths.
     pub offset: u64,
@@ -141,12 +141,12 @@ pub enum FilePresence {
 /// Way in which a file system allocates space for writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AllocationMode {
-    /// A write without space fails at once, and allocated pages can always be overwritten: ext4, XFS, tmpfs, and btrfs
-    /// for files without copy on write.
+    /// A write fails at once if there is no space for it, and allocated pages can always be overwritten: ext4, XFS,
+    /// tmpfs, and btrfs for files without copy on write.
     InPlace,
-    /// A write without space fails at once, but overwriting a page needs new space as well: btrfs.
+    /// A write fails at once if there is no space for it, and overwriting a page needs new space, too: btrfs.
     CopyOnWrite,
-    /// The file system is not a known one.
+    /// Unknown: any other file system, and btrfs with data and metadata in the same block groups.
     Unknown,
 }
 

@@ -6,8 +6,8 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind};
 use crate::storage::types::Access;
 
-/// Flags of every open: not inherited by child processes, no waiting for the other end of a FIFO, no controlling
-/// terminal.
+/// Flags with which every file is opened: not inherited by child processes, no waiting for the other end of a FIFO, no
+/// controlling terminal.
 pub(super) const OPEN_FLAGS: OFlags = OFlags::CLOEXEC.union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
 
 /// Returns the open flags of an access mode.

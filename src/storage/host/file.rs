@@ -41,7 +41,7 @@ pub(in crate::storage) struct HostFile {
 }
 
 impl HostFile {
-    /// Takes a descriptor that was opened non-blocking. Refuses anything but a regular file.
+    /// Creates a file from a descriptor that was opened with O_NONBLOCK. Refuses anything but a regular file.
     pub(super) fn new(fd: OwnedFd, path: &Path, access: Access, folder: Folder) -> Result<HostFile> {
         HostFile::with_kinds(fd, path, access, folder, &[FileType::RegularFile])
     }
@@ -65,8 +65,8 @@ impl HostFile {
             };
             return Err(Error::new(ErrorKind::Refused, what).at_path(path));
         }
-        // Only the open had to be non-blocking. With the flag set, io_uring returns EAGAIN on file systems that cannot
-        // do non-blocking I/O.
+        // Only the open had to be non-blocking. With O_NONBLOCK set, io_uring returns EAGAIN on file systems that
+        // cannot do non-blocking I/O.
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| fail("cannot read the flags", e))?;
         rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK).map_err(|e| fail("cannot set the flags", e))?;
         Ok(HostFile {
@@ -82,7 +82,7 @@ impl HostFile {
         })
     }
 
-    /// Returns the host's file that `file` refers to.
+    /// Returns the file of the host to which `file` refers.
     ///
     /// # Errors
     /// If it is a file of another host.
@@ -123,7 +123,8 @@ impl HostFile {
                 Ok(0) => break,
                 Ok(n) => done += n,
                 Err(Errno::INTR) => {}
-                // O_DIRECT cannot continue within a sector, where the last read ended if the file ends there.
+                // O_DIRECT cannot continue in the middle of a sector. The last read ended there only because the file
+                // does.
                 Err(Errno::INVAL) if done > 0 && at % SECTOR != 0 => break,
                 Err(e) => return Err(e.into()),
             }
@@ -161,7 +162,7 @@ impl FileBackend for HostFile {
 
     fn stat(&self) -> Result<Stat> {
         let s = rustix::fs::fstat(self).map_err(|e| self.fail("cannot stat", e))?;
-        // The size in a device's inode is 0. Seeking moves the file position, which nothing reads.
+        // The size in a device's inode is 0. Seeking moves the file position, which no code uses.
         let len = match self.is_block_device {
             true => {
                 rustix::fs::seek(self, SeekFrom::End(0)).map_err(|e| self.fail("cannot read the device's size", e))?
@@ -241,7 +242,7 @@ impl FileBackend for HostFile {
         let fail = |e| self.fail("cannot look for data", e).at_offset(offset);
         let mut from = offset;
         loop {
-            // Seeking moves the file position, which nothing reads.
+            // Seeking moves the file position, which no code uses.
             let start = match rustix::fs::seek(self, SeekFrom::Data(from)) {
                 Ok(start) => start,
                 Err(Errno::NXIO) => return Ok(None),
@@ -257,8 +258,9 @@ impl FileBackend for HostFile {
         }
     }
 
-    /// Waits at the fence: I/O of a killed process can still reach the file after the process is gone. Its locks last
-    /// until then, because its rings hold the locked open file descriptions.
+    /// Waits while only processes that have ended hold a conflicting lock (the fence, crash-safety 8): I/O of a killed
+    /// process can still reach the file. The locks of that process last until the I/O has completed, because its rings
+    /// hold the locked open file descriptions.
     fn lock(&self, wanted: Lock) -> Result<()> {
         if wanted == Lock::Exclusive && self.access == Access::Read {
             let what = "an exclusive lock needs a file opened for writing";
@@ -285,7 +287,7 @@ impl FileBackend for HostFile {
     }
 
     fn advise_random_reads(&self) {
-        // A failure only costs time, as in all calls that advise the kernel.
+        // The result is ignored: advice to the kernel affects only speed.
         let _ = rustix::fs::fadvise(self, 0, None, Advice::Random);
     }
 
@@ -293,8 +295,8 @@ impl FileBackend for HostFile {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), Advice::WillNeed);
     }
 
-    /// Returns 0 on file systems without a block device of their own (btrfs, NFS), which are not listed under their
-    /// device number.
+    /// Returns 0 on file systems without a block device of their own (btrfs, NFS): `/sys/class/bdi` does not list them
+    /// under their device number.
     fn kernel_readahead(&self) -> u64 {
         let of = |dev: u64| {
             let name = format!("/sys/class/bdi/{}:{}/read_ahead_kb", rustix::fs::major(dev), rustix::fs::minor(dev));

@@ -1,4 +1,4 @@
-//! Checks whether a file exists without opening it, for paths in images that must not be opened.
+//! Checks whether a file exists without opening it: for paths that an image contains and that must not be opened.
 //!
 //! Each component is looked up separately, as the last component of its path, with `O_PATH`. So the kernel follows no
 //! symbolic link and triggers no automount, and nothing of the file is read. Kernel file systems (proc, sysfs, ...) are
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::call::retry;
 use crate::storage::types::FilePresence;
 
-/// Folders of the root in which no path is looked up.
+/// Folders in the root folder below which no path is looked up.
 const KERNEL_FOLDERS: [&str; 3] = ["proc", "sys", "dev"];
 
 /// `f_type` of kernel file systems, in which a lookup may have effects (linux/magic.h): proc, sysfs, devpts, debugfs,

@@ -19,10 +19,10 @@ use crate::storage::types::{Access, FileId};
 /// Flags of an open folder. `O_PATH` needs no read permission, and is enough to look up and change names.
 const FOLDER_FLAGS: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// Lookup rules below an open folder.
+/// Rules for resolving a path below an open folder.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::NO_SYMLINKS);
 
-/// Open folder, by a descriptor.
+/// Open folder: its descriptor, and the path by which it was opened.
 #[derive(Clone, Debug)]
 pub(super) struct HostFolder {
     fd: Arc<OwnedFd>,
@@ -46,7 +46,7 @@ impl HostFolder {
         Ok(HostFolder { fd: Arc::new(fd), path: path.into(), id })
     }
 
-    /// Returns the path of a name in the folder. A file that the operator calls `f` is called `f`, not `./f`.
+    /// Returns the path of a name in the folder. If the folder is `.`, this is the name alone.
     fn join(&self, name: impl AsRef<Path>) -> PathBuf {
         if self.path.as_os_str() == "." { name.as_ref().to_path_buf() } else { self.path.join(name) }
     }
@@ -177,7 +177,7 @@ impl FolderBackend for HostFolder {
         let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
         let fd =
             retry(|| rustix::fs::openat(&self.fd, ".", flags, Mode::from_raw_mode(0o644))).map_err(|e| match e {
-                // EISDIR is the answer of kernels before 3.11.
+                // Kernels before 3.11 return EISDIR.
                 Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::ISDIR => {
                     let what = "this file system has no files without names";
                     Error::new(ErrorKind::Unsupported, what).caused_by(std::io::Error::from(e)).at_path(&path)

@@ -21,7 +21,7 @@ const WRITER_BYTES: &[i64] = &[100, 101, 103, 201, 203];
 /// QEMU's bytes for a reader: uses read; does not share write and resize.
 const READER_BYTES: &[i64] = &[100, 201, 203];
 
-/// All bytes that a process may hold if it has a file open: that of diffdisk, and QEMU's.
+/// All bytes that a process may have locked while it has a file open: the byte of diffdisk, and those of QEMU.
 pub(super) const IN_USE_BYTES: [i64; 7] = [OWN_BYTE, 100, 101, 103, 200, 201, 203];
 
 /// Maximum number of descriptors that are examined to find the holder of a lock.
@@ -59,8 +59,9 @@ fn describe_byte(byte: i64) -> &'static str {
     }
 }
 
-/// Returns whether a live process holds a lock on one of the bytes, by another open file description than that of `fd`.
-/// If not, the lock belongs to a process that has ended or is being killed, and ends with the last I/O of that process.
+/// Returns whether `/proc` shows a live process that has a lock on one of the bytes by another descriptor than `fd`. If
+/// not, the lock is taken to belong to a process that has ended or is being killed. Such a lock ends with the last I/O
+/// of that process.
 pub(super) fn is_held_by_live_process(fd: BorrowedFd<'_>, id: FileId) -> bool {
     let theirs = |d: &LockDescriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
     descriptors_with_lock(|line| IN_USE_BYTES.iter().any(|&byte| lock_line_covers(line, id.ino, byte)))
@@ -152,8 +153,8 @@ pub(super) fn is_locked(fd: BorrowedFd<'_>) -> Result<bool> {
     Ok(false)
 }
 
-/// Returns the process id of a lock that another open file description holds on a byte: -1 if the kernel does not
-/// report it.
+/// Returns the process id of the lock that another open file description holds on a byte, or -1 if the kernel does not
+/// report the id. Returns `None` if there is no such lock.
 fn other_lock(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
     let mut l = range(libc::F_WRLCK, byte);
     // SAFETY: the descriptor is open as long as `fd`, and F_OFD_GETLK reads and writes one flock at the pointer.
@@ -163,9 +164,9 @@ fn other_lock(fd: BorrowedFd<'_>, byte: i64) -> io::Result<Option<i32>> {
     Ok((i32::from(l.l_type) != libc::F_UNLCK).then_some(l.l_pid))
 }
 
-/// Returns a process that has a descriptor with a lock on the byte, if `/proc` shows it. Prefers another process over
-/// this one, since the open file description of the caller may hold the byte itself. A lock belongs to an open file
-/// description and not to a process, so the kernel reports no process id.
+/// Returns a process that has a descriptor with a lock on the byte, if `/proc` shows one. Prefers another process over
+/// this one, since the open file description of the caller may have a lock on the byte itself. The search is needed
+/// because a lock belongs to an open file description, so the kernel reports no process id for it.
 fn holder_pid(id: FileId, byte: i64) -> Option<u32> {
     let mut own = None;
     for d in descriptors_with_lock(|line| lock_line_covers(line, id.ino, byte)).filter(|d| d.refers_to(id)) {
@@ -192,7 +193,8 @@ impl LockDescriptor {
     }
 }
 
-/// Returns the descriptors of all processes that have a lock whose line in fdinfo is `is_wanted`.
+/// Returns the descriptors of all processes whose fdinfo contains a `lock:` line that `is_wanted` accepts. Examines at
+/// most [`MAX_DESCRIPTORS`].
 pub(super) fn descriptors_with_lock(is_wanted: impl Fn(&str) -> bool) -> impl Iterator<Item = LockDescriptor> {
     let number = |entry: &fs::DirEntry| entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok());
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -207,7 +209,7 @@ pub(super) fn descriptors_with_lock(is_wanted: impl Fn(&str) -> bool) -> impl It
     })
 }
 
-/// Returns whether a process has ended (zombie), or has been sent SIGKILL.
+/// Returns whether a process has ended (also a zombie), or has been sent SIGKILL.
 fn is_dying(pid: u32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/status")).map_or(true, |status| is_dying_status(&status))
 }

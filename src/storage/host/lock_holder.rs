@@ -1,4 +1,4 @@
-//! Finds the processes that hold locks on files, by `/proc`.
+//! Finds the processes that hold locks on files, in `/proc`.
 //!
 //! A lock belongs to an open file description, not to a process. The kernel lists the locks of an open file description
 //! in the fdinfo of each descriptor that refers to it. One pass over these files finds the holders of any number of

@@ -87,7 +87,7 @@ fn qemu_and_diffdisk_exclude_each_other() {
     let _alone = serialize();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image.vhd");
-    // A format with metadata, since QEMU allows writers of a raw image while it reads it.
+    // The image has a format with metadata, since QEMU allows other processes to write to a raw image that it reads.
     if Command::new("qemu-img").args(["create", "-q", "-f", "vpc"]).arg(&path).arg("8M").status().is_err() {
         eprintln!("skipped: no qemu-img here");
         return;
@@ -105,7 +105,7 @@ fn qemu_and_diffdisk_exclude_each_other() {
     assert!(!qemu_io(&[], "write 0 512"));
     drop(ours);
 
-    // QEMU first. It keeps the image open as long as its standard input.
+    // QEMU opens the image first, and keeps it open until its standard input is closed.
     let mut qemu = Command::new("qemu-io")
         .args(["-f", "vpc"])
         .arg(&path)

@@ -66,7 +66,7 @@ mod tests {
         let time = ModifiedTime { seconds: 1_000_000_000, nanos: 123_456_789 };
         file.set_modified(time).unwrap();
         assert_eq!(file.stat().unwrap().last_change(), time);
-        // A file that is open for reading can be marked, too: a merge marks parents that way.
+        // Attributes of a file that is open for reading can be set, too: a merge sets attributes of parents.
         let reader = Host.open(&path, Access::Read).unwrap();
         assert_eq!(reader.attribute("user.diffdisk.test").unwrap(), None);
         match reader.set_attribute("user.diffdisk.test", Some(b"a\0b")) {

@@ -19,7 +19,7 @@ pub(super) fn origin() -> Result<Origin> {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let user = user_name(user_id, &passwd).unwrap_or_else(|| user_id.to_string());
     let id = ["/etc/machine-id", "/var/lib/dbus/machine-id"].iter().find_map(|path| fs::read_to_string(path).ok());
-    // A container may have no machine id. Then its host name has to distinguish it from others.
+    // A container may have no machine id. The id is then derived from the host name.
     let machine = derive_id(id.as_deref().map(str::trim).filter(|id| !id.is_empty()).unwrap_or(&host));
     Ok(Origin { boot, machine, user_id, user, host })
 }
@@ -33,8 +33,8 @@ fn user_name(user_id: u32, passwd: &str) -> Option<String> {
     })
 }
 
-/// Derives an id from a machine id. The machine id cannot be computed from it, as machine-id(5) requires, since images
-/// are copied to other machines.
+/// Derives an id from a machine id. The machine id cannot be computed from the result: machine-id(5) forbids its
+/// publication, and images are copied to other machines.
 fn derive_id(id: &str) -> Uuid {
     let sum = |salt: u64| {
         id.bytes().fold(salt, |sum, byte| {

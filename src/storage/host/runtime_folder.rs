@@ -34,8 +34,8 @@ impl HostRuntimeFolder {
     ///
     /// # Errors
     /// - `NotFound`
-    /// - `Refused` if it belongs to another user, or other users may write to it
-    /// - `Unsupported` if it is not on a file system in memory
+    /// - `Refused` if it is a symbolic link or not a folder, belongs to another user, or may be written by other users
+    /// - `Unsupported` if it is not on tmpfs or ramfs
     /// - `Io`
     pub(super) fn open_folder(path: &Path) -> Result<HostRuntimeFolder> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -64,8 +64,8 @@ impl HostRuntimeFolder {
         Ok(HostRuntimeFolder { fd, path: path.to_path_buf() })
     }
 
-    /// Creates a file without a name and allocates its space: if tmpfs is full, this fails, and no access causes SIGBUS
-    /// later.
+    /// Creates a file without a name and allocates its space. On a full tmpfs the allocation fails, so no later access
+    /// causes SIGBUS.
     fn create_unnamed(&self, bytes: u64) -> Result<OwnedFd> {
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(&self.path);
         let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
@@ -84,8 +84,8 @@ impl RuntimeFolderBackend for HostRuntimeFolder {
 
     fn create(&self, name: &str, words: usize) -> Result<Shm> {
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(self.path.join(name));
-        // The file gets its name when it is complete and locked: no other process can lock it first, and a kill leaves
-        // nothing.
+        // The file gets its name when it is complete and locked: no other process can lock it first, and a kill before
+        // that leaves no file.
         let file = self.create_unnamed((words * size_of::<u64>()) as u64)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|e| failed("cannot lock the live journal", e))?;

@@ -33,8 +33,8 @@ fn is_btrfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(rustix::fs::fstatfs(fd)?.f_type == libc::BTRFS_SUPER_MAGIC)
 }
 
-/// Returns how the file system allocates space for a file. Only file systems that the tests fill up
-/// (`tests/host/disk_full.rs`) are known.
+/// Returns how the file system allocates space for a file: `Unknown`, unless `tests/host/disk_full.rs` tests the file
+/// system.
 fn allocation_mode(fd: BorrowedFd<'_>) -> AllocationMode {
     match rustix::fs::fstatfs(fd).map(|s| s.f_type) {
         Ok(libc::EXT4_SUPER_MAGIC | libc::XFS_SUPER_MAGIC | libc::TMPFS_MAGIC) => AllocationMode::InPlace,
@@ -47,8 +47,9 @@ fn allocation_mode(fd: BorrowedFd<'_>) -> AllocationMode {
     }
 }
 
-/// Returns whether a btrfs has data and metadata in the same block groups (`mkfs.btrfs --mixed`), or this cannot be
-/// determined. Metadata may then use the space that a write was promised, and the write is lost at the sync.
+/// Returns whether a btrfs file system has data and metadata in the same block groups (`mkfs.btrfs --mixed`), or this
+/// cannot be determined. In mixed block groups metadata may take the space that was reserved for a write, and the
+/// written data is lost at the sync.
 fn is_mixed(fd: BorrowedFd<'_>) -> bool {
     let Ok(stat) = rustix::fs::fstatvfs(fd) else { return true };
     let folders = fs::read_dir("/sys/fs/btrfs").into_iter().flatten().flatten().map(|entry| entry.path());

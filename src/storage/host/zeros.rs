@@ -24,7 +24,7 @@ impl HostFile {
         }
     }
 
-    /// Zeroes a range of a device that cannot discard to zeros. The device zeroes the range if it can (BLKZEROOUT);
+    /// Zeroes a range of a block device that cannot punch holes. The device zeroes the range if it can (BLKZEROOUT);
     /// otherwise the kernel writes zeros.
     fn zero_device(&self, offset: u64, len: u64) -> Result<()> {
         let mode = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;

@@ -5,7 +5,7 @@
 //! instruction pointer to the copy's failure exit. gVisor's `safecopy` and the kernel's own copies to user space use
 //! the same technique.
 //!
-//! Only x86-64 has such a copy so far; elsewhere [`is_available`] returns false.
+//! The copy exists only for x86-64; elsewhere [`is_available`] returns false.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -32,7 +32,8 @@ pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
     unsafe { arch::copy(from, to, len) }
 }
 
-/// Makes the interrupted copy return false, if the thread was interrupted in one. Returns whether it was.
+/// Makes the copy return false if the thread was interrupted in one. Returns whether the thread was interrupted in a
+/// copy.
 ///
 /// # Safety
 /// `context` is the context that the kernel passed to a signal handler which is running on this thread.
@@ -92,7 +93,8 @@ mod arch {
     #[inline]
     pub(super) unsafe fn copy(from: *const u8, to: *mut u8, len: usize) -> bool {
         // SAFETY: the code above follows the C calling convention and accesses only the two ranges, which the caller
-        // guarantees to be mapped. A fault in it is handled by `fix_up`, which the caller has installed.
+        // guarantees to be mapped. `fix_up` handles a fault in that code; the caller guarantees that `is_available` has
+        // installed it.
         unsafe { diffdisk_copy(to, from, len) != 0 }
     }
 }

@@ -1,4 +1,4 @@
-//! Mapped parts of one file, and which of their pages are resident in the page cache.
+//! Mapped regions of one file, with the residency of their pages in the page cache.
 //!
 //! ```text
 //!   file     regions of 256 MiB, mapped when a read needs them (by long reads only if they read the same data again)
@@ -6,15 +6,16 @@
 //!            a counter per window of 64 pages: reads that missed because of a page without its bit
 //! ```
 //!
-//! Residency is queried (mincore) for whole windows, and only for windows that were missed repeatedly: a query costs as
-//! much as two reads. The result may be outdated a moment later. The copy then waits for the disk, as any access to a
-//! mapped file does. The reader measures how long copies take, and clears the bits of windows that made it wait.
+//! Residency is queried (mincore) for whole windows, and only for windows in which reads missed repeatedly: a query
+//! costs as much as two reads. A page may leave the page cache after the query. A copy of that page then waits for the
+//! disk, as any access to a mapped file does. The reader measures how long copies take, and clears the bits of windows
+//! that made it wait.
 //!
 //! A mapping appears in the resident set of the process (VmRSS, as RssFile), but its pages are page cache that the
-//! kernel reclaims. It does not reclaim page tables: 4 KiB for each 2 MiB of which something was copied. So the number
-//! of mapped regions is bounded.
+//! kernel reclaims. The kernel does not reclaim page tables: 4 KiB for each 2 MiB of which something was copied. So the
+//! number of mapped regions is bounded.
 //!
-//! Truncating a file makes the rest of its last page zeros, in these mappings as in any other.
+//! Truncating a file fills the rest of its last page with zeros, in these mappings as in any other.
 #![allow(unsafe_code)]
 
 use std::os::fd::AsFd;
@@ -26,21 +27,22 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::storage::prefetch::PAGE;
 
-/// Bytes of a window: one word with a bit per page.
+/// Size of a window in bytes. Its residency is one word with a bit per page.
 const WINDOW_BYTES: usize = 64 * PAGE;
-/// Bytes of a region.
+/// Size of a region in bytes.
 const REGION_BYTES: usize = 256 << 20;
-/// Regions of a file: blocks of an image begin below 2 TiB.
+/// Maximum number of regions of a file. They cover 2 TiB, below which every block of an image begins.
 const FILE_REGIONS: usize = 1 << 13;
-/// Maximum number of mapped regions of a file: 32 GiB, with up to 64 MiB of page tables and 2 MiB of bits and counters.
+/// Maximum number of mapped regions of a file: 32 GiB, with up to 64 MiB of page tables and 1.2 MiB of bits and
+/// counters.
 const MAX_MAPPED_PER_FILE: usize = 128;
 /// Maximum number of mapped regions of all files together, which limits page tables to 512 MiB.
 const MAX_MAPPED: usize = 1024;
 /// Maximum length of a read that maps its region at once.
 const SHORT_READ: usize = 16 << 10;
-/// Bytes of an area, the unit in which long reads of an unmapped region are recorded: a region has 32.
+/// Size in bytes of an area, the unit in which long reads of an unmapped region are recorded: a region has 32 areas.
 const AREA_BYTES: usize = REGION_BYTES / 32;
-/// Misses of a window that cause a query.
+/// Number of misses in a window that cause a query.
 const MISSES_PER_QUERY: u8 = 2;
 
 /// File systems whose reads, writes and mappings all use the page cache (linux/magic.h): ext2 to ext4, XFS, btrfs,
@@ -154,9 +156,9 @@ impl FileMap {
         }
     }
 
-    /// Returns whether a read of `len` bytes at `within` justifies mapping its region. A short read does. Long reads do
-    /// once their sum exceeds the size of the areas that they read, that is, when they read data again: one pass over a
-    /// whole disk maps nothing.
+    /// Returns whether a read of `len` bytes at offset `within` justifies mapping the region. A short read does. Long
+    /// reads do once their sum exceeds the size of the areas that they read, that is, when they read data again: one
+    /// pass over a whole disk maps nothing.
     fn is_worth_mapping(&self, index: usize, within: usize, len: usize) -> bool {
         if len <= SHORT_READ {
             return true;
@@ -226,7 +228,8 @@ impl MapRegion {
         Some(MapRegion { start, valid_bytes: AtomicUsize::new(bytes_in_region(index, size)), resident, misses })
     }
 
-    /// Returns the address of `len` bytes at `within`, if all of their pages were resident at the last query.
+    /// Returns the address of `len` bytes at offset `within` of the region, if all of their pages were resident at the
+    /// last query.
     #[inline]
     pub(in crate::storage) fn resident_start(&self, within: usize, len: usize) -> Option<NonNull<u8>> {
         let end = within + len;
@@ -236,7 +239,7 @@ impl MapRegion {
         whole.then(|| unsafe { self.start.add(within) })
     }
 
-    /// Returns whether `from` is the address of the byte at `within`.
+    /// Returns whether `from` is the address of the byte at offset `within` of the region.
     #[inline]
     pub(in crate::storage) fn maps_at(&self, within: usize, from: NonNull<u8>) -> bool {
         self.start.as_ptr().wrapping_add(within) == from.as_ptr()

@@ -1,15 +1,15 @@
 //! Cache of the mapped regions that a reader used last.
 //!
-//! A direct-mapped table, in which a lookup touches one cache line. Without it each read of a long chain walks through
-//! the tables of another file, with a cache miss at each step: reads of a chain of 64 files reached 0.93 of the rate
-//! for one file, and 0.98 with this cache.
+//! A direct-mapped table, in which a lookup touches one cache line. Without this cache, most reads of a long chain look
+//! up the region in the tables of another file than the read before, with a processor cache miss at each step: reads of
+//! a chain of 64 files reached 0.93 of the rate for one file, and 0.98 with this cache.
 
 use std::sync::Arc;
 
 use super::file_map::MapRegion;
 use crate::storage::op::FileSlot;
 
-/// Number of entries: 2 KiB. A region that is not cached is looked up in its file.
+/// Number of entries, which take 2 KiB. A region that is not cached is looked up in its file.
 const CAPACITY: usize = 128;
 
 /// Regions by file slot and region index. Each pair has exactly one possible entry.
@@ -40,7 +40,7 @@ impl MapCache {
         }
     }
 
-    /// Removes all regions of a slot, which gets another file or none.
+    /// Removes all regions of a slot. Called when the slot gets another file or none.
     pub(super) fn invalidate(&mut self, slot: FileSlot) {
         self.0
             .iter_mut()
@@ -49,7 +49,8 @@ impl MapCache {
     }
 }
 
-/// Spreads the regions of one file, and the first regions of a chain's files, over different entries.
+/// Returns the index of a region's entry. The regions of one file, and the first regions of a chain's files, get
+/// different entries.
 #[inline]
 fn entry_of(slot: FileSlot, index: usize) -> usize {
     (usize::from(slot.0) + index * 29) % CAPACITY

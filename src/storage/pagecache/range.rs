@@ -9,7 +9,7 @@ use crate::storage::prefetch;
 /// Maximum length of a copy: a longer one would delay the requests that follow it.
 pub const MAX_COPY: usize = 2 << 20;
 
-/// Bytes that are prefetched while the same number of bytes before them is copied.
+/// Unit of a copy in bytes: while one chunk is copied, the next one is prefetched.
 pub(super) const CHUNK: usize = 4 << 10;
 
 /// Range of a file that can be copied from the page cache, as long as the file is registered in its slot.
@@ -56,7 +56,6 @@ impl CachedRange {
     }
 }
 
-// SAFETY: the pointer is to a mapping of a file, which is not tied to a thread. Nothing dereferences it until the
-// reader has checked that the mapping still exists (`PageCacheReader::copy`), and that needs `&mut` access to the
-// reader.
+// SAFETY: the pointer is to a mapping of a file, which is not tied to a thread. Only `PageCacheReader::copy` reads
+// through the pointer, after it has checked that a file of the reader still has this mapping.
 unsafe impl Send for CachedRange {}

@@ -1,20 +1,21 @@
 //! Page cache reader of an engine: finds resident ranges, copies them, and backs off after waiting for the disk.
 //!
-//! A small read from the page cache is mostly the system call itself, and the kernel copies page by page: 4 KiB take
-//! 1.3 us by preadv(2), and 0.2 to 0.3 us by a copy from a mapping whose pages were prefetched
+//! Most of the time of a small read from the page cache is that of the system call itself, and the kernel copies page
+//! by page: 4 KiB take 1.3 us by preadv(2), and 0.2 to 0.3 us by a copy from a mapping whose pages were prefetched
 //! (`disk/cached_reads.rs`). Reads of 1 MiB reach 13,800 a second in the kernel (5,300 from 16 files in turn), and
 //! 16,000 (13,800) by copies. Measured with 512 MiB in the page cache, Linux 6.18, AMD EPYC with mitigations. So files
 //! are mapped, and resident ranges (`file_map.rs`) are copied.
 //!
-//! A page may have left memory since the kernel reported it. The copy then waits for the disk, and delays the whole
-//! queue. The reader limits this in three ways:
+//! A page may have left memory since the kernel reported it as resident. The copy then waits for the disk, and delays
+//! the whole queue. The reader limits this in three ways:
 //!
-//! - In a batch that takes far too long, the remaining reads go to the engine.
+//! - If a batch has taken more than a millisecond and caused major page faults, its remaining reads become operations
+//!   of the engine.
 //! - If a batch was slow and the thread had major page faults, the residency bits of the whole batch are cleared, and
 //!   nothing is copied for a hundred times the duration of the batch. So a queue waits for at most a hundredth of its
 //!   time.
-//! - An unavailable page (truncated file, failing disk) ends the copy. The engine repeats the read and reports the
-//!   error.
+//! - An unavailable page (truncated file, failing disk) ends the copy. The read is repeated as an operation, which
+//!   reports the error.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -84,7 +85,7 @@ impl PageCacheReader {
         }
     }
 
-    /// Registers a file. A file that was opened with O_DIRECT is never copied from.
+    /// Registers a file. A file with O_DIRECT enabled is never copied from.
     pub(in crate::storage) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
         let file = HostFile::of(file)?;
@@ -167,7 +168,7 @@ impl PageCacheReader {
                 // - `copy_nofault` is available: a file is registered only if it is, and without a file the check above
                 //   fails.
                 // - Source: `found.from` is the address of `within` in a mapped region of a file in this reader's
-                //   tables (checked above). `find` has returned `found` only for a range inside of the region. The map
+                //   tables (checked above). `find` has returned `found` only for a range inside the region. The map
                 //   cache or the file holds the region, and neither changes while `self` is borrowed here.
                 // - Destination: `for_each_run` passes runs of `into`, which its owner keeps mapped and writable.
                 // - Guest memory and file mappings do not overlap, and no reference to either is ever formed.
@@ -188,7 +189,7 @@ impl PageCacheReader {
         whole && !late
     }
 
-    /// Ends a batch of copies. Starts a backoff if it waited for the disk.
+    /// Ends a batch of copies. Starts a backoff if the batch waited for the disk.
     pub(in crate::storage) fn end_batch(&mut self) {
         if let Some(start) = self.batch_start.take() {
             self.evaluate_batch(start.elapsed());

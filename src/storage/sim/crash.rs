@@ -9,7 +9,7 @@ use super::torn_write::{self, Tear};
 use super::types::DurableUnit;
 
 /// Returns the names and files of a machine after a power cut. `survives` decides about each unit; it also gets the
-/// number of the step that changed the unit (0 for names).
+/// number of the effect that changed the unit (0 for names).
 pub(super) fn survivors(
     machine: &SimMachine,
     tear: Tear<'_>,

@@ -29,7 +29,7 @@ pub(super) struct SimEngine {
     depth: usize,
     calls: u64,
     copies: u64,
-    /// Used only for cached reads, so that runs with and without them are otherwise the same.
+    /// Random numbers for cached reads only, so that runs with and without cached reads are otherwise the same.
     random: Random,
 }
 
@@ -126,7 +126,7 @@ impl Engine for SimEngine {
         let resident = self.shared.lock().read_mapped(*inode, &mut bytes, found.offset()).is_ok();
         let whole = resident && self.random.chance(7, 8);
         if !whole {
-            // A failed copy leaves a part of the bytes, here half of them.
+            // An incomplete copy overwrites a part of the destination, here half of it.
             bytes.truncate(found.len() / 2);
             bytes.fill(0xA5);
         }

@@ -1,4 +1,5 @@
-//! The environment of the simulated host. Each call is a step, and may fail by the fault plan.
+//! The environment of the simulated host. Calls that open or change names are steps, which the fault plan can make
+//! fail.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -13,7 +13,7 @@ use super::types::{CompletionOrder, DurableUnit, FaultPlan, StepCounts};
 use crate::mutant::{self, Mutant};
 use crate::random::Random;
 
-/// Simulated machine; see the module. Clones refer to the same machine.
+/// Simulated machine, as the [module page](super) describes it. Clones refer to the same machine.
 #[derive(Clone, Debug)]
 pub struct SimHost(pub(super) SharedMachine);
 
@@ -38,16 +38,16 @@ impl SimHost {
     }
 
     /// Returns the machine after a power cut. `survives` decides about each unit by its index in
-    /// [`unsynced`](Self::unsynced). This machine keeps running, so any number of outcomes can be tried from one
-    /// moment.
+    /// [`unsynced`](Self::unsynced). This machine keeps running, so any number of outcomes can be tried from the same
+    /// state.
     pub fn crash_with(&self, survives: &dyn Fn(usize) -> bool) -> SimHost {
         self.crash_torn(survives, &mut |_, _| None)
     }
 
-    /// Like [`crash_with`](Self::crash_with), but sectors that were being overwritten may become mixtures of old and
-    /// new.
+    /// Like [`crash_with`](Self::crash_with), but `tear` may replace overwritten sectors by mixtures of old and new
+    /// bytes.
     pub fn crash_torn(&self, survives: &dyn Fn(usize) -> bool, tear: Tear<'_>) -> SimHost {
-        // Evaluated before the machine is locked, since the closure may use the machine.
+        // `survives` is called before the machine is locked, since it may use the machine.
         let mut fates = (0..self.unsynced().len()).map(survives).collect::<Vec<_>>().into_iter();
         let machine = self.0.lock();
         let (names, inodes) = survivors(&machine, tear, &mut |_, _| fates.next().expect("one fate for each unit"));
@@ -77,7 +77,7 @@ impl SimHost {
     }
 
     /// Kills the process: ends this machine and returns the machine that the next process finds. Each sector of an
-    /// operation in flight was either written or not.
+    /// operation in flight was either written or not, except that a write which extends the file is atomic.
     pub fn kill(&self, random: &mut Random) -> SimHost {
         let mut machine = self.0.lock();
         let (mut inodes, names) = (machine.inodes.clone(), machine.names.clone());
@@ -113,7 +113,8 @@ impl SimHost {
         self.0.lock().dead = true;
     }
 
-    /// Returns whether the machine has ended: by `halt`, by a crash, or at the step set by [`stop_at`](Self::stop_at).
+    /// Returns whether the machine has ended: by `halt`, `crash` or `kill`, or at the step set by
+    /// [`stop_at`](Self::stop_at).
     pub fn is_dead(&self) -> bool {
         self.0.lock().dead
     }

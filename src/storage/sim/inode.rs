@@ -1,4 +1,4 @@
-//! One simulated file without its names: current contents, durable contents, and the changes between.
+//! One simulated file without its names: current contents, durable contents, and the changes that are not durable yet.
 //!
 //! Each change concerns one sector or the length. After a crash a sector is either old or new, and each change survives
 //! or not independently of the others.
@@ -31,7 +31,7 @@ type Sector = Arc<SectorData>;
 
 static ZERO: LazyLock<Sector> = LazyLock::new(|| SectorData::new([0; SECTOR_BYTES]));
 
-/// Mixes a word into a digest (with the finalizer of splitmix64, as in `random.rs`).
+/// Mixes a word into a digest, with the multipliers of splitmix64 (`random.rs`).
 fn mix(digest: u64, word: u64) -> u64 {
     let z = (digest ^ word).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     (z ^ (z >> 29)).wrapping_mul(0x94D0_49BB_1331_11EB).rotate_left(31)
@@ -142,7 +142,7 @@ impl Contents {
                 if offset >= end {
                     return Vec::new();
                 }
-                // Only sectors that are no holes yet are changed, since the range may be much larger than the data in
+                // Only sectors that are not holes yet are changed, since the range may be much larger than the data in
                 // it.
                 let present = self.sectors.range(offset / SECTOR..end.div_ceil(SECTOR));
                 present
@@ -278,7 +278,7 @@ impl Inode {
         self.log.push(LoggedChange { seq, change, forgotten: false });
     }
 
-    /// Makes the changes up to number `seq` durable that are in the scope, unless an earlier sync of them failed.
+    /// Makes durable the changes up to number `seq` that are in the scope, unless an earlier sync of them failed.
     pub(super) fn sync(&mut self, seq: u64, scope: SyncScope) {
         let mut kept: Vec<LoggedChange> = Vec::new();
         let durable = Arc::make_mut(&mut self.durable);
@@ -304,7 +304,7 @@ impl Inode {
         self.log.iter().map(|s| (s.seq, &s.change))
     }
 
-    /// Returns the file after a crash that exactly these changes survived, in this order.
+    /// Returns the file after a crash which exactly the changes in `survived` survive. They are applied in this order.
     pub(super) fn after_crash<'a>(&self, survived: impl Iterator<Item = &'a InodeChange>) -> Inode {
         let mut survived = survived.peekable();
         let mut left = self.durable.clone();

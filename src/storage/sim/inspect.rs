@@ -1,4 +1,5 @@
-//! Observation of a simulated machine: single completions, copies before each change, contents without steps.
+//! Observation of a simulated machine: single completions, copies before each change, and contents, which are read
+//! without counting a step.
 
 use std::path::{Path, PathBuf};
 
@@ -31,23 +32,23 @@ impl SimHost {
         recorded.into_iter().map(SimHost::from).collect()
     }
 
-    /// Returns a digest of a file's current contents. No step.
+    /// Returns a digest of a file's current contents. Does not count as a step.
     pub fn digest(&self, path: &Path) -> Option<u64> {
         let machine = self.0.lock();
         Some(machine.inodes[&machine.names.get(&absolute(path))?].digest())
     }
 
-    /// Returns the allocated bytes of all files. No step.
+    /// Returns the allocated bytes of all files. Does not count as a step.
     pub fn allocated_bytes(&self) -> u64 {
         self.0.lock().allocated_bytes()
     }
 
-    /// Returns all names of files. No step.
+    /// Returns all names of files. Does not count as a step.
     pub fn names(&self) -> Vec<PathBuf> {
         self.0.lock().names.all().map(|(name, _)| name.to_path_buf()).collect()
     }
 
-    /// Returns the current bytes of a file. No step.
+    /// Returns the current bytes of a file. Does not count as a step.
     pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
         let machine = self.0.lock();
         let inode = &machine.inodes[&machine.names.get(&absolute(path))?];
@@ -56,8 +57,8 @@ impl SimHost {
         Some(bytes)
     }
 
-    /// Returns the changes of [`unsynced`](SimHost::unsynced) with the number of the step that made each. Units of one
-    /// write have the same number.
+    /// Returns the changes of [`unsynced`](SimHost::unsynced) with the number of the effect that made each change.
+    /// Units of one write have the same number.
     pub fn unsynced_steps(&self) -> Vec<(u64, DurableUnit)> {
         let mut units = Vec::new();
         survivors(&self.0.lock(), &mut |_, _| None, &mut |step, unit| {

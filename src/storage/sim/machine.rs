@@ -260,7 +260,8 @@ impl SimMachine {
         self.sync(id, self.last_number(), SyncScope::Range(offset, offset + from.len() as u64))
     }
 
-    /// Writes by a plain call. If the machine ends during the write, parts of it may have been stored.
+    /// Writes by a call that uses no engine. If the machine ends during the write, some of the sectors may have been
+    /// stored.
     pub(super) fn write_now(&mut self, id: InodeId, from: &[u8], offset: u64) -> io::Result<()> {
         self.check_alive()?;
         let result = self.write(id, from, offset);
@@ -272,7 +273,7 @@ impl SimMachine {
         result
     }
 
-    /// Makes the changes up to number `last` durable that are in the scope.
+    /// Makes durable the changes up to number `last` that are in the scope.
     pub(super) fn sync(&mut self, id: InodeId, last: u64, covers: SyncScope) -> io::Result<()> {
         let result = self.step(StepKind::Sync);
         self.check_alive()?;
@@ -352,7 +353,7 @@ impl SimMachine {
             Action::Write => self.write(op.inode, &op.bytes, op.offset),
             Action::WriteThrough => self.write_through(op.inode, &op.bytes, op.offset),
             Action::Sync => self.sync(op.inode, op.covers, SyncScope::All),
-            // Any written byte may become durable at any time, so these change nothing.
+            // Any written byte may become durable at any time, so these actions change nothing.
             Action::Prefetch | Action::StartWriteback => Ok(()),
             Action::Allocate => self.allocate(op.inode, op.offset, op.len),
             Action::Punch => self.clear(op.inode, op.offset, op.len, false),

@@ -39,8 +39,8 @@ impl InodeMetadata {
         self.now.modified
     }
 
-    /// Updates the modification time after a change of bytes. It is later than every previous one, as if a nanosecond
-    /// had passed.
+    /// Updates the modification time after a change of bytes. The new time is later than every previous one, as if a
+    /// nanosecond had passed.
     pub(super) fn touch(&mut self, clock: i64) {
         let ModifiedTime { seconds, nanos } = self.latest.max(self.now.modified);
         self.latest = match nanos.checked_add(1).filter(|nanos| *nanos < 1_000_000_000) {

@@ -1,15 +1,15 @@
-//! A simulated host for crash tests: torn writes, lost names, faults on demand, and any order of completions, all drawn
-//! from one seed.
+//! A simulated host for crash tests: torn writes, lost names, injected faults, and any order of completions. A run is
+//! reproducible from its seed.
 //!
 //! What survives the end of a machine is a choice among *units* ([`DurableUnit`]): each sector, each length and each
 //! name that changed since it was last made durable, and each sector of the operations in flight.
-//! [`SimHost::crash_with`] takes any choice, [`SimHost::crash`] draws one from the seed. [`SimHost::kill`] ends only
-//! the process: completed operations stay, and each operation in flight may or may not have happened. Each of them
+//! [`SimHost::crash_with`] takes any choice, [`SimHost::crash`] draws one from a [`Random`]. [`SimHost::kill`] ends
+//! only the process: completed operations stay, and each operation in flight may or may not have happened. Each of them
 //! returns a new host, on which old handles do not exist. After a `crash` or `kill` every call on the old host fails.
 //!
 //! The model is harsher than ext4, XFS and btrfs: a new length may survive without the bytes that caused it, a punched
-//! sector may come back, and an fsync of a file does not make its name durable. It is kinder in one respect: a sector
-//! is either old or new (unless [`SimHost::crash_torn`] tears it), and a rename is either done or not.
+//! sector may come back, and an fsync of a file does not make its name durable. The model is kinder in two respects: a
+//! sector is either old or new (unless [`SimHost::crash_torn`] tears it), and a rename is either done or not.
 //!
 //! Operations of a simulated engine complete in `reap` (some) and `wait` (at least one), never on their own. The engine
 //! has no descriptor to wait on: its user calls `wait` while operations are outstanding.

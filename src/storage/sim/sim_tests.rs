@@ -138,8 +138,8 @@ fn a_crash_tears_operations_in_flight() {
         seen.insert((bytes[1536], bytes.get(2048).copied()));
         assert!(f.stat().is_err());
     }
-    // The sector within the old length is old or new. Beyond it: the old length, the new length without the bytes, or
-    // both.
+    // The sector within the old length is old or new. Beyond that sector there are three cases: the old length, the new
+    // length without the bytes, or the new length with the bytes.
     assert_eq!(seen.len(), 6, "{seen:?}");
 }
 

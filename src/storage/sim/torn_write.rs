@@ -14,12 +14,12 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 /// Bytes that are never torn.
 const UNIT: usize = 4;
 
-/// Decides how a sector is torn. Gets the bytes before and after the write, and returns a bit for each unit that is
-/// new, or `None` if the sector is not torn.
+/// Decides how a sector is torn. Gets the bytes before and after the write, and returns a mask in which the bit of each
+/// new unit is set, or `None` if the sector is not torn.
 pub type Tear<'a> = &'a mut dyn FnMut(&[u8; SECTOR_BYTES], &[u8; SECTOR_BYTES]) -> Option<u128>;
 
-/// Replaces the overwritten sectors in `changes` by the mixtures that `tear` chooses. The changes follow the durable
-/// state.
+/// Replaces the overwritten sectors in `changes` by the mixtures that `tear` chooses. The changes are in order, and
+/// begin at the durable state.
 ///
 /// Sectors beyond the durable length stay whole: the new length becomes durable only after a transfer that began when
 /// the page was complete.

@@ -14,10 +14,10 @@ pub enum CompletionOrder {
 /// The way in which a step fails.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
-    /// With EIO. A sync that fails drops the changes that it should have made durable: later syncs succeed without
-    /// them.
+    /// The step fails with EIO. A sync that fails drops the changes that it should have made durable: later syncs
+    /// succeed without them.
     Io,
-    /// With ENOSPC.
+    /// The step fails with ENOSPC.
     NoSpace,
     /// A write stores half of its sectors and fails with EIO. A read fails as at the end of the file. Any other step
     /// fails with EIO.
@@ -68,8 +68,8 @@ pub struct StepCounts {
     pub submitted: u64,
 }
 
-/// Smallest change that survives a crash or not, independently of all others. Units of one place are ordered: the last
-/// one that survives wins.
+/// Smallest change that survives a crash or not, independently of all others. Units of the same place are ordered: the
+/// last one that survives takes effect.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum DurableUnit {
     /// Sector of a file (inode, sector).

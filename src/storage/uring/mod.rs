@@ -2,14 +2,14 @@
 //!
 //! Each operation has an entry in a slab for as long as the kernel may access its memory; the index of the entry is the
 //! operation's user data. The submission queue never overflows: it has a slot for each outstanding operation, and each
-//! of them is queued at most once.
+//! operation is queued at most once.
 //!
 //! IORING_SETUP_DEFER_TASKRUN is not used, because it gains nothing: reads from the page cache are complete when the
-//! submit returns. Without a server, 32 reads of 4 KiB per submit reach 673,000 reads a second at 1.34 us of processor
-//! time each with this setup, 663,000 at 1.39 us with DEFER_TASKRUN, and 738,000 at 1.29 us with preadv(2)
-//! (`benches/serve`, interleaved, busy machine with two processors). One call per read would thus be as fast as a ring,
-//! but a read that waits for the disk would delay its queue. Faster than both is no call at all, which is possible for
-//! data in the page cache (`pagecache/reader.rs`).
+//! submit returns. In a benchmark of the engine alone, 32 reads of 4 KiB per submit reach 673,000 reads a second at
+//! 1.34 us of processor time each with this setup, 663,000 at 1.39 us with DEFER_TASKRUN, and 738,000 at 1.29 us with
+//! preadv(2) (`benches/serve`, interleaved, busy machine with two processors). One call per read would thus be as fast
+//! as a ring, but a read that waits for the disk would delay its queue. Faster than both is no call at all, which is
+//! possible for data in the page cache (`pagecache/reader.rs`).
 #![allow(unsafe_code)]
 
 mod nowait;
@@ -32,17 +32,17 @@ use super::pagecache::reader::PageCacheReader;
 use super::payload::GuestIovecs;
 use super::transfer::{Transfer, TransferState};
 
-/// io_uring_enter(2): run pending work of this thread, and wait for the given number of completions.
+/// Flag of io_uring_enter(2): runs pending work of this thread, and waits for the given number of completions.
 const ENTER_GETEVENTS: u32 = 1;
 
-/// Number of consecutive calls that the kernel may refuse for lack of memory.
+/// Maximum number of consecutive calls that the kernel may refuse for lack of memory.
 const MAX_REFUSALS: u32 = 1000;
 
 /// Engine that uses io_uring.
 ///
-/// If the kernel supports it (Linux 6.0), the ring belongs to one thread: the first one that calls `submit`, `wait` or
-/// `reap`. The ring is created disabled, and that call enables it. Any thread may register files before that, and only
-/// the owner may afterwards.
+/// If the kernel supports it (Linux 6.0), the ring belongs to one thread: the first one that submits an operation, by
+/// `submit` or `wait`. The ring is created disabled, and this first submission enables it. Any thread may register
+/// files before that, and only the owner may afterwards.
 pub struct UringEngine {
     ring: IoUring,
     entries: Vec<SlabEntry>,
@@ -69,9 +69,9 @@ struct SlabEntry {
     transfer: Transfer,
 }
 
-// SAFETY: the ring's mappings and the pointers in `entries` are owned by this value and not tied to a thread. If the
-// kernel ties the ring to a thread, it rejects calls of other threads with an error. All methods that access the ring
-// take `&mut self`, except `wake_fd`, which only reads the descriptor's number.
+// SAFETY: this value owns the ring's mappings and, through `entries`, the memory to which its iovecs point. Neither is
+// tied to a thread. If the kernel ties the ring to a thread, it rejects calls of other threads with an error. All
+// methods that access the ring take `&mut self`, except `wake_fd`, which only reads the descriptor's number.
 unsafe impl Send for UringEngine {}
 
 impl UringEngine {
@@ -101,7 +101,7 @@ impl UringEngine {
         })
     }
 
-    /// Adds the entry's next call to the submission queue.
+    /// Adds the next call of a slab entry's operation to the submission queue.
     fn enqueue(&mut self, number: u32) {
         let entry = &mut self.entries[number as usize];
         let op = entry.op.as_mut().expect("a queued entry has an operation");
@@ -124,8 +124,9 @@ impl UringEngine {
         let mut refusals = 0;
         loop {
             self.calls += 1;
-            // SAFETY: no argument is passed, so the call itself accesses no memory of this process. The queue has at
-            // least `queued` entries, whose memory `enqueue` guarantees.
+            // SAFETY: the call has no argument structure. The kernel accesses only the payloads and iovecs of queued
+            // entries: the slab keeps them in place until the kernel has completed the entry, and Drop waits for that
+            // or leaks them.
             let taken =
                 unsafe { self.ring.submitter().enter::<libc::sigset_t>(self.queued, at_least, ENTER_GETEVENTS, None) };
             match taken {
@@ -180,7 +181,7 @@ impl UringEngine {
         }
     }
 
-    /// Makes the writes that need no ring. The others are queued.
+    /// Makes the writes in `nowait_writes`. A write that would wait, or is short, is queued in the ring.
     #[inline]
     fn write_nowait(&mut self) {
         if self.nowait_writes.is_empty() {
@@ -214,8 +215,9 @@ impl UringEngine {
 
 impl Engine for UringEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        // The ring's table holds the open file description itself. So its locks last as long as any operation in
-        // flight, even if this process is killed, and the next process waits for them (`host/file.rs`, the fence).
+        // The ring's file table refers to the open file description. So the locks of the file last as long as any
+        // operation in flight, even if this process is killed. The next process waits for the end of these locks
+        // (`host/file.rs`, the fence).
         self.update_file(slot, HostFile::of(file)?.as_raw_fd())?;
         self.page_cache.register(slot, file)?;
         self.nowait.register(slot, file)
@@ -284,14 +286,14 @@ impl Engine for UringEngine {
         }
         out.append(&mut self.completed);
         self.drain_completions(out);
-        // Two reasons for a call: the kernel has completions that only this thread can finish, and short transfers
-        // continue. If the call fails, the next `submit` fails as well.
+        // A call is needed if the kernel has completions that only this thread can finish, or if short transfers were
+        // queued again. The error is ignored, because the next `submit` fails as well.
         let pending = self.ring.submission().taskrun();
         if (pending || self.queued > 0 && self.enabled) && self.enter(0).is_ok() {
             self.drain_completions(out);
         }
-        // A transfer of very many iovecs takes several calls. A queued one must not remain here: nothing would wake the
-        // queue for it.
+        // A transfer of many iovecs takes several calls. The next of them must not remain in the submission queue: no
+        // event would wake this thread for it.
         while self.queued > 0 && self.enabled {
             let before = self.queued;
             if self.enter(0).is_err() || self.queued == before {
@@ -342,11 +344,11 @@ impl Engine for UringEngine {
 
 impl Drop for UringEngine {
     fn drop(&mut self) {
-        // These were never submitted, so the kernel does not access their memory.
+        // The queued operations were never submitted, so the kernel does not access their memory.
         self.queued = 0;
         while self.in_flight > 0 {
             if let Err(e) = self.enter(1) {
-                // The kernel may still write to the memory.
+                // The kernel may still access the memory of the operations in flight, so it is leaked.
                 log::error!(
                     "cannot wait for {} operations in flight: {e}. Their memory is never freed",
                     self.in_flight
@@ -358,7 +360,7 @@ impl Drop for UringEngine {
                 self.in_flight -= 1;
             }
         }
-        // The kernel destroys a closed ring later, on its own thread. Until then the ring's table holds the files and
+        // The kernel destroys a closed ring later, in a kernel thread. Until then the ring's table holds the files and
         // their locks, and the next process would find them busy. Only the thread that owns the ring can empty the
         // table; if another thread drops the ring, the files are released when the kernel destroys it.
         if let Err(e) = self.ring.submitter().register_files_update(0, &[-1; FILE_SLOTS as usize]) {

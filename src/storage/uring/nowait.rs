@@ -1,11 +1,11 @@
 //! Buffered writes that the submitting thread makes itself, without the ring.
 //!
-//! A write to the page cache is a copy. Some file systems (ext4) do not allow io_uring to make it without waiting, so
-//! every such write goes through a kernel thread: two thread switches for 4 KiB (`disk/lane.rs` has figures for ext4
-//! with 32 writes in flight). So the submitting thread makes the write if the kernel promises not to wait (RWF_NOWAIT).
-//! If the file system never promises that, the thread makes the write anyway, unless the last one was slow, which means
-//! that the kernel is throttling writers. Then writes go to the ring for a while, so that its kernel threads wait and
-//! the queue continues with reads.
+//! A write to the page cache is a copy. On some file systems (ext4) io_uring cannot make a buffered write without
+//! waiting, so every such write goes through a kernel thread: two thread switches for 4 KiB (`disk/lane.rs` has figures
+//! for ext4 with 32 writes in flight). So the submitting thread makes the write with RWF_NOWAIT, by which the kernel
+//! fails the call instead of waiting. If the file system does not support RWF_NOWAIT, the thread makes the write
+//! without the flag. If such a write is slow, the kernel is throttling writers. Then writes go to the ring for a while,
+//! so that its kernel threads wait and the queue continues with reads.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,7 +20,7 @@ use crate::storage::transfer::Transfer;
 
 /// Maximum length of a write: a longer copy would delay the requests that follow it.
 const MAX_WRITE: usize = 1 << 20;
-/// Duration beyond which a write has waited and was more than a copy.
+/// Duration beyond which a write is taken to have waited, rather than only copied.
 const SLOW_WRITE: Duration = Duration::from_millis(1);
 /// Writes go to the ring for this many times the duration of a slow write, so that the queue waits for a small part of
 /// its time.
@@ -35,7 +35,7 @@ pub(super) struct NowaitWrites {
 
 struct NowaitFile {
     file: Arc<HostFile>,
-    /// The file system supports RWF_NOWAIT, or has not been tried.
+    /// No write has failed because the file system does not support RWF_NOWAIT.
     supports_nowait: bool,
 }
 
@@ -44,7 +44,7 @@ impl NowaitWrites {
         NowaitWrites { files: (0..FILE_SLOTS).map(|_| None).collect(), backoff_until: None }
     }
 
-    /// Registers a file. Writes to a file that was opened with O_DIRECT always go to the ring.
+    /// Registers a file. Writes to a file with O_DIRECT enabled always go to the ring.
     pub(super) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
         let file = HostFile::of(file)?;

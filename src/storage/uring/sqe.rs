@@ -8,7 +8,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use crate::storage::op::{Action, FILE_SLOTS, Op};
 use crate::storage::transfer::{IoBuffers, Transfer, fallocate_mode};
 
-/// Opcodes of io_uring_register(2) that remain allowed.
+/// Opcodes of io_uring_register(2) that a restricted ring allows.
 const REGISTER_FILES_UPDATE: u8 = 6;
 const REGISTER_ENABLE_RINGS: u8 = 12;
 
@@ -48,9 +48,9 @@ pub(super) fn submission_entry(op: &mut Op, transfer: &mut Transfer) -> squeue::
 
 /// Creates a ring with an empty file table. Returns it, and whether it is already enabled.
 pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
-    // Linux 6.0: one thread submits and reaps. Completions do not interrupt it, but wake it. With DEFER_TASKRUN they
-    // would wait until the thread enters the kernel, and would not wake a thread that polls the ring's descriptor (seen
-    // on 6.18: a sync never woke poll(2)).
+    // Linux 6.0: only one thread submits and reaps (SINGLE_ISSUER). Completions wake this thread from a sleep, but do
+    // not interrupt it (COOP_TASKRUN). DEFER_TASKRUN is not set: completions would then wait until the thread enters
+    // the kernel, and would not wake it while it polls the ring's descriptor (seen on 6.18: a sync never woke poll(2)).
     let first = IoUring::builder()
         .setup_r_disabled()
         .setup_single_issuer()
@@ -78,8 +78,8 @@ pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
         other => other?,
     }
     if !enabled {
-        // Restricts the operations of the ring for the case that the process is compromised, since seccomp does not see
-        // them: no operation may open files or sockets.
+        // Restricts the ring to the operations below, none of which opens files or sockets. This limits a compromised
+        // process: seccomp does not see the operations of a ring.
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Read::CODE),
             Restriction::sqe_op(opcode::Readv::CODE),
