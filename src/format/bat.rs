@@ -12,12 +12,12 @@ pub const MAX_ENTRY: u32 = UNUSED - 1;
 /// Entries in a sector.
 pub const ENTRIES_PER_SECTOR: u32 = 128;
 
-/// Bytes of a table of `entries`, in whole sectors.
+/// Returns the number of bytes of a table of `entries`, in whole sectors.
 pub fn bytes(entries: u32) -> u64 {
     u64::from(entries.div_ceil(ENTRIES_PER_SECTOR)) * SECTOR
 }
 
-/// The sector of the table that holds the entry of `block`, counted from the table's start.
+/// Returns the sector of the table that holds the entry of `block`, counted from the table's start.
 pub fn sector_of(block: u32) -> u32 {
     block / ENTRIES_PER_SECTOR
 }
@@ -40,7 +40,7 @@ pub fn encode_sector(entries: &[u32]) -> [u8; 512] {
     sector
 }
 
-/// Whether all entries of a sector of the table are unused, and so are the bytes after the last entry.
+/// Returns whether all entries of a sector of the table are unused, and so are the bytes after the last entry.
 pub fn is_unused(sector: &[u8]) -> bool {
     // A fold over all bytes, without an early return, compiles to vector instructions.
     sector.iter().fold(u8::MAX, |all, byte| all & byte) == u8::MAX

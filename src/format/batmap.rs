@@ -1,7 +1,7 @@
 //! XenServer's batmap: one bit for each block, set if the block is whole. It follows the BAT of images made by `tap`.
 //!
-//! This crate reads images without it. But it takes space, its checksum must be right after a resize, and its header
-//! records whether the data is encrypted (format 5.1, O15).
+//! diffdisk does not read blocks by the batmap. But the batmap takes space in the file, its checksum must be right
+//! after a resize, and its header records whether the data is encrypted (format 5.1, O15).
 
 use std::ops::Range;
 
@@ -54,13 +54,13 @@ pub struct BatmapHeader {
 pub enum BatmapPresence {
     /// Never.
     Absent,
-    /// Only if the header is there (version 1.1).
+    /// Only if the file contains its header (version 1.1).
     Perhaps,
     /// Always.
     Present,
 }
 
-/// Whether the creator of an image gave it a batmap.
+/// Returns whether an image has a batmap, by the creator and the creator's version in its footer.
 pub fn presence(footer: &Footer) -> BatmapPresence {
     let tap = footer.creator_is_tap() && footer.disk_type != DiskType::Fixed;
     match footer.creator_version {
@@ -70,7 +70,7 @@ pub fn presence(footer: &Footer) -> BatmapPresence {
     }
 }
 
-/// The byte offset of the batmap's header, directly after the BAT; `None` on overflow.
+/// Returns the byte offset of the batmap's header, directly after the BAT; `None` on overflow.
 pub fn header_offset(header: &DynamicHeader) -> Option<u64> {
     header.table_offset.checked_add(bat::bytes(header.entries))
 }
@@ -110,7 +110,7 @@ impl BatmapHeader {
         })
     }
 
-    /// The byte range of the map in a file of `len` bytes. `at` is the offset of this header, for the message.
+    /// Returns the byte range of the map in a file of `len` bytes. `at` is the offset of this header, for the defect.
     ///
     /// # Errors
     /// [`Defect::BatmapPlace`] if the map lies outside the file.
@@ -122,17 +122,17 @@ impl BatmapHeader {
         }
     }
 
-    /// Whether the data is encrypted.
+    /// Returns whether the data is encrypted.
     pub fn is_encrypted(&self) -> bool {
         self.keyhash == 1
     }
 
-    /// The number of bytes that the checksum of the map covers, for a disk of `size` bytes.
+    /// Returns the number of bytes that the checksum of the map covers, for a disk of `size` bytes.
     pub fn checksummed_bytes(size: u64) -> u64 {
         (size >> 24).max(1).next_multiple_of(SECTOR)
     }
 
-    /// The checksum of a map. `map` holds the bytes that the checksum covers.
+    /// Returns the checksum of a map. `map` holds the bytes that the checksum covers.
     pub fn checksum_of(&self, map: &[u8]) -> u32 {
         if self.version != 0x0001_0001 {
             return checksum(map, 0..0);
@@ -155,7 +155,7 @@ impl BatmapHeader {
     }
 }
 
-/// Whether the map marks a block whole. Blocks after its end are not whole.
+/// Returns whether the map marks a block whole. Blocks after the end of the map are not whole.
 pub fn is_whole(map: &[u8], block: u32) -> bool {
     map.get((block / 8) as usize).is_some_and(|byte| byte << (block % 8) & 0x80 != 0)
 }

@@ -1,8 +1,8 @@
 //! Sector bitmaps as 64-bit words: the most significant bit of word 0 is sector 0, as in the bytes of the file.
 //!
-//! Every request uses them, so runs are found a word at a time. A bitmap that threads share is an array of atomic
-//! words. Its bits are only set, never cleared: with release order after the data was written, so that a thread that
-//! loads a set bit with acquire order sees that data.
+//! Every request searches bitmaps, so runs are found a word at a time. A bitmap that threads share is an array of
+//! atomic words. Bits of a shared bitmap are set and never cleared. A bit is set with release order after the data of
+//! its sector was written, so that a thread that loads the set bit with acquire order sees that data.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,13 +11,13 @@ use crate::units::BlockSize;
 /// Bits in a word.
 const BITS: u32 = 64;
 
-/// The number of words in the bitmap of a block. Bits after the last sector of a small block are kept; they have no
-/// meaning.
+/// Returns the number of words in the bitmap of a block. Bits after the last sector of a small block have no meaning,
+/// and are kept.
 pub fn words(block_size: BlockSize) -> usize {
     block_size.sectors().div_ceil(BITS) as usize
 }
 
-/// The mask of the bits of `from..end` that lie in word `index`.
+/// Returns the mask of the bits of `from..end` that lie in word `index`.
 pub fn mask(index: usize, from: u32, end: u32) -> u64 {
     let base = index as u64 * u64::from(BITS);
     let low = u64::from(from).max(base) - base;
@@ -29,7 +29,8 @@ pub fn mask(index: usize, from: u32, end: u32) -> u64 {
     (u64::MAX >> low) & (u64::MAX << (u64::from(BITS) - high))
 }
 
-/// The state of bit `from`, and the number of bits from there, before `end`, with the same state; 0 if `from >= end`.
+/// Returns the state of bit `from`, and the length of the run of bits with this state that begins at `from` and ends at
+/// `end` or before. The length is 0 if `from >= end`.
 ///
 /// # Panics
 /// If `end` lies after the last word.
@@ -98,7 +99,7 @@ pub fn clear(words: &mut [u64], from: u32, count: u32) {
     }
 }
 
-/// The number of set bits in `from..end`.
+/// Returns the number of set bits in `from..end`.
 pub fn count(words: &[u64], from: u32, end: u32) -> u32 {
     masks(from, end.saturating_sub(from)).map(|(index, mask)| (words[index] & mask).count_ones()).sum()
 }

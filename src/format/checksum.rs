@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// The one's complement of the sum of all bytes except those at `skip`, where the checksum itself is stored.
+/// Returns the one's complement of the sum of all bytes except those at `skip`, where the checksum itself is stored.
 pub(crate) fn checksum(bytes: &[u8], skip: Range<usize>) -> u32 {
     let sum = |part: &[u8]| part.iter().fold(0u32, |sum, &byte| sum.wrapping_add(byte.into()));
     !sum(&bytes[..skip.start]).wrapping_add(sum(&bytes[skip.end..]))

@@ -86,15 +86,15 @@ pub enum Defect {
     FooterCopyStale
         ["footer-copy-stale", _, Cosmetic, Warning, true, Invalid, 0]
         "the copy of the footer at the start differs from the footer at the end in bytes without consequence";
-    /// A dynamic disk has no footer at its end.
+    /// A dynamic or differencing image has no footer at its end.
     TrailingFooterMissing { len: u64 }
         ["trailing-footer-missing", O3, Corruption, Warning, true, Invalid, *len]
         "the footer at the end is missing (the image was not closed cleanly); the copy at the start is used";
-    /// The footer at the end of a dynamic disk is damaged.
+    /// The footer at the end of a dynamic or differencing image is damaged.
     TrailingFooterInvalid { at: u64, reason: Box<Defect> }
         ["trailing-footer-invalid", O3, Corruption, Warning, true, Invalid, *at]
         "the footer at the end is damaged ({reason}); the copy at the start is used";
-    /// The copy of the footer at the start of a dynamic disk is damaged.
+    /// The copy of the footer at the start of a dynamic or differencing image is damaged.
     FrontFooterInvalid { reason: Box<Defect> }
         ["front-footer-invalid", O3, Corruption, Warning, true, Invalid, 0]
         "the copy of the footer at the start is damaged: {reason}";
@@ -168,7 +168,8 @@ pub enum Defect {
         ["entry-zero", _, Cosmetic, Warning, true, Invalid, *at]
         "the table entry of block {block}{} is 0, where no block can begin; it is read as unused",
         AndMore(entries - 1);
-    /// Sectors of a block are lost: the data ends before them, and its bitmap marks them as present or is lost, too.
+    /// Sectors of a block are lost: the data ends before these sectors, and the block's bitmap marks them as present or
+    /// is itself lost.
     BlockCutOff { block: u32, sectors: u64, at: u64 }
         ["block-cut-off", O12, Corruption, NotReadable, false, Invalid, *at]
         "{sectors} sectors of block {block} are lost: the file was truncated before them. Restore the image from a \
@@ -280,7 +281,7 @@ pub enum Defect {
     BatmapChecksum { at: u64, stored: u32, computed: u32 }
         ["batmap-checksum", O15, Corruption, Warning, true, Invalid, relative at]
         "the batmap's checksum is {stored:#010x}, but its bytes give {computed:#010x}";
-    /// XenServer's batmap marks a block whole that is not.
+    /// XenServer's batmap marks a block whole that is not whole.
     BatmapWrong { at: u64, block: u32 }
         ["batmap-wrong", _, Corruption, Warning, true, Invalid, *at]
         "the batmap marks block {block} whole, which it is not";
@@ -308,7 +309,7 @@ impl fmt::Display for AndMore {
     }
 }
 
-/// Names where an image records a path: in a locator, or in the header.
+/// Describes where an image records a path: in a locator, or in the header.
 fn recorded_path(slot: Option<usize>, text: &str) -> String {
     match slot {
         Some(slot) => format!("path {text:?} of parent locator {slot}"),

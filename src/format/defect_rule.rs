@@ -14,7 +14,7 @@ pub enum Consequence {
 /// Severity of a defect.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Severity {
-    /// An observation that is no violation of a rule, but may explain one.
+    /// An observation that violates no rule, but may explain a violation.
     Note,
     /// The disk reads as it should, but another program may fail on the image.
     Cosmetic,
@@ -35,7 +35,7 @@ pub enum Severity {
 /// - rule: the rule of `docs/format.md`, section 7; `_` for a defect without a numbered rule
 /// - repairable: whether `check --repair` repairs it without guessing
 /// - offset: the byte offset of the defect, as an expression over the fields; `none`; or `relative at` for a defect
-///   that a decoder reports with `at: 0`, since it gets bytes without their place. The caller sets `at` by
+///   that a decoder reports with `at: 0`, since decoders get bytes without their file offset. The caller sets `at` with
 ///   `with_base_offset`.
 macro_rules! defects {
     (
@@ -59,28 +59,28 @@ macro_rules! defects {
         const ROWS: &[(&str, Option<&str>)] = &[$(($name, defects!(@rule $rule)),)*];
 
         impl Defect {
-            /// The name of the defect, as `check --json` prints it.
+            /// Returns the name of the defect, as `check --json` prints it.
             pub fn kind(&self) -> &'static str {
                 match self {
                     $(Defect::$variant { .. } => $name,)*
                 }
             }
 
-            /// The severity.
+            /// Returns the severity.
             pub fn severity(&self) -> Severity {
                 match self {
                     $(Defect::$variant { .. } => Severity::$severity,)*
                 }
             }
 
-            /// The consequence of the defect for the use of the image.
+            /// Returns the consequence of the defect for the use of the image.
             pub fn consequence(&self) -> Consequence {
                 match self {
                     $(Defect::$variant { .. } => Consequence::$consequence,)*
                 }
             }
 
-            /// Whether `check --repair` repairs it without guessing.
+            /// Returns whether `check --repair` repairs the defect without guessing.
             pub fn repairable(&self) -> bool {
                 match self {
                     $(Defect::$variant { .. } => $repairable,)*
@@ -93,7 +93,7 @@ macro_rules! defects {
                 }
             }
 
-            /// The byte offset of the defect in the file, if it has one.
+            /// Returns the byte offset of the defect in the file, if it has one.
             #[allow(unused_variables, reason = "each row uses some of its fields")]
             pub fn offset(&self) -> Option<u64> {
                 match self {
@@ -103,7 +103,7 @@ macro_rules! defects {
 
             /// Returns the defect of a structure that begins at byte `base` of the file.
             ///
-            /// Decoders get bytes without their place, and report offset 0.
+            /// Decoders get bytes without their file offset, and report offset 0.
             #[must_use]
             #[allow(unused_variables, reason = "each row uses some of its fields")]
             pub fn with_base_offset(mut self, base: u64) -> Defect {

@@ -17,17 +17,18 @@ pub struct EntryRules<'a> {
     pub metadata: &'a MetadataMap,
     /// Size of a block.
     pub block_size: BlockSize,
-    /// Blocks of the disk. Entries after them are ignored, except that their space counts as used.
+    /// Number of blocks of the disk. Entries after these blocks are ignored, except that their space counts as used
+    /// (see `slack`).
     pub blocks: u64,
-    /// The byte at which the data ends. Blocks that end after it are [`PlacedBlocks::truncated`].
+    /// Byte offset at which the data ends. Blocks that end after this offset count as [`PlacedBlocks::truncated`].
     pub data_end: u64,
-    /// Distance in bytes. The space of a block after the end of the disk counts as used only if the block ends at most
-    /// this far after `data_end`.
+    /// Number of bytes that a block after the end of the disk may extend beyond `data_end`, for its space to count as
+    /// used.
     pub slack: u64,
 }
 
 impl<'a> EntryRules<'a> {
-    /// The rules for an image with this footer and header.
+    /// Returns the rules for an image with this footer and header.
     pub fn new(chosen: &ChosenFooter, header: &DynamicHeader, metadata: &'a MetadataMap) -> EntryRules<'a> {
         let slack = match chosen.source {
             FooterSource::Front => header.block_size.bytes().into(),
@@ -58,7 +59,7 @@ pub struct PlacedBlocks {
 }
 
 impl PlacedBlocks {
-    /// Whether any block, on the disk or after its end, overlaps a range of the file.
+    /// Returns whether any block, on the disk or after its end, overlaps a range of the file.
     pub fn covers(&self, range: &Range<u64>, block_size: BlockSize) -> bool {
         let stride = u64::from(block_size.stride_sectors());
         let mut places = self.entries.iter().map(|(entry, _)| entry).chain(&self.beyond_disk).copied().map(u64::from);
@@ -67,7 +68,7 @@ impl PlacedBlocks {
 }
 
 /// Checks (block, entry) pairs against the rules (O12, O13). Calls `found` with each defect until it returns `Break`.
-/// To stop at the first defect that matters, break at one that is more than
+/// To stop at the first serious defect, `found` returns `Break` for a defect whose severity is higher than
 /// [`Severity::Cosmetic`](super::Severity::Cosmetic).
 ///
 /// # Errors
@@ -105,7 +106,7 @@ pub fn check_entries<B>(
         placed.entries.push((entry, block));
     }
     placed.entries.sort_unstable();
-    // All blocks have one length, so if any two overlap, two neighbours do.
+    // All blocks have the same length. So if any two blocks overlap, two neighbours overlap.
     for pair in placed.entries.windows(2) {
         let ((other_entry, other), (entry, block)) = (pair[0], pair[1]);
         if entry == other_entry {
@@ -117,8 +118,8 @@ pub fn check_entries<B>(
     Ok(placed)
 }
 
-/// Finds the space before byte `end` that neither metadata nor blocks use. Gaps that align the next block and space
-/// that is reserved for locators count as used.
+/// Finds the space before byte `end` that neither metadata nor blocks use. Gaps that align the next block, gaps of less
+/// than two pages, and space that is reserved for locators count as used.
 pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
     let stride = u64::from(block_size.stride_sectors());
     let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond_disk);
@@ -132,7 +133,7 @@ pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: B
     for range in taken.into_iter().chain(std::iter::once(end..end)) {
         let gap = at..range.start.min(end);
         let place = layout::place_from(at.div_ceil(SECTOR), block_size, layout::alignment(block_size));
-        // A gap of less than two pages aligns a block to a page, or is too small to report.
+        // A gap of less than two pages is too small to report; it may align a block to a page.
         let aligns = gap.end < end && place == Some(gap.end / SECTOR);
         if gap.end.saturating_sub(gap.start) >= 2 * PAGE && !aligns {
             free.push(gap);

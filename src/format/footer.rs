@@ -1,7 +1,7 @@
 //! The footer: the 512 bytes at the end of every image, with a copy at the start of a dynamic or differencing image.
 //!
-//! Decoding keeps every byte, so that a rewritten footer differs only in the fields that were changed. Offsets of the
-//! fields: format 2.
+//! Decoding keeps every byte, so that a rewritten footer differs only in the fields that were changed. Format 2 has the
+//! offsets of the fields.
 
 use uuid::Uuid;
 use zerocopy::big_endian::{U16, U32, U64};
@@ -12,9 +12,9 @@ use crate::format::defect::Defect;
 use crate::format::geometry::Geometry;
 use crate::units::SECTOR;
 
-/// Bytes of a footer.
+/// Size of a footer in bytes.
 pub const FOOTER_BYTES: u64 = 512;
-/// The largest virtual size: 2040 GiB (O5).
+/// Maximum virtual size in bytes: 2040 GiB (O5).
 pub const MAX_DISK_BYTES: u64 = 2040 << 30;
 /// Unix time at the format's epoch, 2000-01-01T00:00:00Z.
 pub const EPOCH_UNIX: u64 = 946_684_800;
@@ -39,7 +39,7 @@ pub enum DiskType {
 }
 
 impl DiskType {
-    /// The kind of a code; `None` for codes that are not supported.
+    /// Returns the disk type of a code; `None` for codes that are not supported.
     pub fn from_code(code: u32) -> Option<DiskType> {
         match code {
             2 => Some(DiskType::Fixed),
@@ -49,7 +49,7 @@ impl DiskType {
         }
     }
 
-    /// The code in the file.
+    /// Returns the code in the file.
     pub fn code(self) -> u32 {
         match self {
             DiskType::Fixed => 2,
@@ -58,7 +58,7 @@ impl DiskType {
         }
     }
 
-    /// The name in messages and in `info --json`.
+    /// Returns the name in messages and in `info --json`.
     pub fn word(self) -> &'static str {
         match self {
             DiskType::Fixed => "fixed",
@@ -104,7 +104,7 @@ struct RawFooter {
 /// A decoded footer. All fields are as in the file; the cookie and the checksum are implied.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Footer {
-    /// Bit 0 temporary, bit 1 always set by the specification; others appear.
+    /// Bit 0: temporary. Bit 1: always set, by the specification. Other bits occur in practice.
     pub features: u32,
     /// Format version, 16.16.
     pub version: u32,
@@ -135,9 +135,9 @@ pub struct Footer {
 }
 
 impl Footer {
-    /// Makes the footer of a new disk that is created at `now_unix` (seconds of Unix time).
+    /// Creates the footer of a new disk that is created at `now_unix` (seconds of Unix time).
     ///
-    /// The creator tag is `win ` on `Wi2k`: the only one with which every reader uses the exact size (format 2.3).
+    /// The creator tag is `win ` on `Wi2k`: the only tag with which every reader uses the exact size (format 2.3).
     pub fn new(disk_type: DiskType, size: u64, uuid: Uuid, now_unix: u64) -> Footer {
         Footer {
             features: 2,
@@ -157,18 +157,19 @@ impl Footer {
         }
     }
 
-    /// Returns the footer with another size. The original size changes, too, since libvhdi reads the size from it; and
-    /// the geometry, since QEMU computes the size from it for some creators.
+    /// Returns the footer with another size. Also changes the original size, which libvhdi takes as the size, and the
+    /// geometry, from which QEMU computes the size for some creators.
     #[must_use]
     pub fn with_size(&self, size: u64) -> Footer {
         let geometry = Geometry::for_creator(self.creator, size);
         Footer { original_size: size, current_size: size, geometry, ..self.clone() }
     }
 
-    /// Decodes the 512 bytes of a footer. It does not check whether the disk fits in its file.
+    /// Decodes the 512 bytes of a footer. Does not check whether the disk fits in its file.
     ///
     /// # Errors
-    /// [`Defect`] for the first of: cookie, poison, checksum, major version, type, size (O4, O5), at offset 0.
+    /// `FooterCookie`, `Poisoned`, `FooterChecksum`, `FooterVersion`, `DiskType` or `DiskSize`: the first that applies
+    /// (O4, O5), at offset 0.
     pub fn decode(bytes: &[u8; 512]) -> Result<Footer, Defect> {
         let raw: &RawFooter = zerocopy::transmute_ref!(bytes);
         match raw.cookie {
@@ -214,7 +215,7 @@ impl Footer {
     /// Decodes a footer of 511 bytes, as programs wrote it before 2004: the missing byte counts as zero.
     ///
     /// # Errors
-    /// As [`Footer::decode`].
+    /// `FooterCookie`, `Poisoned`, `FooterChecksum`, `FooterVersion`, `DiskType` or `DiskSize`, at offset 0.
     pub fn decode_511(bytes: &[u8; 511]) -> Result<Footer, Defect> {
         let mut whole = [0; 512];
         whole[..511].copy_from_slice(bytes);
@@ -247,22 +248,22 @@ impl Footer {
         zerocopy::transmute!(raw)
     }
 
-    /// Whether a disk may have `size` bytes: whole sectors, at least one, at most 2040 GiB (O5).
+    /// Returns whether a disk may have `size` bytes: whole sectors, at least one, at most 2040 GiB (O5).
     pub fn size_fits(size: u64) -> bool {
         size.is_multiple_of(SECTOR) && (SECTOR..=MAX_DISK_BYTES).contains(&size)
     }
 
-    /// The number of sectors of the disk.
+    /// Returns the number of sectors of the disk.
     pub fn sectors(&self) -> u64 {
         self.current_size / SECTOR
     }
 
-    /// Whether XenServer made the image, so that its dialect applies: batmap, `hidden`, encryption.
+    /// Returns whether XenServer made the image, so that its dialect applies: batmap, `hidden`, encryption.
     pub fn creator_is_tap(&self) -> bool {
         self.creator.starts_with(b"tap")
     }
 
-    /// Whether the image is marked as an inner node of a chain (O16).
+    /// Returns whether the image is marked as an inner node of a chain (O16).
     pub fn is_hidden(&self) -> bool {
         self.reserved[HIDDEN] != 0
     }
@@ -272,14 +273,14 @@ impl Footer {
         self.reserved[HIDDEN] = hidden.into();
     }
 
-    /// The time of creation, in seconds of Unix time.
+    /// Returns the time of creation, in seconds of Unix time.
     pub fn created_unix(&self) -> u64 {
         time_to_unix(self.timestamp)
     }
 }
 
-/// Whether the creator is tapdisk 0.1 or 1.1, which set `hidden` without updating the checksum. libvhd accepts such
-/// footers, too.
+/// Returns whether the creator is tapdisk 0.1 or 1.1, which set `hidden` without updating the checksum. libvhd accepts
+/// such footers, too.
 fn has_stale_hidden_checksum(raw: &RawFooter) -> bool {
     raw.creator.starts_with(b"tap") && matches!(raw.creator_version.get(), 0x0000_0001 | 0x0001_0001)
 }

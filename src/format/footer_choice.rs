@@ -1,8 +1,8 @@
 //! The choice between the two footers of an image (O3).
 //!
-//! The footer at the end counts. The copy at the start of the file is where the guest of a fixed disk writes its sector
-//! 0. So the copy is used only if the footer at the end is missing or damaged, only for dynamic and differencing disks, and never in place of
-//! a valid footer at the end. No guest can change the type of its disk.
+//! A valid footer at the end is always chosen. The copy at the start of the file is chosen only if the footer at the
+//! end is missing or damaged, and only if the copy belongs to a dynamic or differencing disk. The start of a fixed
+//! image is sector 0 of the disk, which the guest can write. So no guest can change the type of its disk.
 
 use crate::format::defect::Defect;
 use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
@@ -19,7 +19,7 @@ pub enum FooterSource {
     Front,
 }
 
-/// The footer that counts, and the defects that do not prevent reading.
+/// The chosen footer, and the defects that do not prevent reading.
 #[derive(Clone, Debug)]
 pub struct ChosenFooter {
     /// The footer.
@@ -28,7 +28,7 @@ pub struct ChosenFooter {
     pub source: FooterSource,
     /// Defects that do not prevent reading.
     pub notes: Vec<Defect>,
-    /// The byte before which the data must end: the offset of the trailing footer, or the length of the file without
+    /// Byte offset that the data must not exceed: the offset of the trailing footer, or the length of a file without
     /// one.
     pub data_end: u64,
 }
@@ -40,7 +40,7 @@ pub struct ChosenFooter {
 /// The [`Defect`] for which the file cannot be opened at all.
 ///
 /// # Panics
-/// If `tail` has another length.
+/// If the length of `tail` is not the smaller of 512 and `len`.
 pub fn choose(tail: &[u8], front: Option<&[u8; 512]>, len: u64) -> Result<ChosenFooter, Defect> {
     assert_eq!(tail.len() as u64, len.min(FOOTER_BYTES), "the tail is the last 512 bytes of the file");
     let Ok(last) = <&[u8; 512]>::try_from(tail) else {
@@ -81,7 +81,7 @@ fn read_trailing(last: &[u8; 512], len: u64) -> TrailingFooter {
         Err(Defect::FooterCookie { .. }) => {}
         decoded => return classify(decoded, FooterSource::Trailing, full_at, last[63]),
     }
-    // QEMU and libvhd also accept a footer of 511 bytes only if one more byte would complete a sector.
+    // A footer of 511 bytes is accepted only if one more byte would complete a sector, as by QEMU and libvhd.
     if (len + 1).is_multiple_of(SECTOR) {
         let short = last.last_chunk::<511>().expect("511 is less than 512");
         match Footer::decode_511(short) {
@@ -92,7 +92,7 @@ fn read_trailing(last: &[u8; 512], len: u64) -> TrailingFooter {
     TrailingFooter::None
 }
 
-/// Classifies a decoded trailing footer. `type_byte` is the lowest byte of the disk type, which counts even if the
+/// Classifies a decoded trailing footer. `type_byte` is the lowest byte of the disk type. The byte is used even if the
 /// checksum is wrong.
 fn classify(decoded: Result<Footer, Defect>, source: FooterSource, at: u64, type_byte: u8) -> TrailingFooter {
     match decoded.map_err(|defect| defect.with_base_offset(at)) {

@@ -1,12 +1,12 @@
-//! Cylinders, heads and sectors. No guest sees them here; they are computed for programs that derive the disk size from
-//! them.
+//! Disk geometry: cylinders, heads and sectors. diffdisk computes the geometry only for programs that derive the disk
+//! size from it; a guest of diffdisk does not see it.
 
 use crate::units::SECTOR;
 
-/// The creator tags for which every version of QEMU uses the current size.
+/// The creator tags for which every version of QEMU takes the disk size from the footer's current size.
 const EXACT_CREATORS: [[u8; 4]; 5] = [*b"win ", *b"qem2", *b"d2v ", *b"tap\0", *b"CTXS"];
 
-/// A disk geometry. It is never a reason to reject an image, and never a divisor.
+/// A disk geometry. No geometry is a reason to reject an image, and its numbers are never divisors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Geometry {
     /// Cylinders.
@@ -22,7 +22,7 @@ impl Geometry {
     pub const MAX: Geometry = Geometry { cylinders: 65535, heads: 16, sectors: 255 };
 
     /// Computes the geometry of a disk of `bytes` by the algorithm of the specification, with all divisions rounded
-    /// down (format 2.2). It covers at most the disk, often less.
+    /// down (format 2.2). The geometry covers at most the disk, often less.
     pub fn for_size(bytes: u64) -> Geometry {
         let total = (bytes / SECTOR).min(Geometry::MAX.bytes() / SECTOR);
         let (sectors, heads, tracks) = if total >= 65535 * 16 * 63 {
@@ -43,8 +43,8 @@ impl Geometry {
     }
 
     /// Computes the geometry to record for a disk of `bytes` in an image with this creator tag, so that every version
-    /// of QEMU uses the current size. This is the largest geometry if QEMU would otherwise cut the disk to the size of
-    /// its ordinary geometry.
+    /// of QEMU uses the current size. The result is the largest geometry if QEMU would otherwise cut the disk to the
+    /// size of its ordinary geometry.
     ///
     /// QEMU uses the current size of images by a few creators, and of all images with the largest geometry. For other
     /// images it multiplies cylinders, heads and sectors: before QEMU 10 for all other tags, since then for `vpc ` and
@@ -54,7 +54,7 @@ impl Geometry {
         if EXACT_CREATORS.contains(&creator) || ordinary.bytes() == bytes { ordinary } else { Geometry::MAX }
     }
 
-    /// The number of bytes that it covers.
+    /// Returns the number of bytes that the geometry covers.
     pub const fn bytes(self) -> u64 {
         self.cylinders as u64 * self.heads as u64 * self.sectors as u64 * SECTOR
     }
@@ -64,7 +64,7 @@ impl Geometry {
 mod tests {
     use super::*;
 
-    /// The size that QEMU uses, before version 10 and since (block/vpc.c).
+    /// Returns the size that QEMU uses, before version 10 and since (block/vpc.c).
     fn by_qemu(creator: [u8; 4], geometry: Geometry, current: u64) -> [u64; 2] {
         let exact_before = [b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS"].contains(&&creator);
         let exact_since = ![b"vpc ", b"qemu"].contains(&&creator);

@@ -1,6 +1,7 @@
-//! The dynamic header: the 1024 bytes that describe a dynamic or differencing disk. There is no copy of it.
+//! The dynamic header: the 1024 bytes that describe a dynamic or differencing disk. The file contains no second copy of
+//! the header.
 //!
-//! Its field `data offset` is kept but never followed. Offsets of the fields: format 3.
+//! The field `data offset` is kept but never followed. Format 3 has the offsets of the fields.
 
 use uuid::Uuid;
 use zerocopy::big_endian::{U32, U64};
@@ -11,9 +12,9 @@ use crate::format::defect::Defect;
 use crate::format::locator::LocatorEntry;
 use crate::units::BlockSize;
 
-/// Bytes of a dynamic header.
+/// Size of a dynamic header in bytes.
 pub const HEADER_BYTES: u64 = 1024;
-/// Parent locators of a header.
+/// Number of parent locators in a header.
 pub const LOCATORS: usize = 8;
 
 const COOKIE: [u8; 8] = *b"cxsparse";
@@ -74,7 +75,7 @@ pub struct DynamicHeader {
 }
 
 impl DynamicHeader {
-    /// Makes the header of a new disk without a parent.
+    /// Creates the header of a new disk without a parent.
     pub fn new(table_offset: u64, entries: u32, block_size: BlockSize) -> DynamicHeader {
         DynamicHeader {
             data_offset: u64::MAX,
@@ -90,10 +91,14 @@ impl DynamicHeader {
         }
     }
 
-    /// Decodes the 1024 bytes of a header. It does not check whether the table fits in the file.
+    /// Decodes the 1024 bytes of a header. Does not check whether the BAT fits in the file.
     ///
     /// # Errors
-    /// [`Defect`] for the first of: cookie, checksum, version, block size (O7, O8), at offset 0.
+    /// The first of these, at offset 0 (O7, O8):
+    /// - [`Defect::HeaderCookie`]
+    /// - [`Defect::HeaderChecksum`]
+    /// - [`Defect::HeaderVersion`]
+    /// - [`Defect::BlockSize`]
     pub fn decode(bytes: &[u8; 1024]) -> Result<DynamicHeader, Defect> {
         let raw: &RawDynamicHeader = zerocopy::transmute_ref!(bytes);
         if raw.cookie != COOKIE {
@@ -163,7 +168,7 @@ impl DynamicHeader {
         zerocopy::transmute!(raw)
     }
 
-    /// Whether the parent of a differencing disk is a raw file, in XenServer's dialect (format 5.3).
+    /// Returns whether the parent of a differencing disk is a raw file, in XenServer's dialect (format 5.3).
     pub fn parent_is_raw(&self) -> bool {
         self.parent_uuid.is_nil()
     }

@@ -1,7 +1,7 @@
-//! Formats of disk images, recognised by their first bytes. Only messages use them: no program here reads another
-//! format, and none chooses a format by these bytes, since the guest of a raw disk can write them.
+//! Recognises formats of disk images by their first bytes. Only messages use the result: diffdisk never chooses a
+//! format by these bytes, since the guest of a raw disk can write them.
 
-/// Bytes at the start of a file that [`ImageFormat::probe`] needs.
+/// Number of bytes at the start of a file that [`ImageFormat::probe`] needs.
 pub const PROBE_BYTES: usize = 512;
 
 /// A format of disk images.
@@ -22,7 +22,7 @@ pub enum ImageFormat {
 }
 
 impl ImageFormat {
-    /// Recognises the format of a file that begins with `head`; `None` if it is none of these.
+    /// Recognises the format of a file that begins with `head`; `None` if the bytes match no format.
     pub fn probe(head: &[u8]) -> Option<ImageFormat> {
         let at = |offset: usize, magic: &[u8]| head.get(offset..).is_some_and(|rest| rest.starts_with(magic));
         match () {
@@ -36,7 +36,7 @@ impl ImageFormat {
         }
     }
 
-    /// The name of the format.
+    /// Returns the name of the format.
     pub fn name(self) -> &'static str {
         match self {
             ImageFormat::Vhdx => "VHDX",
@@ -48,7 +48,7 @@ impl ImageFormat {
         }
     }
 
-    /// The name of its block driver in QEMU.
+    /// Returns the name of QEMU's block driver for the format.
     pub fn qemu_driver(self) -> &'static str {
         match self {
             ImageFormat::Vhdx => "vhdx",

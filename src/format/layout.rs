@@ -5,16 +5,16 @@
 //!                    ^ page                   ^ unit                            ^ unit
 //! ```
 //!
-//! Metadata and guest data share no 4 KiB page: the BAT begins at a page and fills its pages, and block data begins at
-//! a page, directly after its bitmap (crash-safety 3).
+//! Metadata and guest data share no 4 KiB page: the BAT begins at a page boundary and takes whole pages, and block data
+//! begins at a page boundary, directly after its bitmap (crash-safety 3).
 //!
 //! The data of blocks of 256 KiB and more is aligned to a larger [unit](alignment), up to 64 KiB, so that guest writes
 //! of that size fill whole folios of the page cache. Compared with data aligned to pages (ext4, Linux 6.18), sequential
 //! reads of 128 KiB went from 90,000 to 130,000 a second, writes of 1 MiB from 7,500 to 9,800; alignment to 2 MiB is no
 //! faster. The gaps take at most 1/32 of the file, and no space on the file system once they are punched.
 //!
-//! A block entry reaches 2 TiB. Near that limit blocks are aligned to pages, or packed without gaps, if they would not
-//! all fit otherwise. Existing images are read and written with their blocks wherever they are.
+//! A BAT entry can address 2 TiB. Near that limit blocks are aligned to pages, or packed without gaps, if not all
+//! blocks of the disk would fit otherwise. Existing images are read and written with their blocks wherever they are.
 
 use std::ops::Range;
 
@@ -30,7 +30,7 @@ pub const PAGE: u64 = 4096;
 const PAGE_SECTORS: u64 = PAGE / SECTOR;
 /// The largest unit to which block data is aligned, in bytes. Larger units are not faster.
 const LARGEST_UNIT: u64 = 64 << 10;
-/// The unit is at most this fraction of a block, so that gaps stay small.
+/// Minimum number of units in a block, unless the unit is a page. This keeps gaps small.
 const UNITS_PER_BLOCK: u64 = 32;
 
 /// Positions of the metadata and the footer of a new image.
@@ -55,7 +55,8 @@ impl NewLayout {
     /// locators whose texts have the lengths in `locators`.
     ///
     /// # Errors
-    /// [`Defect::DiskSize`], [`Defect::TableTooLarge`].
+    /// - [`Defect::DiskSize`]
+    /// - [`Defect::TableTooLarge`]
     ///
     /// # Panics
     /// If there are more than eight locators, or locators for a disk without a parent.
@@ -93,30 +94,31 @@ impl NewLayout {
     }
 }
 
-/// The unit at which the data of a new block is aligned, in bytes: a power of two from 4 KiB to 64 KiB.
+/// Returns the unit at which the data of a new block is aligned, in bytes: a power of two from 4 KiB to 64 KiB.
 pub fn alignment(block_size: BlockSize) -> u64 {
     (u64::from(block_size.bytes()) / UNITS_PER_BLOCK).clamp(PAGE, LARGEST_UNIT)
 }
 
-/// Sectors from one block to the next, gap included, if both are aligned.
+/// Returns the number of sectors from one block to the next, gap included, if both are aligned.
 pub fn aligned_stride(block_size: BlockSize) -> u64 {
     u64::from(block_size.stride_sectors()).next_multiple_of(alignment(block_size) / SECTOR)
 }
 
-/// Sectors from one block to the next, gap included, if both are aligned to pages.
+/// Returns the number of sectors from one block to the next, gap included, if both are aligned to pages.
 pub fn page_stride(block_size: BlockSize) -> u64 {
     u64::from(block_size.stride_sectors()).next_multiple_of(PAGE_SECTORS)
 }
 
-/// The first file sector, from `from` on, of a block whose data is aligned to `unit` bytes.
+/// Returns the first file sector at or after `from` at which a block can begin so that its data is aligned to `unit`
+/// bytes; `None` on overflow.
 pub fn place_from(from: u64, block_size: BlockSize, unit: u64) -> Option<u64> {
     let bitmap = u64::from(block_size.bitmap_sectors());
     let data = from.checked_add(bitmap)?.checked_next_multiple_of(unit / SECTOR)?;
     Some(data - bitmap)
 }
 
-/// The best file sector, from `from` on, for the first of `blocks` blocks, of which the last must begin at `last` or
-/// before.
+/// Returns the best file sector at or after `from` for the first of `blocks` blocks, of which the last must begin at
+/// sector `last` or before. Returns `None` if no aligned place leaves room for all blocks.
 ///
 /// The block is aligned if the others then still fit when aligned to pages; otherwise it is aligned to a page if the
 /// others still fit when packed.
@@ -129,8 +131,8 @@ pub fn best_place(from: u64, block_size: BlockSize, blocks: u64, last: u64) -> O
     })
 }
 
-/// The BAT entry of the next new block, if the data ends before sector `end` and `unplaced` blocks of the disk, this
-/// one included, have no place yet.
+/// Returns the BAT entry of the next new block, where `end` is the first sector after the data, and `unplaced` is the
+/// number of blocks of the disk without a place, including this one.
 ///
 /// # Errors
 /// [`Defect::NoPlace`] if no entry can reach the place (O14).

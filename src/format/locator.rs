@@ -1,4 +1,5 @@
-//! Parent locators: eight entries in the header, each with the path to the parent in the notation of one platform.
+//! Parent locators: eight entries in the header. Each refers to a text: the path to the parent in the notation of one
+//! platform.
 //!
 //! A locator is a hint. A damaged one is skipped and reported as a defect; it never prevents an image from opening
 //! (O11).
@@ -10,7 +11,7 @@ use crate::format::defect::Defect;
 use crate::format::parent_path::{MAX_TEXT_BYTES, ParentPath, name_on_share, normalise};
 use crate::units::SECTOR;
 
-/// The most space that a locator can reserve for its text, in bytes.
+/// Maximum space that a locator can reserve for its text, in bytes.
 const MAX_SPACE_BYTES: u64 = 64 << 10;
 
 /// The notation of a locator's text.
@@ -33,7 +34,7 @@ pub enum Platform {
 }
 
 impl Platform {
-    /// The platform of a code.
+    /// Returns the platform of a code.
     pub fn from_code(code: u32) -> Platform {
         match &code.to_be_bytes() {
             b"W2ru" => Platform::W2ru,
@@ -46,7 +47,7 @@ impl Platform {
         }
     }
 
-    /// The code in the file.
+    /// Returns the code in the file.
     pub fn code(self) -> u32 {
         u32::from_be_bytes(match self {
             Platform::W2ru => *b"W2ru",
@@ -65,7 +66,7 @@ impl Platform {
 pub struct LocatorEntry {
     /// Platform code; 0 in an unused entry.
     pub platform: u32,
-    /// Space for the text: in sectors if less than 512, otherwise in bytes.
+    /// Space for the text: in sectors if the number is less than 512, otherwise in bytes.
     pub space: u32,
     /// Length of the text, in bytes.
     pub length: u32,
@@ -79,32 +80,33 @@ impl LocatorEntry {
     /// An unused entry.
     pub const UNUSED: LocatorEntry = LocatorEntry { platform: 0, space: 0, length: 0, reserved: 0, offset: 0 };
 
-    /// Makes an entry for a text of `length` bytes at `offset`. Its space is in bytes: whole sectors.
+    /// Creates an entry for a text of `length` bytes at `offset`. The entry records its space in bytes, rounded up to
+    /// whole sectors.
     pub fn new(platform: Platform, offset: u64, length: u32) -> LocatorEntry {
         let space = length.max(1).next_multiple_of(512);
         LocatorEntry { platform: platform.code(), space, length, reserved: 0, offset }
     }
 
-    /// Whether the entry is unused.
+    /// Returns whether the entry is unused.
     pub fn is_unused(&self) -> bool {
         self.platform == 0
     }
 
-    /// The notation of its text.
+    /// Returns the notation of the entry's text.
     pub fn platform(&self) -> Platform {
         Platform::from_code(self.platform)
     }
 
-    /// The space reserved for its text, in bytes: at most 64 KiB, as Windows reserves. 0 if the field is not a multiple
-    /// of a sector.
+    /// Returns the space that the entry reserves for its text, in bytes: at most 64 KiB, as Windows reserves; 0 if the
+    /// space is not a multiple of a sector.
     pub fn space_bytes(&self) -> u64 {
         let space = u64::from(self.space);
         let bytes = if space < SECTOR { space * SECTOR } else { space };
         if bytes.is_multiple_of(SECTOR) { bytes.min(MAX_SPACE_BYTES) } else { 0 }
     }
 
-    /// The byte range of its text in a file of `len` bytes; `None` if there is no text. `slot` is the index of the
-    /// entry, for the message.
+    /// Returns the byte range of the entry's text in a file of `len` bytes; `None` if there is no text. `slot` is the
+    /// index of the entry, for the defect.
     ///
     /// # Errors
     /// [`Defect`] if the entry must be skipped (O11).
@@ -188,7 +190,7 @@ pub struct RecordedParent {
     /// Distinct paths in the order to try: relative ones, the path in the header if it names a folder, absolute ones
     /// (format 4.4).
     pub paths: Vec<ParentPath>,
-    /// Distinct file names, that in the header first. They are tried if no path leads to a file.
+    /// Distinct file names, beginning with the one in the header. They are tried if no path leads to a file.
     pub names: Vec<OsString>,
     /// Defects of texts that give no usable path.
     pub notes: Vec<Defect>,
@@ -213,7 +215,8 @@ impl RecordedParent {
                     let file_name = path.as_path().file_name().map(OsStr::to_os_string);
                     let is_bare = path.as_path().components().count() == 1;
                     match &path {
-                        // Most programs write a bare file name to the header, wherever the parent is.
+                        // A bare name in the header is not used as a path: most programs write it wherever the parent
+                        // is.
                         ParentPath::Relative(_) if slot.is_none() && is_bare => {}
                         ParentPath::Relative(_) => push_unique(&mut relative, path),
                         ParentPath::Absolute(_) => push_unique(&mut absolute, path),

@@ -1,8 +1,9 @@
 //! Checks that metadata lies inside the file and does not overlap (O6, O9 to O11, O15). Blocks are checked in
 //! `entries`.
 //!
-//! The checks use only numbers from the footer, the header and the BAT. Metadata may lie between blocks (Xen Orchestra
-//! puts locators where a block was), so each piece is recorded as an extent of its own.
+//! The checks use only numbers from the footer, the dynamic header and the batmap header. Metadata may lie between
+//! blocks (Xen Orchestra puts locators where a block was), so each piece of metadata is recorded as an extent of its
+//! own.
 
 use std::ops::Range;
 
@@ -14,7 +15,7 @@ use crate::format::header::{DynamicHeader, HEADER_BYTES};
 use crate::format::metadata_part::MetadataPart;
 use crate::units::SECTOR;
 
-/// The largest BAT of an image, in bytes (O9).
+/// Maximum size of the BAT of an image, in bytes (O9).
 pub const MAX_TABLE_BYTES: u64 = 16 << 20;
 
 /// The bytes of a file that one piece of metadata takes.
@@ -39,7 +40,7 @@ pub fn check_header_place(footer: &Footer, len: u64) -> Result<(), Defect> {
     Err(Defect::HeaderPlace { offset, len })
 }
 
-/// Checks the size and the place of the BAT (O9, O10). Returns its byte range, in whole sectors.
+/// Checks the size and the position of the BAT (O9, O10). Returns the byte range of the BAT, in whole sectors.
 ///
 /// # Errors
 /// [`Defect`] for the first broken rule.
@@ -50,7 +51,7 @@ pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<
         return Err(Defect::TableTooSmall { at, entries: header.entries, blocks });
     }
     let limit = MAX_TABLE_BYTES / 4;
-    // All entries are read, also those after the blocks of the disk.
+    // The limit applies to all entries: all are read, also those after the blocks of the disk.
     let entries = u64::from(header.entries);
     if entries > limit {
         return Err(Defect::TableTooLarge { at, entries, limit });
@@ -125,7 +126,7 @@ impl MetadataMap {
         (MetadataMap { extents, locator_space }, notes)
     }
 
-    /// The extents, in ascending order.
+    /// Returns the extents, in ascending order.
     pub fn extents(&self) -> &[MetadataExtent] {
         &self.extents
     }
@@ -135,17 +136,17 @@ impl MetadataMap {
         &self.locator_space
     }
 
-    /// The first byte after all metadata.
+    /// Returns the first byte after all metadata.
     pub fn end(&self) -> u64 {
         self.extents.iter().map(|extent| extent.range.end).max().unwrap_or(0)
     }
 
-    /// Whether a locator passed all rules and may be read.
+    /// Returns whether a locator passed all rules and may be read.
     pub fn has_locator(&self, slot: usize) -> bool {
         self.extents.iter().any(|extent| extent.part == MetadataPart::Locator(slot))
     }
 
-    /// The kind of the first metadata extent that `range` overlaps, if any.
+    /// Returns the kind of the first metadata extent that `range` overlaps, if any.
     pub fn overlapping(&self, range: &Range<u64>) -> Option<MetadataPart> {
         self.extents.iter().find(|extent| overlap(&extent.range, range)).map(|extent| extent.part)
     }

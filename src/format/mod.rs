@@ -1,8 +1,8 @@
 //! Floor 0: the bytes of a VHD.
 //!
-//! Owns: the meaning of each byte of an image, the rules that the bytes must keep (a [`Defect`] for each broken rule),
-//! and the layout of new images. Leaves to others: reading and writing files, and the order in which writes become
-//! durable. There is no I/O here, and no number from a file sizes an allocation.
+//! Defines the meaning of each byte of an image, the rules for these bytes (a [`Defect`] for each broken rule), and the
+//! layout of new images. Other modules read and write files, and order the writes. There is no I/O here, and no number
+//! from a file sizes an allocation.
 //!
 //! ```text
 //! fixed            data ................................................ | footer

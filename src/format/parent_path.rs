@@ -1,7 +1,6 @@
 //! Paths to a parent: decoded from the texts in an image to paths of this system, and encoded again.
 //!
-//! The image may be hostile. A path from [`normalise`] is only a request: the chain opens it only below allowed
-//! folders.
+//! The image may be hostile. A path from [`normalise`] is untrusted: the chain opens it only below allowed folders.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -9,9 +8,9 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The longest text of a locator that is read (O11), in bytes.
+/// Maximum length of a locator text that is read (O11), in bytes.
 pub const MAX_TEXT_BYTES: u32 = 4096;
-/// The longest name of a parent in the header, in UTF-16 units: one less than its field holds.
+/// Maximum length of a parent's name in the header, in UTF-16 units: one less than fits in the field.
 const NAME_UNITS: usize = 255;
 
 /// A path in the notation of this system, without `.` components.
@@ -24,7 +23,7 @@ pub enum ParentPath {
 }
 
 impl ParentPath {
-    /// The path.
+    /// Returns the path.
     pub fn as_path(&self) -> &Path {
         match self {
             ParentPath::Relative(path) | ParentPath::Absolute(path) => path,
@@ -77,7 +76,7 @@ pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     })
 }
 
-/// The file name at the end of a path on another host (`\\\\server\\share\\name`), if the text is such a path.
+/// Returns the file name at the end of a path on another host (`\\server\share\name`), if the text is such a path.
 pub fn name_on_share(text: &[u8]) -> Option<OsString> {
     if text.len() > MAX_TEXT_BYTES as usize || text.contains(&0) {
         return None;
@@ -87,7 +86,7 @@ pub fn name_on_share(text: &[u8]) -> Option<OsString> {
     let rest = strip_prefix_ignoring_case(rest, b"?/unc/").unwrap_or(rest);
     let parts: Vec<&[u8]> = rest.split(|&byte| byte == b'/').filter(|part| !part.is_empty()).collect();
     match parts.as_slice() {
-        // `\\\\.\\` and `\\\\?\\` begin names of devices and of drives.
+        // `\\.\` and `\\?\` begin names of devices and of drives.
         [b"." | b"?", ..] => None,
         [_server, _share, .., name] if ![&b"."[..], b".."].contains(name) => Some(OsStr::from_bytes(name).into()),
         _ => None,
@@ -132,7 +131,7 @@ pub fn encode_w2ku(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Encodes the text of a `MacX` locator: `file:///folder/name` or `file://./name`, percent-encoded. There is no
-/// `localhost`, since libvhd takes everything after the two slashes for the path.
+/// `localhost`, since libvhd takes everything after the two slashes as the path.
 ///
 /// # Errors
 /// [`ErrorKind::Unsupported`] for a path that cannot be encoded.
@@ -159,7 +158,7 @@ pub fn encode_macx(path: &Path) -> Result<Vec<u8>> {
 pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
     let mut text = join_parts(path, false, "/")?;
     if normalise(text.as_bytes()).ok().as_ref().map(ParentPath::as_path) != Some(Path::new(&text)) {
-        // The name begins like a drive letter.
+        // Without `./` the text would be decoded to another path: it begins like a drive letter.
         text.insert_str(0, "./");
     }
     let units: Vec<u16> = text.encode_utf16().collect();
@@ -173,7 +172,8 @@ pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
     Ok(name)
 }
 
-/// The components of a path that ends in a name. It must be absolute or relative as `absolute` requires.
+/// Returns the components of a path. Fails if the path has no file name, or is not absolute or relative as `absolute`
+/// requires.
 fn parts(path: &Path, absolute: bool) -> Result<Vec<&[u8]>> {
     if path.is_absolute() != absolute {
         return Err(unwritable(path, if absolute { "it is not absolute" } else { "it is not relative" }));

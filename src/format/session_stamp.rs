@@ -1,8 +1,8 @@
 //! The session stamp: one sector that connects an image to the live journal of the daemon that has it open.
 //!
-//! It lies directly before the trailing footer, after all blocks and metadata, where readers of VHDs do not look. It
-//! has the id of the session whose journal holds the acknowledged writes that are not committed, and, for messages, the
-//! user and the host of that session. All numbers are big-endian:
+//! The stamp lies directly before the trailing footer, after all blocks and metadata, where readers of VHDs do not
+//! look. It contains the id of the session whose journal contains acknowledged writes that are not committed to the
+//! image, and, for messages, the user and the host of that session. All numbers are big-endian:
 //!
 //! ```text
 //!    0  "ddstamp1"              80  user name, 64 bytes      each text: as many bytes as fit, zero padded;
@@ -13,8 +13,8 @@
 //!   64  user id, 4 bytes; zeros
 //! ```
 //!
-//! The sum distinguishes a stamp from other bytes and from the stamp of another image. It is no protection against a
-//! guest that forges a stamp in its own data. Therefore a sector counts as a stamp only if no block and no metadata
+//! The sum distinguishes a stamp from other bytes and from the stamp of another image. The sum does not protect against
+//! a guest that forges a stamp in its own data. Therefore a sector counts as a stamp only if no block and no metadata
 //! covers it, and a session counts only if its journal exists. Texts are printed only through [`escape_for_display`],
 //! and never opened as paths.
 
@@ -36,7 +36,7 @@ const SUM: usize = 496;
 /// A decoded session stamp.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SessionStamp {
-    /// The session, which names the journal.
+    /// Id of the session, from which the name of the journal is derived.
     pub session: Uuid,
     /// A number that changes whenever the journal no longer matches older copies of the image.
     pub generation: u64,
@@ -106,7 +106,7 @@ pub fn escape_for_display(text: &str) -> String {
     escaped.collect()
 }
 
-/// Two 64-bit sums over the bytes and the UUID; each word is mixed as in splitmix64.
+/// Returns two 64-bit sums over the bytes and the UUID; each word is mixed as in splitmix64.
 fn sum(bytes: &[u8], image: Uuid) -> [u8; 16] {
     let words = bytes.as_chunks::<8>().0.iter().chain(image.as_bytes().as_chunks::<8>().0);
     let (mut a, mut b) = (0x6A09_E667_F3BC_C908u64, 0xBB67_AE85_84CA_A73Bu64);

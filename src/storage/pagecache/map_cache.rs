@@ -49,7 +49,7 @@ impl MapCache {
     }
 }
 
-/// Returns the index of a region's entry. The regions of one file, and the first regions of a chain's files, get
+/// Returns the index of a region's entry. The regions of one file, and the first regions of a chain's files, mostly get
 /// different entries.
 #[inline]
 fn entry_of(slot: FileSlot, index: usize) -> usize {

@@ -5,7 +5,7 @@
 //! [`reader`] implements. Every other read is an operation of the engine.
 //!
 //! ```text
-//!   reader         one per io_uring engine: finds and copies; measures each batch; backs off after waiting for the disk
+//!   reader         one per io_uring engine: finds, copies, measures batches, backs off after waiting for the disk
 //!   map_cache      the regions that the reader used last
 //!   file_map       one per open file: mapped regions of 256 MiB, one residency bit per page
 //!   copy_nofault   the copy, which returns false if a page is unavailable

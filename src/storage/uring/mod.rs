@@ -348,7 +348,7 @@ impl Drop for UringEngine {
         self.queued = 0;
         while self.in_flight > 0 {
             if let Err(e) = self.enter(1) {
-                // The kernel may still access the memory of the operations in flight, so it is leaked.
+                // The kernel may still access the memory of the operations in flight, so the memory is leaked.
                 log::error!(
                     "cannot wait for {} operations in flight: {e}. Their memory is never freed",
                     self.in_flight
