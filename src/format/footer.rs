@@ -58,7 +58,7 @@ impl DiskType {
         }
     }
 
-    /// Returns the name in messages and in `info --json`.
+    /// Returns the name of the disk type, as messages and `info --json` print it.
     pub fn word(self) -> &'static str {
         match self {
             DiskType::Fixed => "fixed",

@@ -37,7 +37,12 @@ pub struct ChosenFooter {
 /// 512 bytes.
 ///
 /// # Errors
-/// The [`Defect`] for which the file cannot be opened at all.
+/// The defect that prevents reading the image:
+/// - [`Defect::FileTooShort`]
+/// - [`Defect::FooterMissing`]
+/// - [`Defect::FixedTooShort`]
+/// - [`Defect::Poisoned`], in either footer
+/// - those of [`Footer::decode`] for the footer at the end, if no usable copy replaces it
 ///
 /// # Panics
 /// If the length of `tail` is not the smaller of 512 and `len`.

@@ -109,7 +109,10 @@ impl LocatorEntry {
     /// index of the entry, for the defect.
     ///
     /// # Errors
-    /// [`Defect`] if the entry must be skipped (O11).
+    /// If the entry must be skipped (O11):
+    /// - [`Defect::LocatorPlatform`]
+    /// - [`Defect::LocatorLength`]
+    /// - [`Defect::LocatorPlace`]
     pub fn text_range(&self, slot: usize, len: u64) -> Result<Option<Range<u64>>, Defect> {
         if self.is_unused() {
             return Ok(None);

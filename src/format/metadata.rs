@@ -43,7 +43,12 @@ pub fn check_header_place(footer: &Footer, len: u64) -> Result<(), Defect> {
 /// Checks the size and the position of the BAT (O9, O10). Returns the byte range of the BAT, in whole sectors.
 ///
 /// # Errors
-/// [`Defect`] for the first broken rule.
+/// The defect of the first broken rule:
+/// - [`Defect::TableTooSmall`]
+/// - [`Defect::TableTooLarge`]
+/// - [`Defect::TableUnaligned`]
+/// - [`Defect::TableOutside`]
+/// - [`Defect::TableOverlaps`]
 pub fn check_table(footer: &Footer, header: &DynamicHeader, len: u64) -> Result<Range<u64>, Defect> {
     let at = footer.data_offset;
     let blocks = header.block_size.blocks_for(footer.sectors());

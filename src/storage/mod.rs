@@ -28,7 +28,7 @@
 //! ```
 //!
 //! All I/O is positional: no code depends on the position of a file. The io_uring engine serves reads of resident pages
-//! by copies from mapped files (`pagecache/`).
+//! by copies from mapped files (`pagecache/`), without system calls.
 
 mod backend;
 pub mod blocking;

@@ -1,8 +1,8 @@
 //! The runtime folder of the host: a folder on tmpfs, opened once.
 //!
-//! Its contents are trusted. So the folder must belong to this process's user and be closed to all other users, and
-//! each journal must be a regular file of that user with one name and mode 0600. All accesses go through the folder's
-//! descriptor: renaming or replacing the folder has no effect on a running process.
+//! The contents of the folder are trusted. So the folder must belong to this process's user and be closed to all other
+//! users, and each journal must be a regular file of that user with one name and mode 0600. All accesses go through the
+//! folder's descriptor: renaming or replacing the folder has no effect on a running process.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};

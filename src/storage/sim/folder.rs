@@ -1,5 +1,5 @@
-//! An open folder of the simulated host. Folders are never renamed, so an open folder is a path. Most calls are steps,
-//! which the fault plan can make fail.
+//! An open folder of the simulated host. Folders are never renamed, so an open folder is represented by its path. Most
+//! calls are steps, which the fault plan can make fail.
 
 use std::ffi::{OsStr, OsString};
 use std::io;

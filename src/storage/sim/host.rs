@@ -144,7 +144,8 @@ impl SimHost {
         self.0.lock().clock += seconds;
     }
 
-    /// Turns this into another machine that has the same files mounted, with another boot id and no shared memory.
+    /// Turns this machine into another one that has the same files mounted, with another machine id, another boot id
+    /// and no shared memory.
     pub fn move_to_another_machine(&self, number: u128) {
         let mut machine = self.0.lock();
         (machine.machine_id, machine.boot_id) = (Uuid::from_u128(number), Uuid::from_u128(number));

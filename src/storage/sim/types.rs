@@ -7,7 +7,7 @@ use std::path::PathBuf;
 pub enum CompletionOrder {
     /// Any order, drawn from the seed. `reap` returns some of the operations.
     Any,
-    /// The order in which they were pushed. `reap` returns all of them.
+    /// The order in which the operations were pushed. `reap` returns all of them.
     Pushed,
 }
 
