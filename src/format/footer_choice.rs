@@ -1,6 +1,6 @@
 //! The choice between the two footers of an image (O3).
 //!
-//! A valid footer at the end is always chosen. The copy at the start of the file is chosen only if the footer at the
+//! A valid footer at the end takes precedence. The copy at the start of the file is chosen only if the footer at the
 //! end is missing or damaged, and only if the copy belongs to a dynamic or differencing disk. The start of a fixed
 //! image is sector 0 of the disk, which the guest can write. So no guest can change the type of its disk.
 
