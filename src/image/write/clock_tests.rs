@@ -223,8 +223,8 @@ fn no_bit_is_lost_between_threads() {
     seeds.for_each(run);
 }
 
-/// Whether a mark is lost if the cache has one frame, and other bitmap sectors are inserted at the moment at which `mutant` evicts
-/// wrongly.
+/// Whether a mark is lost if the cache has one frame, and other bitmap sectors are inserted at the moment at which
+/// `mutant` evicts wrongly.
 #[cfg(feature = "mutants")]
 fn is_mark_lost(mutant: Mutant) -> bool {
     const MARKED_EARLY: u64 = 5;

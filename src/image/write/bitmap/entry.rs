@@ -1,4 +1,5 @@
-//! The table of bitmap sectors: one 32-bit word each, which records whether the sector is in memory, and in which frame.
+//! The table of bitmap sectors: one 32-bit word each, which records whether the sector is in memory, and in which
+//! frame.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
