@@ -38,7 +38,8 @@ pub struct PlanBuffer {
     pub(super) cache: Option<CacheHandle>,
 }
 
-/// Number of the most recently added bitmaps with which a new one is compared: more than the maximum number of layers.
+/// Number of the most recently added bitmaps with which a new one is compared: more than the default maximum number of
+/// layers.
 const DEDUPLICATED: usize = 128;
 
 impl PlanBuffer {

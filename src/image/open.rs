@@ -49,7 +49,7 @@ pub(super) struct SparseImage {
     pub(super) placed: PlacedBlocks,
     /// The header of XenServer's batmap.
     pub(super) batmap: Option<BatmapHeader>,
-    /// The lost ranges of the disk; empty unless the image was opened in spite of them.
+    /// The lost ranges of the disk; empty unless the open accepted lost sectors.
     lost: Vec<SectorRange>,
 }
 
@@ -179,7 +179,7 @@ impl Image {
         &self.notes
     }
 
-    /// Returns the lost ranges of the disk, ascending; empty unless the image was opened in spite of them.
+    /// Returns the lost ranges of the disk, ascending; empty unless the open accepted lost sectors.
     pub fn lost(&self) -> &[SectorRange] {
         self.sparse.as_ref().map_or(&[], |s| &s.lost)
     }

@@ -18,7 +18,7 @@ use crate::storage::sim::Random;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
-// States of a sector: 0 not written, a write has begun, its mark has returned, it is in the journal or committed.
+// States of a sector, in order: not written (0), write begun, mark returned, bit in the journal or committed.
 const BEGUN: u8 = 1;
 const MARKED: u8 = 2;
 const KEPT: u8 = 3;

@@ -314,7 +314,8 @@ impl Journal {
         for slot in old {
             let index = self.slot_word(slot, SLOT_BITMAP_SECTOR).load(Ordering::Relaxed);
             let renew = || {
-                // This value counts as a finished commit only after the store to COMMITTED below.
+                // `placed by` takes effect with the store to COMMITTED below: `epoch` is no finished commit before that
+                // store.
                 if placed.contains(&self.slot_word(slot, SLOT_PLACE).load(Ordering::Relaxed)) {
                     self.slot_word(slot, SLOT_PLACED_BY).store(epoch, Ordering::Release);
                 }

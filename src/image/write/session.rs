@@ -312,7 +312,7 @@ impl Session {
     /// Renews the generation, unless it was renewed in the current second of the clock.
     ///
     /// # Errors
-    /// Those of [`Session::renew`].
+    /// `Io`, `NoSpace`: the stamp has the old or the new generation, and the journal fits both.
     #[inline]
     pub(super) fn renew_each_second(&self) -> Result<()> {
         let (now, last) = (self.runtime().coarse_seconds(), self.renewed_in_second.load(Ordering::Relaxed));
@@ -330,7 +330,7 @@ impl Session {
     /// Renews the generation after a replay, before the first request.
     ///
     /// # Errors
-    /// Those of [`Session::renew`].
+    /// `Io`, `NoSpace`: the stamp has the old or the new generation, and the journal fits both.
     pub(super) fn renew_after_replay(&self) -> Result<()> {
         if mutant::enabled(Mutant::NoTakeoverGeneration) { Ok(()) } else { self.renew() }
     }

@@ -42,7 +42,7 @@ impl Writable {
     /// Renews the generation, after a commit has written new bits.
     ///
     /// # Errors
-    /// Those of [`Session::renew`].
+    /// `Io`, `NoSpace`: the stamp has the old or the new generation, and the journal fits both.
     pub(super) fn renew_generation(&self) -> Result<()> {
         let skipped = mutant::enabled(Mutant::NoCommitGeneration);
         self.session().filter(|_| !skipped).map_or(Ok(()), Session::renew)

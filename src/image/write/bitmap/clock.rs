@@ -69,8 +69,8 @@ impl FramePool {
 
     /// Takes a free frame, evicts one, or makes one. The frame is returned locked, without an owner.
     pub(super) fn allocate(&self, table: &EntryTable) -> (u32, LockedFrame<'_>) {
-        // Lock order: a thread that holds a frame may wait for the clock. So under the clock's lock, frames in use are
-        // only tried (`try_lock`), and only frames without an owner are waited for.
+        // Lock order: a thread that holds the lock of a frame may wait for the lock of the clock. So under the clock's
+        // lock, a frame in use is locked only by `try_lock`, and `lock` is used only for frames without an owner.
         let mut clock = self.clock();
         // Several bitmap sectors are evicted if the pool has grown beyond its limit.
         while clock.made as usize - clock.free.len() >= self.max_frames() {
