@@ -15,7 +15,7 @@ use crate::image::SparseArray;
 use crate::storage::{FileSlot, prefetch_line};
 use crate::units::{SECTOR, SectorRange};
 
-/// Number of sectors in a cell: as many as one bitmap sector covers. A block of 2 MiB has as many.
+/// Number of sectors in a cell: as many as one bitmap sector covers (2 MiB).
 pub(super) const CELL_SECTORS: u64 = 4096;
 /// Maximum total size of all lists of runs, in bytes. The list of one cell has at most 32 KiB, and a request touches at
 /// most 17 cells.

@@ -23,7 +23,7 @@ use crate::units::SECTOR;
 #[derive(Debug)]
 pub struct Chain {
     images: Vec<Image>,
-    /// Positions of the images whose parent's file is newer than the time that they record.
+    /// Positions of the images whose parent's file is newer than the time that the image records.
     outdated: Vec<usize>,
 }
 

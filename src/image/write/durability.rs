@@ -17,8 +17,8 @@ pub enum Durability {
         /// Folders in memory, in the order to try. If one of them already has the journal of the image, that folder is
         /// used.
         folders: Vec<RuntimeFolder>,
-        /// Whether it is an error if no journal can be made. If false, each write is then committed before it is
-        /// acknowledged.
+        /// Whether it is an error if no journal can be made. If false, and no journal can be made, each write is
+        /// committed before it is acknowledged.
         required: bool,
     },
     /// Each write is committed before it is acknowledged.

@@ -1,7 +1,7 @@
 //! A frame: the bits of one bitmap sector in memory, with a lock for changes, and reads without a lock.
 //!
-//! A frame exists as long as the image is open, and is assigned to one bitmap sector after another (`clock.rs`). That
-//! bitmap sector is its *owner*. Its *tag* contains the index of the owner and counts the changes of owner.
+//! A frame exists as long as the image is open, and is assigned to one bitmap sector at a time, its *owner*
+//! (`clock.rs`). The *tag* of a frame contains the index of the owner and counts the changes of owner.
 //!
 //! - A reader takes no lock. It reads the tag before and after the bits: if both are equal, the bits are those of the
 //!   owner. This is a sequence lock on the owner alone. A reader may or may not see bits that are set concurrently.
