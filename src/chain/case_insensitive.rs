@@ -12,9 +12,9 @@ use std::path::{Component, Path};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, File, Folder};
 
-/// The largest number of names that are compared in one folder.
+/// Maximum number of names that are compared in one folder.
 const MAX_NAMES_PER_FOLDER: usize = 100_000;
-/// The largest number of names that are compared for one chain.
+/// Maximum number of names that are compared for one chain.
 const MAX_NAMES_PER_CHAIN: usize = 1_000_000;
 
 /// The result of a look-up.
@@ -67,7 +67,7 @@ pub(super) fn look_up_ignoring_case(folder: &Folder, below: &Path, budget: &Name
 }
 
 /// Opens the exact name or, if there is none, the only name that differs in case alone. The inner error is the reason
-/// why there is none.
+/// why there is no such name.
 fn open_component<T>(
     at: &Folder,
     name: &OsStr,

@@ -10,13 +10,13 @@ use crate::format::bitmap;
 use crate::image::Image;
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors that are compared at once: 512 MiB.
+/// Number of sectors per window of the scan: 512 MiB.
 const WINDOW_SECTORS: u64 = 1 << 20;
 
 /// A layer above the ancestor.
 struct LayerCursor<'a> {
     image: &'a Image,
-    /// The number of its sectors that are visible from the child.
+    /// Number of sectors of the layer that are visible from the child.
     visible: u64,
     /// The visible sectors of the ancestor after the end of this layer.
     truncated: SectorRange,

@@ -35,9 +35,9 @@ pub struct CheckedFile {
     pub parents_skipped: bool,
 }
 
-/// Checks every rule for a file and, with a policy, for all its parents; returns them youngest first. It takes shared
-/// locks, and calls `progress` with the number of checked bytes of all files. Live journals are searched in the folders
-/// `runtime`.
+/// Checks every rule for a file and, if `parents` is given, for all its parents. Returns the results, youngest file
+/// first. Takes shared locks, and calls `progress` with the number of checked bytes of all files. Live journals are
+/// searched in the folders `runtime`.
 ///
 /// # Errors
 /// Broken rules are returned as defects. Errors are:
@@ -59,7 +59,8 @@ pub fn check(
     };
     let mut all: Vec<CheckedFile> = Vec::new();
     let mut search = parents.map(|policy| ParentSearch::new(env, &youngest, policy, OpenMode::Read)).transpose()?;
-    // The images stay open, and so locked, to the end. `suspects` are those that may hide data of their parents.
+    // The images stay open, and therefore locked, until the end. `suspects` contains the positions of images that may
+    // hide data of their parents.
     let (mut images, mut suspects): (Vec<Image>, Vec<(usize, Suspects)>) = (Vec::new(), Vec::new());
     let mut next = Some(youngest);
     while let Some(file) = next.take() {

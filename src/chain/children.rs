@@ -3,10 +3,11 @@
 //! Children are found in two ways, and neither is complete:
 //!
 //! - by the extended attribute `user.diffdisk.children` of the parent: one line for each child, with its path relative
-//!   to the parent's folder. It is written when a child is created or linked, and no byte of the image changes. No
-//!   other program reads it. A parent on a read-only file system, or on one without attributes, has none. Lines that no
-//!   longer lead to a child are removed.
-//! - by the headers of the files in the parent's folder: of at most [`MAX_FILES`] files, and for [`MAX_SEARCH_TIME`].
+//!   to the parent's folder. The attribute is written when a child is created or linked; the contents of the parent's
+//!   file do not change. No other program reads the attribute. A parent on a read-only file system, or on one without
+//!   attributes, has none. Lines that no longer lead to a child are removed.
+//! - by the headers of the files in the parent's folder: of at most [`MAX_FILES`] files, and for at most
+//!   [`MAX_SEARCH_TIME`].
 //!
 //! A file is a child if its header has the parent's UUID and its paths lead to this file, not to a copy of it.
 
@@ -23,15 +24,15 @@ use crate::image::{Image, ImageIdentity, folder_of, is_temporary_name};
 use crate::storage::{Access, Env, File, FileId};
 
 const CHILDREN_ATTRIBUTE: &str = "user.diffdisk.children";
-/// The largest number of files in a folder whose headers are read.
+/// Maximum number of files in a folder whose headers are read.
 const MAX_FILES: usize = 1000;
-/// The longest time for which the headers of a folder are read.
+/// Maximum time for which the headers of files in a folder are read.
 const MAX_SEARCH_TIME: Duration = Duration::from_millis(50);
-/// The largest number of children in the attribute.
+/// Maximum number of children in the attribute.
 const MAX_RECORDED: usize = 16;
-/// The largest size of the attribute: ext4 has 4 KiB for all attributes of a file.
+/// Maximum size of the attribute: ext4 has 4 KiB for all attributes of a file.
 const MAX_ATTRIBUTE_BYTES: usize = 2048;
-/// The largest number of children that an error names.
+/// Maximum number of children that an error names.
 const MAX_NAMED: usize = 3;
 
 /// Fails if `parent`, which is about to be written to, has children.
@@ -102,8 +103,8 @@ pub fn record_child(env: &dyn Env, parent: &Image, child: &Path) {
 fn try_record_child(env: &dyn Env, parent: &Image, child: &Path) -> Result<()> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
     let line = relative_path(&folder, &absolute_path(env, child)?);
-    // Another process may change the attribute between the read and the write, since no call does both. So the
-    // attribute is read back.
+    // Another process may change the attribute between the read and the write, since no system call does both. So the
+    // attribute is read back, and written again if the line is missing.
     for _ in 0..4 {
         let mut lines = recorded_children(parent.file())?;
         if lines.contains(&line) {
@@ -153,8 +154,8 @@ impl ChildSearch<'_> {
         Ok(true)
     }
 
-    /// Whether the paths in a child lead to the parent's file. Also true if they lead to no image with the parent's
-    /// UUID.
+    /// Whether the paths in a child lead to the parent's file. Also true if the paths lead to no image with the
+    /// parent's UUID.
     fn resolves_to_parent(&self, child: File) -> Result<bool> {
         let Ok(child) = Image::open(child) else { return Ok(true) };
         if child.kind() != DiskType::Differencing {
@@ -169,7 +170,8 @@ impl ChildSearch<'_> {
     }
 }
 
-/// Whether a path is in a file system of the kernel: there are no images, and opening a file may have side effects.
+/// Whether a path is in a file system of the kernel. Such a file system contains no images, and opening a file in it
+/// may have side effects.
 fn is_kernel_path(path: &Path) -> bool {
     ["/proc", "/sys", "/dev"].iter().any(|folder| path.starts_with(folder))
 }

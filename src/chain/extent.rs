@@ -6,7 +6,7 @@ use crate::units::SectorRange;
 /// The location of the bytes of a run of sectors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Source {
-    /// In no file: they read as zeros.
+    /// In no file: the sectors read as zeros.
     Zero,
     /// In a file.
     File {
@@ -53,7 +53,8 @@ impl Extent {
     }
 }
 
-/// Appends a run to extents. It joins the last extent if it follows that both on the disk and in the source.
+/// Appends a run to `extents`. Joins the run to the last extent if it follows that extent both on the disk and in the
+/// source.
 #[inline]
 pub(super) fn push(extents: &mut Vec<Extent>, range: SectorRange, source: Source) {
     if range.is_empty() {

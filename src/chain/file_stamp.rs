@@ -8,7 +8,8 @@ use crate::error::{Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env, File, ModifiedTime};
 
-/// Inode, length and time of last change. If they are equal, the file is the same, and was not written to in between.
+/// Inode, length and time of last change. Two equal stamps show that a file is the same, and was not written to in
+/// between.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileStamp {
     /// The inode number.

@@ -5,9 +5,9 @@
 //! look-ups take an index into a table and, for a cell of many runs, a binary search (`frozen_cache.rs`, which also
 //! limits the memory).
 //!
-//! Rules (format 6): a sector after the end of a layer is zero, and the layers below it are not looked up; a set
-//! bit means that the layer holds the sector; a clear bit or a block without a place means the parent, or zeros in a
-//! root.
+//! Rules (format 6): a sector after the end of a layer is zero, and the layers below it are not looked up; a set bit
+//! means that the layer holds the sector; for a clear bit, or in a block without a place, the sector is the parent's,
+//! or zero in a root.
 
 use std::ops::ControlFlow;
 
@@ -22,7 +22,7 @@ use crate::units::{SECTOR, SECTOR_BITS, SectorRange};
 /// A layer of the chain.
 #[derive(Debug)]
 pub struct Layer {
-    /// Its slot in the engines.
+    /// The slot of the image's file in the engines.
     pub slot: FileSlot,
     /// The image.
     pub image: Image,
@@ -36,11 +36,11 @@ pub(super) type BitmapLookup<'a> = dyn FnMut(usize, u64) -> Option<BitmapWords> 
 /// A bitmap sector that a cell needs, with its words once it was read.
 #[derive(Debug)]
 pub struct CellRead {
-    /// Index of its layer.
+    /// Index of the layer.
     pub layer: usize,
     /// Byte offset of the bitmap sector in the layer's file.
     pub at: u64,
-    /// Its words, once they were read.
+    /// The words of the bitmap sector, once they were read.
     pub words: Option<Box<BitmapWords>>,
 }
 
@@ -78,7 +78,7 @@ impl Frozen {
             rest = rest.skip(part.count());
             match table.get(index) {
                 Some(cell) => cell.append_to(start, part, &mut plan.extents),
-                // A cell that needs no bitmap is decided at once.
+                // A cell that needs no bitmap is computed immediately.
                 None => match self.decide_cell(index, &mut |_, _| None) {
                     Err(_) => plan.add_missing(Missing::Cell(index)),
                     Ok(cell) => {
@@ -112,11 +112,11 @@ impl Frozen {
         needed.into_iter().map(|(layer, at)| CellRead { layer, at, words: None }).collect()
     }
 
-    /// Decides a cell from the bitmap sectors that were read for it, and caches it. If the cell was cached when the
-    /// reads were listed, and has left the cache since, the next plan misses it again.
+    /// Computes a cell from the bitmap sectors that were read for it, and caches the cell. If the cell was cached when
+    /// the reads were listed, and has left the cache since, the next plan misses it again.
     pub fn supply(&self, index: usize, reads: &[CellRead]) {
         if self.cache.contains(index) {
-            return; // another queue has decided it
+            return; // another queue has cached the cell
         }
         let read = |layer, at| reads.iter().find(|read| read.layer == layer && read.at == at);
         let mut words = |layer, at| read(layer, at).and_then(|read| read.words.as_deref().copied());
@@ -125,8 +125,8 @@ impl Frozen {
         }
     }
 
-    /// Walks the layers once and decides a cell. The error lists the bitmap sectors (layer, byte offset) that `bitmaps`
-    /// does not return.
+    /// Computes a cell by one walk down the layers. The error lists the bitmap sectors (layer, byte offset) that
+    /// `bitmaps` does not return.
     pub(super) fn decide_cell(&self, index: usize, bitmaps: &mut BitmapLookup<'_>) -> Result<Cell, Vec<(usize, u64)>> {
         let start = index as u64 * CELL_SECTORS;
         let whole = SectorRange::between(start, (start + CELL_SECTORS).min(self.sectors));
@@ -196,8 +196,8 @@ impl LayerWalk<'_> {
             let group = rest.first(u64::from(SECTOR_BITS - bit));
             rest = rest.skip(group.count());
             if at + SECTOR > layer.image.data_end() {
-                // The bitmap itself is lost. Only a salvage opens such an image; it reads zeros, never old data of the
-                // parent.
+                // The bitmap itself is lost. Only the mode `Salvage` opens such an image. The sectors read as zeros,
+                // never as old data of the parent.
                 self.decided.push((group, Source::Zero));
                 continue;
             }
@@ -219,7 +219,8 @@ impl LayerWalk<'_> {
         }
     }
 
-    /// Adds a run that the layer holds at byte `offset`. Lost sectors, which only a salvage reads, are zero (O12).
+    /// Adds a run that the layer holds at byte `offset`. Lost sectors, which only the mode `Salvage` reads, are zero
+    /// (O12).
     fn add_stored(&mut self, layer: &Layer, run: SectorRange, offset: u64) {
         let there = layer.image.data_end().saturating_sub(offset) / SECTOR;
         let inside = run.first(there);

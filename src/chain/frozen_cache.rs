@@ -15,9 +15,10 @@ use crate::image::SparseArray;
 use crate::storage::{FileSlot, prefetch_line};
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors in a cell: as many as one bitmap sector covers, the bitmap of a 2 MiB block.
+/// Number of sectors in a cell: as many as one bitmap sector covers (2 MiB).
 pub(super) const CELL_SECTORS: u64 = 4096;
-/// The limit of bytes of all lists of runs. One cell has at most 32 KiB, and a request touches at most 17 cells.
+/// Maximum total size of all lists of runs, in bytes. The list of one cell has at most 32 KiB, and a request touches at
+/// most 17 cells.
 const MAX_RUN_BYTES: usize = 32 << 20;
 
 /// A run inside a cell, packed in 8 bytes: end in the cell (13 bits), file slot (12 bits, all ones for zeros), file
@@ -72,7 +73,7 @@ pub(super) enum Cell {
 }
 
 impl Cell {
-    /// Bytes of its list of runs on the heap.
+    /// Size of the list of runs on the heap, in bytes.
     fn heap_bytes(&self) -> usize {
         match self {
             Cell::Whole(_) => 0,
@@ -103,7 +104,7 @@ fn start_of(runs: &[PackedRun], number: usize) -> u64 {
     if number == 0 { 0 } else { runs[number - 1].end() }
 }
 
-/// Returns the index of the run that contains sector `at` of the cell, provided that all runs have the same length.
+/// Returns the index of the run that contains sector `at` of the cell, which is exact if all runs have the same length.
 fn guess_run(runs: &[PackedRun], at: u64) -> usize {
     usize::try_from(runs.len() as u64 * at / CELL_SECTORS).expect("below the number of runs")
 }
@@ -132,7 +133,7 @@ fn append_runs(runs: &[PackedRun], start: u64, part: SectorRange, extents: &mut 
     }
 }
 
-/// The cells that were decided, by number.
+/// The cached cells, by number.
 #[derive(Debug)]
 pub(super) struct CellTable {
     cells: SparseArray<OnceLock<Cell>>,
@@ -155,7 +156,7 @@ impl CellTable {
 #[derive(Debug)]
 pub(super) struct CacheHandle(Cache<Arc<ArcSwap<CellTable>>, Arc<CellTable>>);
 
-/// The cells of the frozen layers that were looked up.
+/// Cache of the cells that were looked up.
 #[derive(Debug)]
 pub(super) struct FrozenCache {
     table: Arc<ArcSwap<CellTable>>,

@@ -1,8 +1,9 @@
 //! Finds blocks of a child that hide data of its parents, as QEMU leaves them.
 //!
-//! QEMU takes a differencing VHD for a dynamic one. At the first write to a block it marks the whole block present, so
-//! that zeros replace all of the parent's data in the block. A guest that zeroes its disk leaves the same bytes. They
-//! are attributed to QEMU only if the block was placed by another program than the image's own writer.
+//! QEMU opens a differencing VHD as if it were a dynamic one. At the first write to a block it marks the whole block
+//! present, so that zeros replace all of the parent's data in the block. A guest that zeroes its disk leaves the same
+//! bytes. Such zeros are attributed to QEMU with certainty only if another program than the image's creator placed the
+//! block.
 
 use super::extent::Source;
 use super::frozen::{Frozen, Layer};
@@ -15,9 +16,9 @@ use crate::storage::FileSlot;
 use crate::units::OnProgress;
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
-/// The limit of bytes that are read of one image and its parents together.
+/// Maximum number of bytes that are read from one image and its parents together.
 const MAX_BYTES_READ: u64 = 256 << 20;
-/// Bytes that are read at once.
+/// Number of bytes per read.
 const CHUNK: usize = 64 << 10;
 
 /// Finds the blocks among `suspects` of a child that hold zeros over data of the parents. Adds them to `defects`, in

@@ -13,13 +13,13 @@ use crate::failpoint;
 use crate::image::folder_of;
 use crate::storage::{Access, Env, Folder};
 
-/// The largest size of a record in bytes: a chain has few layers, and a path at most 4096 bytes.
+/// Maximum size of a record in bytes: a chain has few layers, and a path at most 4096 bytes.
 const MAX_BYTES: u64 = 2 << 20;
 
-/// The record of an earlier start of a merge.
+/// The result of a search for the record of an unfinished merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum ExistingRecord {
-    /// There is no record: the merge was not begun.
+    /// There is no record: no merge was begun.
     None,
     /// The record.
     Record(Box<MergeRecord>),
@@ -28,8 +28,8 @@ pub enum ExistingRecord {
 }
 
 impl MergeRecord {
-    /// Finds the record of an unfinished merge of the image at `child`. `present` is the UUID of the image that is
-    /// there now.
+    /// Finds the record of an unfinished merge of the image at `child`. `present` is the UUID of the image that is at
+    /// `child` now; `None` if there is no image.
     ///
     /// # Errors
     /// - `Refused` if the image at `child` is not the one that was there when the merge was begun
@@ -89,7 +89,7 @@ impl MergeRecord {
         Ok(records)
     }
 
-    /// Returns the UUID of CHILD, which is in the name of a record.
+    /// Returns the UUID of CHILD from the file name of a record; `None` if `path` is not named like a record.
     pub fn child_uuid_of(path: &Path) -> Option<Uuid> {
         child_uuid_in_name(path.file_name()?)
     }
@@ -123,7 +123,7 @@ impl MergeRecord {
     /// Replaces the record on disk durably. `home` is its folder.
     ///
     /// # Errors
-    /// `NoSpace`, `Io`. The old record is still there.
+    /// `NoSpace`, `Io`: the old or the new record is in place.
     pub fn save(&self, home: &Folder) -> Result<()> {
         let temporary = self.temporary_name();
         let saved = self.write(home, &temporary).and_then(|()| {

@@ -23,23 +23,23 @@ use crate::units::SECTOR;
 #[derive(Debug)]
 pub struct Chain {
     images: Vec<Image>,
-    /// Positions of images whose parent's file is newer than they record.
+    /// Positions of the images whose parent's file is newer than the time that the image records.
     outdated: Vec<usize>,
 }
 
 impl Chain {
-    /// Opens the image at `path` and its parents. Locks are taken before anything is read: as long as I/O of a killed
-    /// daemon can still reach a file, the lock of that daemon is held.
+    /// Opens the image at `path` and its parents. Each file is locked before it is read: the lock of a killed daemon is
+    /// held as long as I/O of that daemon can still reach the file.
     ///
     /// # Errors
-    /// - the defect of a file that cannot be opened as an image
+    /// - the errors of [`Image::open`] for any file of the chain
     /// - `NotFound` if a parent is at none of its recorded places
     /// - `Refused` if a parent lies outside the allowed folders, or if two files match its name and UUID
     /// - `Busy` if another process holds a conflicting lock on any file of the chain
     /// - `Refused` if a file that is not opened for writing has a live journal, since its daemon was killed or runs on
     ///   another machine
-    /// - `Refused`, to read, if an unfinished merge has partly overwritten an image that CHILD of that merge does not
-    ///   hide
+    /// - `Refused`, except in mode `Inspect`, if an unfinished merge has partly overwritten an image, and the chain
+    ///   does not contain the image CHILD of that merge, which hides the overwritten sectors
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, mode: OpenMode) -> Result<Chain> {
         let access = if mode == OpenMode::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
@@ -54,7 +54,7 @@ impl Chain {
     /// Opens the parents of an image that is already open and, unless `mode` is `Inspect`, locked.
     ///
     /// # Errors
-    /// As `open`.
+    /// `Invalid`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`].
     pub fn from_image(env: &dyn Env, youngest: Image, policy: &Policy, mode: OpenMode) -> Result<Chain> {
         match Chain::until_missing(env, youngest, policy, mode)? {
             (chain, None) => Ok(chain),
@@ -66,7 +66,8 @@ impl Chain {
     /// and returns the error of that parent.
     ///
     /// # Errors
-    /// As `open`, except for such a parent.
+    /// `Invalid`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`], except the error of
+    /// such a parent.
     pub fn until_missing(
         env: &dyn Env,
         youngest: Image,
@@ -75,8 +76,8 @@ impl Chain {
     ) -> Result<(Chain, Option<Error>)> {
         let mut search = ParentSearch::new(env, youngest.file(), policy, mode)?;
         search.visit(&youngest)?;
-        // A writer replays the live journal of the youngest image. Parents are checked below in every mode but
-        // `Inspect`.
+        // In mode `Write`, the live journal of the youngest image is replayed when the image is made writable. Parents
+        // are checked below in every mode except `Inspect`.
         if matches!(mode, OpenMode::Read | OpenMode::Salvage) {
             refuse_if_live(env, &policy.runtime, &youngest)?;
         }
@@ -161,7 +162,7 @@ impl Chain {
     /// Converts the chain, which was opened for writing, to a writable top over a read-only map of its parents.
     ///
     /// # Errors
-    /// As `Writable::new`.
+    /// `Refused`, `Poisoned`, `Busy`, `NoSpace`, `Io`, for the reasons listed at [`Writable::new`].
     pub fn into_writable(mut self, env: &dyn Env, keep: &Durability) -> Result<Version> {
         let sectors = self.youngest().size() / SECTOR;
         let parents = self.images.split_off(1);

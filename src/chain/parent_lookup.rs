@@ -26,7 +26,7 @@ pub(super) enum ParentLookup {
     Parent(Box<Image>),
     /// The file at a recorded place is not a valid image.
     Invalid(File, Error),
-    /// A file is at a recorded place, but may not be opened. No image is at fault.
+    /// The parent may be a file that may not be opened, or two files match. This is not a defect of an image.
     Refused(Error),
     /// No parent was found. The defect states the reason.
     NotFound(Defect),
@@ -48,7 +48,7 @@ impl ParentSearch<'_> {
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock on the parent
-    /// - `Io` of the child or of a candidate
+    /// - `Io` if the child or a candidate cannot be read
     pub(super) fn find_parent(&self, child: &Image) -> Result<ParentLookup> {
         let header = child.header().expect("differencing images have a header");
         if header.parent_is_raw() {
@@ -112,7 +112,7 @@ impl ParentSearch<'_> {
         }
     }
 
-    /// Locks and opens a candidate. The inner error means that it is another image.
+    /// Locks and opens a candidate. The inner error means that the candidate has another UUID.
     fn open_candidate(&self, file: &File, wanted: Uuid) -> Result<Result<Image, Defect>> {
         // A file that was visited is already locked. `visit` reports the cycle.
         if self.mode() != OpenMode::Inspect && !self.has_visited(file.stat()?.id) {

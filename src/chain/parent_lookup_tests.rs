@@ -78,7 +78,7 @@ fn a_diverged_copy_is_not_used_as_parent() {
         refused(place.open(child, &[]), &[&gold.display().to_string(), &folder, "rebase --unsafe"]);
         assert_eq!(place.open(child, &["gold"]).unwrap(), "gold/base.vhd", "{child}");
     }
-    // A recorded path leads to another image: the search by name does not follow.
+    // A recorded path leads to another image, so no search by name follows.
     fs::remove_file(&gold).unwrap();
     place.chains.dynamic("gold/base.vhd", BLOCK, 100);
     let e = place.open("vm/both", &["gold"]).unwrap_err();

@@ -2,7 +2,7 @@
 //! any path, but only a file below an allowed folder with the recorded UUID is opened (format 4.4).
 //!
 //! A path from an image is never opened as such. It is compared, as text, with the paths of folders that are held open,
-//! and the rest of it is looked up below one of those folders without following symbolic links. The folders are
+//! and the rest of the path is looked up below one of those folders without following symbolic links. The folders are
 //! descriptors, so renaming or replacing a folder during the search changes nothing.
 
 use std::path::{Path, PathBuf};
@@ -15,9 +15,9 @@ use crate::format::Defect;
 use crate::image::Image;
 use crate::storage::{Env, File, FileId, Folder, RuntimeFolder};
 
-/// The default limit of files in a chain (O17).
+/// Default maximum number of files in a chain (O17).
 pub const MAX_DEPTH: usize = 64;
-/// The largest size of the block tables of a chain together, in bytes (O17).
+/// Maximum total size of the block tables of a chain, in bytes (O17).
 const MAX_CHAIN_TABLE_BYTES: u64 = 128 << 20;
 
 /// The limits of a search for parents.
@@ -25,12 +25,12 @@ const MAX_CHAIN_TABLE_BYTES: u64 = 128 << 20;
 pub struct Policy {
     /// Folders in which parents may lie, in addition to the folder of the youngest image.
     pub allowed: Vec<PathBuf>,
-    /// The largest number of files in a chain.
+    /// Maximum number of files in a chain.
     pub max_depth: usize,
     /// Folders in which daemons of this user keep live journals. They are used to replay the journal of a parent, and
     /// for the message when an image that is in use or was not closed is refused.
     pub runtime: Vec<RuntimeFolder>,
-    /// CHILD of the merge that opens the chain. The record of this merge does not restrict the merge itself.
+    /// UUID of the image CHILD of the merge that opens the chain. The record of a merge does not restrict that merge.
     pub merging: Option<uuid::Uuid>,
 }
 
@@ -50,10 +50,10 @@ pub(super) struct ParentSearch<'a> {
     allowed: usize,
     budget: NameBudget,
     max_depth: usize,
-    /// The files so far.
+    /// The files of the chain so far, with the UUIDs of their images.
     visited: Vec<(FileId, uuid::Uuid)>,
     table_bytes: u64,
-    /// What the chain is opened for.
+    /// The mode in which the chain is opened.
     mode: OpenMode,
 }
 
@@ -61,7 +61,7 @@ impl<'a> ParentSearch<'a> {
     /// Begins a search for the parents of the image in the file `youngest`.
     ///
     /// # Errors
-    /// `NotFound`, `Io`: of an allowed folder.
+    /// `NotFound`, `Io` if a folder cannot be opened.
     pub(super) fn new(env: &'a dyn Env, youngest: &File, policy: &Policy, mode: OpenMode) -> Result<ParentSearch<'a>> {
         let hold = |folder: Folder| folder.absolute().map(|folder| (folder.path().to_path_buf(), folder));
         let mut folders = vec![hold(youngest.folder())?];
@@ -118,7 +118,7 @@ impl<'a> ParentSearch<'a> {
         &self.budget
     }
 
-    /// What the chain is opened for.
+    /// The mode in which the chain is opened.
     pub(super) fn mode(&self) -> OpenMode {
         self.mode
     }
@@ -139,8 +139,8 @@ impl<'a> ParentSearch<'a> {
         self.folders[1..=self.allowed].iter().map(|(path, folder)| (path.as_path(), folder))
     }
 
-    /// The open folder with which a path begins, and the rest of the path. If there are several, the one with the
-    /// longest path.
+    /// The open folder with which a path begins, and the rest of the path. If several folders match, returns the one
+    /// with the longest path.
     pub(super) fn held_folder_above(&self, path: &Path) -> Option<(&Folder, PathBuf)> {
         let path = lexically_normal(path);
         let mut best: Option<(&Folder, &Path)> = None;

@@ -27,7 +27,7 @@ pub(super) fn lexically_normal(path: &Path) -> PathBuf {
 ///
 /// # Errors
 /// - `Refused` if `path` does not end in a file name
-/// - `NotFound`, `Io` of the folder
+/// - `NotFound`, `Io` if the folder cannot be resolved
 pub fn absolute_path(env: &dyn Env, path: &Path) -> Result<PathBuf> {
     let name = file_name(path)?;
     Ok(env.canonical(folder_of(path))?.join(name))

@@ -26,11 +26,11 @@ impl Missing {
 /// handle to the cell cache of the frozen layers, so that queues share no reference count in a look-up.
 #[derive(Debug, Default)]
 pub struct PlanBuffer {
-    /// The extents: of a write, where its data goes; of zeroing and discarding, where the file is punched.
+    /// The extents to read or to write; in a plan of zeroing or discarding, the extents to punch.
     pub extents: Vec<Extent>,
-    /// Ranges to mark after the operations (only of zeroing; a write marks its whole range).
+    /// Ranges to mark after the operations (only in a plan of zeroing; a write marks its whole range).
     pub marks: Vec<SectorRange>,
-    /// Bitmaps to load before the range is planned again. If there are any, the rest of the plan has no meaning.
+    /// Bitmaps to load before the range is planned again. If there are any, the rest of the plan is invalid.
     pub missing: Vec<Missing>,
     /// Whether a block got a place, so that the file may need to grow.
     pub reserved: bool,
@@ -38,7 +38,8 @@ pub struct PlanBuffer {
     pub(super) cache: Option<CacheHandle>,
 }
 
-/// Number of the last missing bitmaps that are compared with a new one: more than the layers of the deepest chain.
+/// Number of the most recently added bitmaps with which a new one is compared: more than the default maximum number of
+/// layers.
 const DEDUPLICATED: usize = 128;
 
 impl PlanBuffer {
@@ -56,14 +57,14 @@ impl PlanBuffer {
         self.cache = None;
     }
 
-    /// Appends a run. It joins the last extent if it follows that both on the disk and in the source.
+    /// Appends a run. Joins the run to the last extent if it follows that extent both on the disk and in the source.
     #[inline]
     pub fn push(&mut self, range: SectorRange, source: Source) {
         extent::push(&mut self.extents, range, source);
     }
 
-    /// Adds a missing bitmap, unless it is among those that were added last. A duplicate is harmless: it is loaded
-    /// twice.
+    /// Adds a missing bitmap, unless it is among the most recently added ones. A duplicate is harmless: the bitmap is
+    /// then loaded twice.
     pub fn add_missing(&mut self, what: Missing) {
         if !self.missing.iter().rev().take(DEDUPLICATED).any(|other| *other == what) {
             self.missing.push(what);

@@ -6,9 +6,9 @@
 //!      └─────> missing ─> Load ─> read its sectors ─> supply ─> plan_* again
 //! ```
 //!
-//! There is no other loop. This loop may run twice, since the lower layers of a block are looked up only after its own
-//! bits are loaded. It runs more often if other queues evict bitmaps because memory is short. It ends, because the
-//! caller pins the bitmaps that it has loaded.
+//! Bitmaps are usually loaded at most twice: the lower layers of a block are looked up only after its bits in the top
+//! are loaded. They are loaded more often if other queues evict bitmaps because memory is short. The loop ends, because
+//! the caller pins the bitmaps that it has loaded.
 
 use super::frozen::CellRead;
 use super::frozen_cache::CELL_SECTORS;
@@ -95,10 +95,11 @@ impl Version {
         self.top().expect("only writable disks write").plan_write(range, plan)
     }
 
-    /// Plans the ranges to zero and to mark so that `range` reads as zeros. Only for a disk with a top.
+    /// Plans the ranges to zero and to mark so that `range` reads as zeros. Reserves places for blocks. Only for a disk
+    /// with a top.
     ///
     /// # Errors
-    /// As for `plan_write`.
+    /// [`NeedsGrowth`] if the file must grow before the ranges can be planned.
     pub fn plan_zero(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         plan.clear();
         self.top().expect("only writable disks write").plan_zero(range, self.frozen(), plan)
@@ -137,8 +138,7 @@ impl Version {
         load
     }
 
-    /// Supplies the bitmaps of a load whose reads are complete. Bitmap sectors of the top stay in memory as long as
-    /// `pins`.
+    /// Supplies the bitmaps of a load whose reads are complete. `pins` keeps the bitmap sectors of the top in memory.
     pub fn supply(&self, load: &Load, pins: &mut Pins) {
         let image = || &self.top().expect("only a top has bitmap sectors of its own").image;
         for (number, read) in &load.bitmap_sectors {
@@ -151,8 +151,8 @@ impl Version {
         }
     }
 
-    /// Loads missing bitmaps with blocking reads, for tools and jobs that have their own thread. `pins` are as for
-    /// `supply`.
+    /// Loads missing bitmaps with blocking reads, for tools and jobs that have their own thread. `pins` keeps the
+    /// bitmap sectors of the top in memory.
     ///
     /// # Errors
     /// `Io`, with file and offset.
@@ -168,10 +168,11 @@ impl Version {
         Ok(())
     }
 
-    /// Marks written sectors as `Writable::mark` does, and loads missing bitmaps with blocking reads.
+    /// Marks written sectors, and loads missing bitmaps with blocking reads. Returns the result of `Writable::mark`:
+    /// whether the write may be acknowledged before a commit.
     ///
     /// # Errors
-    /// As `load_now`.
+    /// `Io`, with file and offset.
     pub fn mark_now(&self, range: SectorRange) -> Result<bool> {
         let image = &self.top().expect("only writable disks write").image;
         let mut pins = Pins::default();
@@ -186,7 +187,7 @@ impl Version {
     /// Plans a read as `plan_read` does, and loads missing bitmaps with blocking reads.
     ///
     /// # Errors
-    /// As `load_now`.
+    /// `Io`, with file and offset.
     pub fn plan_read_now(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
         self.plan_read(range, plan);
         // Usually at most twice: sectors that the top does not hold may need bitmaps of lower layers.
@@ -202,7 +203,7 @@ impl Version {
     /// disk without a top.
     ///
     /// # Errors
-    /// As `load_now`.
+    /// `Io`, with file and offset.
     pub fn plan_read_uncached(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
         assert!(self.top().is_none(), "only a disk without a top is planned uncached");
         plan.clear();
@@ -233,7 +234,7 @@ impl Version {
     /// Reads `range` into `into`, with blocking reads.
     ///
     /// # Errors
-    /// As `load_now`.
+    /// `Io`, with file and offset.
     pub fn read_now(&self, range: SectorRange, into: &mut [u8], plan: &mut PlanBuffer) -> Result<()> {
         assert_eq!(into.len() as u64, range.bytes(), "a buffer of the range's length");
         self.plan_read_now(range, plan)?;

@@ -15,7 +15,7 @@ use crate::storage::{Access, Env, Lock};
 ///
 /// # Errors
 /// - `Busy` if another process has such a parent open, or if it was replaced
-/// - as [`image::settle`]
+/// - `Refused`, `Poisoned`, `NoSpace`, `Io`, for the reasons listed at [`image::settle`]
 pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usize> {
     if policy.runtime.is_empty() {
         return Ok(0);

@@ -1,4 +1,4 @@
-//! Top: the one writable layer. It is looked up first, and takes all writes.
+//! Top: the one writable layer. A look-up reads this layer first, and all writes go to this layer.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::units::{BlockSize, SECTOR, SectorRange};
 
 /// The youngest layer, open for writing.
 pub struct Top {
-    /// Its slot in the engines.
+    /// The slot of the image's file in the engines.
     pub slot: FileSlot,
     /// The image.
     pub image: Arc<Writable>,
@@ -38,7 +38,7 @@ impl Top {
     /// Appends the extents of a write of `range` to `plan`, and reserves places for blocks that have none.
     ///
     /// # Errors
-    /// [`NeedsGrowth`] if the prepared free tail is used up. The call may be repeated after the file has grown.
+    /// [`NeedsGrowth`] if the free tail has no space for a block. The call may be repeated after the file has grown.
     pub fn plan_write(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));
@@ -69,7 +69,7 @@ impl Top {
     /// so it needs only to be marked.
     ///
     /// # Errors
-    /// As for `plan_write`.
+    /// [`NeedsGrowth`] if the free tail has no space for a block. The call may be repeated after the file has grown.
     pub fn plan_zero(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));

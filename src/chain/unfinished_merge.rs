@@ -1,8 +1,8 @@
 //! Restricts the use of images of an unfinished merge.
 //!
 //! A merge copies CHILD into an ancestor, the receiver. It leaves a [`MergeRecord`] in the folder of CHILD, and a mark
-//! on the receiver (`merge_receiver`) while that is partly overwritten: the mark is durable before the first byte is
-//! copied, and is removed after the last one. If both exist, the record counts.
+//! on the receiver (`merge_receiver`) while the receiver is partly overwritten: the mark is durable before the first
+//! byte is copied, and is removed after the last one. If both exist, the record decides.
 //!
 //! A file system may have no attributes, and a copy of the receiver may lose the mark. Then only a record shows that
 //! the receiver is partly overwritten; it is found in the folders of the chain and in the allowed folders. A record has
@@ -29,7 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, folder_of};
 use crate::storage::{Access, Env, File, Folder};
 
-/// A change of an image.
+/// A kind of change to an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ImageChange {
     /// The disk is written to.
@@ -44,7 +44,7 @@ pub enum ImageChange {
     Child,
 }
 
-/// An unfinished merge, as found from one of its images.
+/// An unfinished merge that involves an image.
 struct UnfinishedMerge {
     /// The UUID and the path of CHILD.
     child: Uuid,
@@ -106,9 +106,10 @@ impl UnfinishedMerge {
     }
 }
 
-/// Refuses a chain (youngest image first) that reads a partly overwritten image which CHILD of its merge does not hide.
-/// Logs a warning for every other unfinished merge, except the merge of `own`. Returns the positions of receivers below
-/// their CHILD: the merge is the reason why their files are newer than their children record.
+/// Refuses a chain (youngest image first) that reads a partly overwritten image, unless the image CHILD of the merge is
+/// above that image in the chain. Logs a warning for every other unfinished merge, except the merge of `own`. Returns
+/// the positions of receivers below their CHILD: the merge explains why the file of such a receiver is newer than its
+/// child records.
 ///
 /// # Errors
 /// - `Refused`, with the image and the command that finishes the merge; not in the mode `Inspect`

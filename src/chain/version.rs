@@ -1,4 +1,5 @@
-//! A version of the disk: Top over Frozen. Queues plan with it.
+//! A version of the disk: an optional writable layer ([`Top`]) over the read-only layers ([`Frozen`]). Queues plan
+//! their requests with a version.
 
 use super::frozen::Frozen;
 use super::top::Top;
@@ -12,7 +13,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// Makes a disk of `sectors` from `top` over `frozen`. Without a top it is read-only.
+    /// Creates a disk of `sectors` sectors from `top` over `frozen`. Without a top the disk is read-only.
     pub fn new(top: Option<Top>, frozen: Frozen, sectors: u64) -> Version {
         Version { top, frozen, sectors }
     }

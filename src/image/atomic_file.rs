@@ -32,7 +32,7 @@ pub struct AtomicFile {
 }
 
 impl AtomicFile {
-    /// Creates an empty file that will be called `name` in `folder`. Errors use the path `asked`.
+    /// Creates an empty file that will be called `name` in `folder`. Errors contain the path `asked`.
     ///
     /// # Errors
     /// `Io`, `NoSpace`.

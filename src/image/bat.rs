@@ -63,8 +63,8 @@ impl Bat {
     }
 }
 
-/// Returns the file sectors, from bitmap to end of data, of the next `unplaced` blocks, if the first may begin at
-/// `next`.
+/// Returns the file sectors (bitmap and data) of each of the next `unplaced` blocks, placed at or after sector `next`.
+/// Ends early if the BAT cannot address a place.
 pub(super) fn next_places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
     let (mut next, mut unplaced) = (next, unplaced);
     std::iter::from_fn(move || {

@@ -67,8 +67,10 @@ pub fn create(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
 /// Creates an image as [`create`] does, with every block placed and its space allocated in the file system.
 ///
 /// # Errors
-/// As [`create`]; `Unsupported` if the file system cannot allocate space in advance, or the format cannot place all
-/// blocks.
+/// - `Refused` if the file exists.
+/// - `Invalid` if the format does not allow the sizes.
+/// - `Unsupported` if the file system cannot allocate space in advance, or the format cannot place all blocks.
+/// - `Io`, `NoSpace`.
 pub fn create_preallocated(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
     create_image(env, path, spec, true)
 }
@@ -120,7 +122,7 @@ pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &ImageSpec) -> Re
     let reserve = u32::try_from(reserve).unwrap_or(u32::MAX);
     let layout = NewLayout::plan(disk_type, spec.size, spec.block_size, reserve, &lengths).map_err(invalid)?;
     let footer = Footer::new(disk_type, spec.size, uuid, now).encode();
-    // Bitmaps and tables are overwritten often. With copy on write, commits would fail when the file system is full.
+    // Bitmaps and tables are overwritten often. With copy on write, commits could fail when the file system is full.
     if let Err(e) = file.disable_copy_on_write() {
         log::warn!("{}", e.line());
     }

@@ -39,8 +39,9 @@ impl SavedMtime {
         if self.restore()? { self.file.sync_all() } else { Ok(()) }
     }
 
-    /// Restores the time during an open, without a sync. A power cut may undo that, which causes a false alarm. A sync
-    /// here would happen only if the process owns the file, so no order of durable writes may rely on one.
+    /// Restores the time during an open, without a sync. A power cut may undo the change of the time, which causes a
+    /// false alarm. Only the file's owner may set its time, so a sync here would not always happen, and no order of
+    /// durable writes could rely on that sync.
     ///
     /// # Errors
     /// `Io`.

@@ -1,4 +1,4 @@
-//! Opens images: reads a file's metadata, and uses none of it before it passed the rules (O1 to O16).
+//! Opens images: reads a file's metadata, and uses each structure only after it passed the rules (O1 to O16).
 //!
 //! An open reads the two footers, the header, the block table and, of XenServer's images, the batmap's header. It reads
 //! nothing else and maps nothing. A harmless violation becomes a note. `check` uses the same examination, but continues
@@ -45,11 +45,11 @@ pub(super) struct SparseImage {
     pub(super) table: Bat,
     /// The value that fills the table's last sector after the last entry.
     padding: u32,
-    /// The blocks in the order of their places, and their end.
+    /// The blocks in the order of their places, and the end of all blocks and metadata.
     pub(super) placed: PlacedBlocks,
     /// The header of XenServer's batmap.
     pub(super) batmap: Option<BatmapHeader>,
-    /// The lost ranges of the disk; empty unless the image was opened in spite of them.
+    /// The lost ranges of the disk; empty unless the open accepted lost sectors.
     lost: Vec<SectorRange>,
 }
 
@@ -67,7 +67,9 @@ impl Image {
     /// Opens an image that may have lost sectors, to read the others. [`Image::lost`] returns the lost ones.
     ///
     /// # Errors
-    /// As [`Image::open`], for all other defects.
+    /// - `Invalid`, with the first other defect that makes the image unreadable, and its offset.
+    /// - `Refused` if the image is encrypted.
+    /// - `Io`.
     pub fn salvage(file: File) -> Result<Image> {
         Image::open_despite(file, |defect| matches!(defect, Defect::BlockCutOff { .. }))
     }
@@ -75,7 +77,9 @@ impl Image {
     /// Opens an image that may be unreadable, to describe its metadata. The caller must not read its data.
     ///
     /// # Errors
-    /// As [`Image::open`], for defects after which no further metadata can be read.
+    /// - `Invalid`, with a defect after which no further metadata can be read, and its offset.
+    /// - `Refused` if the image is encrypted.
+    /// - `Io`.
     pub fn inspect(file: File) -> Result<Image> {
         Image::open_despite(file, |_| true)
     }
@@ -99,8 +103,7 @@ impl Image {
         Ok(image)
     }
 
-    /// Opens the image and passes each defect to `found`. Ends when `found` breaks, or when nothing further can be
-    /// read.
+    /// Opens the image and passes each defect to `found`. Fails if `found` breaks, or if nothing further can be read.
     pub(super) fn examine(file: File, found: &mut OnDefect<'_>) -> Result<Image> {
         let len = file.stat()?.len;
         let chosen = match read_footers(&file, len)? {
@@ -166,7 +169,7 @@ impl Image {
         &self.file
     }
 
-    /// Returns the footer that counts.
+    /// Returns the footer that was chosen from the two of the file.
     pub fn footer(&self) -> &Footer {
         &self.chosen.footer
     }
@@ -176,7 +179,7 @@ impl Image {
         &self.notes
     }
 
-    /// Returns the lost ranges of the disk, ascending; empty unless the image was opened in spite of them.
+    /// Returns the lost ranges of the disk, ascending; empty unless the open accepted lost sectors.
     pub fn lost(&self) -> &[SectorRange] {
         self.sparse.as_ref().map_or(&[], |s| &s.lost)
     }
@@ -268,7 +271,7 @@ impl Image {
         Ok(words)
     }
 
-    /// Prefetches the bitmaps of the blocks in a range that have a place.
+    /// Prefetches the bitmaps of those blocks of a range that have a place.
     pub fn prefetch_bitmaps(&self, range: SectorRange) {
         let (Some(table), Some(block_size)) = (self.bat(), self.block_size()) else { return };
         let range = range.clip(SectorRange::between(0, self.size() / SECTOR));

@@ -30,7 +30,7 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(file.path()));
     };
     let end = last.end * SECTOR;
-    // The table's padding and the footer are dropped: the first block may begin there.
+    // The table's padding and the footer are discarded: the first block may begin there.
     let from = first * SECTOR;
     file.punch_hole(from, old + SECTOR - from)?;
     reserve(file, all[0].start * SECTOR, end + SECTOR)?;

@@ -21,7 +21,7 @@ use crate::storage::{Env, File, Origin, RuntimeFolder};
 /// The state of an image's last session, by its stamp.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum SessionState {
-    /// No stamp, or one of an earlier boot of this machine: the file contains all there is.
+    /// No stamp, or a stamp of an earlier boot of this machine: all existing data is in the file.
     Closed,
     /// A stamp of this boot: a daemon has the image open, or was killed.
     Open(SessionStamp),
@@ -70,7 +70,7 @@ pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -
 /// Refuses a file as [`refuse_if_live`] does, if it is an image that can be opened. Other files are not refused.
 ///
 /// # Errors
-/// As [`refuse_if_live`].
+/// `Refused`, `Io`, for the reasons listed at [`refuse_if_live`].
 pub fn refuse_if_file_is_live(env: &dyn Env, folders: &[RuntimeFolder], file: &File) -> Result<()> {
     Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
 }

@@ -1,8 +1,8 @@
-//! A sparse array: one element per block of a disk, with memory only for the pages that were accessed mutably.
+//! A sparse array, with memory only for the pages that `get_or_init` has accessed.
 //!
-//! A 1 TiB image has half a million blocks and is mostly empty; flat arrays for 64 layers would dominate the daemon's
-//! memory. Pages of [`PAGE`] elements are initialized on first use and live as long as the array, so references to
-//! elements stay valid and a look-up takes no lock.
+//! A 1 TiB image has half a million blocks and is mostly empty. Flat arrays of an element per block, for 64 layers,
+//! would dominate the daemon's memory. Pages of [`PAGE`] elements are initialized on first use and live as long as the
+//! array, so references to elements stay valid and a look-up takes no lock.
 
 use std::sync::OnceLock;
 
@@ -18,7 +18,7 @@ pub struct SparseArray<T> {
 }
 
 impl<T> SparseArray<T> {
-    /// Creates an array of `len` elements, each `fresh()` when its page is initialized.
+    /// Creates an array of `len` elements. `fresh` makes each element when its page is initialized.
     pub fn new(len: usize, fresh: fn() -> T) -> SparseArray<T> {
         let pages = std::iter::repeat_with(OnceLock::new).take(len.div_ceil(PAGE)).collect();
         SparseArray { pages, len, init: fresh }
@@ -48,13 +48,13 @@ impl<T> SparseArray<T> {
         &page[at % PAGE]
     }
 
-    /// Returns the elements of initialized pages with their indices, ascending. The last page may have some from `len`
-    /// on.
+    /// Returns the elements of initialized pages with their indices, ascending. The last page may have elements at or
+    /// after index `len`.
     pub fn initialized(&self) -> impl Iterator<Item = (usize, &T)> {
         self.initialized_from(0)
     }
 
-    /// Returns the elements of initialized pages with their indices, ascending, from index `at` on.
+    /// Returns the elements of initialized pages at or after index `at`, with their indices, ascending.
     pub fn initialized_from(&self, at: usize) -> impl Iterator<Item = (usize, &T)> {
         let pages = self.pages.iter().enumerate().skip(at / PAGE).filter_map(|(n, p)| Some((n, p.get()?)));
         pages.flat_map(move |(n, page)| {

@@ -12,7 +12,7 @@ use crate::units::{SECTOR, SECTOR_BYTES};
 /// for every file of a chain.
 const TABLE_CHUNK: u64 = 64 << 10;
 
-/// Reads the footers at both ends of a file, and chooses the one that counts.
+/// Reads the footers at both ends of a file, and chooses the one to use.
 pub(super) fn read_footers(file: &File, len: u64) -> Result<Result<ChosenFooter, Defect>> {
     let tail_len = len.min(SECTOR);
     let mut tail = vec![0; usize::try_from(tail_len).expect("at most a sector")];

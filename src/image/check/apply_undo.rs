@@ -106,7 +106,8 @@ fn apply(file: &File, undo: &File, head: &UndoHeader, before: &[UndoPiece]) -> R
     Ok(())
 }
 
-/// Returns whether each saved sector of the image is as the repair left it or, with `or_before`, as it was before.
+/// Returns whether each saved sector of the image is as the repair left it or, with `or_before`, as it was before the
+/// repair.
 fn is_unchanged(file: &File, undo: &File, before: &[UndoPiece], after: &[UndoPiece], or_before: bool) -> Result<bool> {
     let mut known = true;
     for piece in before {

@@ -20,7 +20,7 @@ const CHUNK_SECTORS: u32 = 128;
 const PREFETCHED_BITMAPS: usize = 256;
 /// Maximum number of suspects that are reported.
 const MAX_SUSPECTS: usize = 4096;
-/// The file sector from which every writer packs blocks: near the format's limit there is no room for gaps
+/// The file sector at or after which every writer packs blocks: near the format's limit there is no room for gaps
 /// (crash-safety 3).
 const PACKED_FROM: u32 = 0xE000_0000;
 

@@ -25,7 +25,7 @@ pub fn check(file: File) -> Result<(Report, Option<Image>)> {
 /// Checks a file as [`check`] does, and reports progress in bytes of the file to `watch`; the sum is the file's length.
 ///
 /// # Errors
-/// As [`check`]; the error that `watch` returns.
+/// `Io` if the file cannot be read; the error that `watch` returns.
 pub fn check_with_progress(file: File, watch: &mut OnProgress<'_>) -> Result<(Report, Option<Image>)> {
     let (mut report, mut passed) = (Report::default(), 0);
     let len = file.stat()?.len;

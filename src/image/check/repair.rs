@@ -66,7 +66,8 @@ struct RepairPlan {
 ///
 /// # Errors
 /// - `Io`, `NoSpace`.
-/// - `Invalid`, `Refused` if the image cannot be opened at all. Nothing was changed.
+/// - `Invalid`, `Refused` if the image cannot be opened at all. At most padding was removed, or a footer replaced as
+///   `take` requested.
 pub fn repair(env: &dyn Env, file: &File, take: Option<FooterChoice>) -> Result<Option<PathBuf>> {
     let mut undo = None;
     if let Some((plan, uuid)) = RepairPlan::plan_before_open(file, take)? {

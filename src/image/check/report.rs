@@ -9,7 +9,7 @@ use crate::units::SectorRange;
 /// sectors.
 #[derive(Clone, Debug)]
 pub struct Suspects {
-    /// Whether their alignment proves that a program other than the image's creator placed them.
+    /// Whether the alignment of the blocks proves that a program other than the image's creator placed them.
     pub placed_by_another: bool,
     /// The blocks and the file sectors at which they begin, in file order.
     pub blocks: Vec<(u32, u32)>,

@@ -1,24 +1,25 @@
 //! The undo file of a repair: a copy of all that the repair replaces, in the image's folder.
 //!
 //! Its name is `IMAGE.repair-UUID.undo`. Bytes are durable in the undo file before the repair replaces them in the
-//! image. All numbers are big-endian, 64 bits, in bytes:
+//! image. *Old pieces* contain bytes from before the repair, *new pieces* those from after it. All numbers are
+//! big-endian, 64 bits, in bytes:
 //!
 //! ```text
-//!   0   "diffdisk undo 2\n"                          512   pieces from before the repair, each:
-//!  16   length of the image before                           offset in the image   16 bytes
-//!  24   end of the pieces from before, in this file          length                of head
-//!  32   the image's UUID, 16 bytes                           the original bytes
+//!   0   "diffdisk undo 2\n"                          512   old pieces, each:
+//!  16   length of the image before the repair              offset in the image   16 bytes
+//!  24   end of the old pieces in this file                 length                of head
+//!  32   the image's UUID, 16 bytes                         the original bytes
 //!  48   state
-//!  56   length of the image after                          pieces from after the repair:
-//!  64   checksum of the block table after                    the new contents of the same ranges,
-//!  72   end of the pieces from after                         without pieces that are all zeros
+//!  56   length of the image after the repair         then  new pieces of the same form:
+//!  64   checksum of the block table after the repair       the new contents of the same ranges,
+//!  72   end of the new pieces in this file                 without pieces that are all zeros
 //!  80   zeros to 512
 //! ```
 //!
 //! The header (the first 512 bytes) is written after a sync of the pieces that it covers. If the header is zeros, the
 //! repair was interrupted before it changed the image. States: 0, repair not finished; 1, repair finished; 2, undo
-//! begun; 3, undo finished. To undo a repair (`apply_undo.rs`): restore the image's length, then write the pieces from
-//! before back, the last one first. Bytes that the repair cut off and that are in no piece were zero.
+//! begun; 3, undo finished. To undo a repair (`apply_undo.rs`): restore the image's length, then write the old pieces
+//! back, the last one first. Bytes that the repair cut off and that no old piece contains were zero.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -40,7 +41,7 @@ const CHUNK: usize = 64 << 10;
 pub(super) struct UndoHeader {
     /// Length of the image before the repair.
     pub(super) len: u64,
-    /// Offset in the undo file after the pieces that contain the image's bytes from before the repair.
+    /// Offset in the undo file at which the old pieces end.
     pub(super) before: u64,
     pub(super) uuid: uuid::Uuid,
     pub(super) state: UndoState,
@@ -48,7 +49,7 @@ pub(super) struct UndoHeader {
     pub(super) len_after: u64,
     /// Checksum of the block table after the repair.
     pub(super) table_sum: u64,
-    /// Offset in the undo file after the pieces that contain the image's bytes from after the repair.
+    /// Offset in the undo file at which the new pieces end.
     pub(super) after: u64,
 }
 

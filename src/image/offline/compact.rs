@@ -61,7 +61,8 @@ impl Offline {
     /// Moves blocks, and the table, from the end of the file into gaps.
     ///
     /// # Errors
-    /// As [`Offline::free_blocks`]; the error that `watch` returns.
+    /// - `NoSpace`, `Io`: the disk's contents are unchanged.
+    /// - the error that `watch` returns.
     pub fn close_gaps(&mut self, watch: &mut OnProgress<'_>) -> Result<()> {
         loop {
             let moved = self.move_blocks(watch)?;
@@ -76,7 +77,7 @@ impl Offline {
     /// Cuts the file after its last block, and frees space that is allocated in it but unwritten.
     ///
     /// # Errors
-    /// As [`Offline::free_blocks`].
+    /// `NoSpace`, `Io`: the disk's contents are unchanged.
     pub fn finish_compact(&mut self) -> Result<()> {
         self.punch_unused(0..self.footer_offset())?;
         self.truncate_unused()?;
@@ -193,8 +194,8 @@ fn copy(file: &File, from: u64, to: u64, len: u64, buffer: &mut Buffer) -> Resul
     Ok(())
 }
 
-/// Frees the space that is allocated in a file from byte `from` on but unwritten. That space reads as zeros before and
-/// after, so no sync is needed.
+/// Frees the space of a file at or after byte `from` that is allocated but unwritten. That space reads as zeros before
+/// and after, so no sync is needed.
 ///
 /// # Errors
 /// `Io`.

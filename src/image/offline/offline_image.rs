@@ -44,7 +44,7 @@ impl Offline {
     /// Wraps an opened image that is locked exclusively, after recovery from an unclean shutdown.
     ///
     /// # Errors
-    /// As `Writable::new`.
+    /// `Refused` if the image must not be written; `NoSpace`, `Io`.
     pub fn new(image: &Image) -> Result<Offline> {
         image.check_writable()?;
         let (file, footer) = (image.file().clone(), image.footer().clone());
@@ -66,7 +66,7 @@ impl Offline {
     /// Opens and recovers the same image again.
     ///
     /// # Errors
-    /// As [`Offline::new`].
+    /// The errors of [`Image::open`] and [`Offline::new`].
     pub(super) fn reopened(&self) -> Result<Offline> {
         Offline::new(&Image::open(self.file.clone())?)
     }
@@ -219,8 +219,8 @@ impl Offline {
         Ok(())
     }
 
-    /// Aligns the trailing footer to a sector. In a file whose length is no multiple of 512 it spans two and could be
-    /// torn.
+    /// Aligns the trailing footer to a sector. In a file whose length is not a multiple of 512 the footer spans two
+    /// sectors and could be torn.
     pub(super) fn align_footer(&mut self) -> Result<()> {
         match self.footer_offset % SECTOR {
             0 => Ok(()),
@@ -242,8 +242,8 @@ impl Offline {
         Ok(())
     }
 
-    /// Replaces the trailing footer, which counts, and then the copy at the start; each is one sector. Durable on
-    /// return.
+    /// Replaces the trailing footer, which is authoritative, and then the copy at the start. Each is one sector.
+    /// Durable on return.
     pub(super) fn write_footers(&mut self, footer: Footer) -> Result<()> {
         self.file.write_at(&footer.encode(), self.footer_offset)?;
         if self.sparse.is_some() {

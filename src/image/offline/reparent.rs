@@ -1,4 +1,4 @@
-//! Reparenting: replaces or removes the parent of an image, which is valid at every moment.
+//! Reparenting: replaces or removes the parent of an image. The image is valid at every moment.
 //!
 //! The dynamic header is the only structure of a VHD that cannot be changed by one atomic write: it has two sectors,
 //! one checksum and no copy. But the footer, which contains the header's offset, is one sector. So a new header is
@@ -15,12 +15,12 @@
 //!   trimmed    -> home        new, texts
 //! ```
 //!
-//! Both footers are valid at every moment. The trailing one counts, and a header is durable before a footer refers to
-//! it. So a crash leaves the old parent or the new one, and never a mixture. A footer is switched by a write of one
-//! sector. If a power cut leaves the two footers with different header offsets, both headers are valid, and writers
-//! refuse the image until the reparent is repeated, which continues from the trailing footer. An interrupted reparent
-//! is repeated as a whole ([`is_reparent_finished`] detects one). Except in the case of differing footers, any program
-//! may read and write the image in between.
+//! Both footers are valid at every moment. The trailing footer is authoritative, and a header is durable before a
+//! footer refers to it. So a crash leaves the old parent or the new one, and never a mixture. A footer is switched by a
+//! write of one sector. If a power cut leaves the two footers with different header offsets, both headers are valid,
+//! and writers refuse the image until the reparent is repeated, which continues from the trailing footer. An
+//! interrupted reparent is repeated as a whole ([`is_reparent_finished`] detects one). Except in the case of differing
+//! footers, any program may read and write the image in between.
 //!
 //! A change of the disk type (a child that becomes a root) is part of the switch of the footers.
 //!
@@ -57,7 +57,8 @@ const HEADER_HOME: u64 = 512;
 /// relative path, as vhd-util writes it.
 ///
 /// # Errors
-/// - As [`check_reparent`] and `Writable::new`.
+/// - `Unsupported` if the image is fixed, or a path cannot be recorded in a child.
+/// - `Refused` if the image must not be written, or has a session that has not ended.
 /// - `NoSpace`, `Io`: the image has its old or new parent, and repeating the call is safe.
 pub fn reparent(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let writable = Writable::new(env, open_reconciled(file)?, &Durability::FlushOnly)?;
@@ -136,7 +137,7 @@ fn punch_set_aside(image: &Image, set_aside: &[Range<u64>]) -> Result<()> {
 /// contradictions between the footers remain, and an open for writing refuses them.
 ///
 /// # Errors
-/// As `Image::open`; `Io`.
+/// The errors of [`Image::open`], and `Io`.
 pub fn open_reconciled(file: &File) -> Result<Image> {
     let image = Image::open(file.clone())?;
     let mut front = [0; SECTOR_BYTES];
@@ -294,7 +295,7 @@ fn occupied(image: &Image, goes: impl Fn(MetadataPart) -> bool) -> Vec<Range<u64
     taken
 }
 
-/// Returns the start of `range`, up to the first of the `taken` ranges in it.
+/// Returns the part of `range` before the first of the `taken` ranges that overlap it.
 fn clip(range: Range<u64>, taken: &[Range<u64>]) -> Range<u64> {
     let over = taken.iter().filter(|other| other.start < range.end && other.end > range.start);
     let end = over.map(|other| other.start.max(range.start)).min();

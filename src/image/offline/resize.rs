@@ -74,7 +74,8 @@ impl Offline {
     /// data after the new end and frees its space in the file, including leftovers of an interrupted call.
     ///
     /// # Errors
-    /// As [`Offline::grow`]; the error that `watch` returns.
+    /// - `NoSpace`, `Io`: the disk has its old or new size, and repeating the call is safe.
+    /// - the error that `watch` returns.
     pub fn shrink(mut self, size: u64, watch: &mut OnProgress<'_>) -> Result<()> {
         assert!(size <= self.size() && size > 0 && size.is_multiple_of(SECTOR), "a disk shrinks by whole sectors");
         let Some(block_size) = self.block_size() else { return self.shrink_fixed(size) };
@@ -227,9 +228,9 @@ impl Offline {
         Ok(())
     }
 
-    /// Writes the new size to both footers. The trailing one counts. If a power cut leaves the footers with different
-    /// sizes, both are valid, and the image is not written before [`open_reconciled`](crate::image::open_reconciled)
-    /// has updated the other.
+    /// Writes the new size to both footers. The trailing footer is authoritative. If a power cut leaves the footers
+    /// with different sizes, both are valid, and the image is not written before
+    /// [`open_reconciled`](crate::image::open_reconciled) has updated the copy at the start.
     fn write_size(&mut self, size: u64) -> Result<()> {
         self.write_footers(self.footer().with_size(size))?;
         failpoint::reached("resize.size-switched");

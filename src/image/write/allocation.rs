@@ -1,8 +1,8 @@
 //! Allocation: the space that a growing file reserves on the file system, either whole blocks or only the pages that a
 //! commit writes.
 //!
-//! A commit must not fail for lack of space after its data was acknowledged. So growth reserves the pages that step C2 of a
-//! commit writes before a block gets its place (docs/space.md):
+//! A commit must not fail for lack of space after its data was acknowledged. So growth reserves the pages that step C2
+//! of a commit writes before a block gets its place (docs/space.md):
 //!
 //! | allocation | reserved by growth | allocated by the first write | fails if the file system is full |
 //! | --- | --- | --- | --- |
@@ -11,9 +11,9 @@
 //!
 //! Sparse allocation also reserves whole blocks while the guest writes whole blocks in sequence.
 //!
-//! Sparse allocation relies on the [`AllocationMode`](crate::storage::AllocationMode) of the file system. If that gives no
-//! guarantee (copy on write, reflinked files, file systems without reservation), a commit that fails for lack of space is
-//! retried (`disk/job.rs`).
+//! Sparse allocation relies on the [`AllocationMode`](crate::storage::AllocationMode) of the file system. If the file
+//! system gives no guarantee (copy on write, reflinked files, file systems without reservation), a commit that fails
+//! for lack of space is retried (`disk/job.rs`).
 
 use std::ops::Range;
 
@@ -21,7 +21,8 @@ use crate::format::layout;
 use crate::storage::{Action, FileSlot, Op};
 use crate::units::{BlockSize, SECTOR};
 
-/// Largest gap in bytes between two reserved ranges that is reserved, too: the data of a 4 KiB block, which one write fills.
+/// Maximum gap in bytes between two reserved ranges that is reserved, too. It equals the data of a 4 KiB block, which
+/// one write fills.
 const MERGE_GAP: u64 = layout::PAGE;
 /// Reservations pushed to the engine at once, so that it has room for the requests of the queue.
 const OPS_AT_ONCE: usize = 32;
@@ -32,7 +33,8 @@ pub enum Allocation {
     /// Writes allocate the space of data. Growth reserves only the pages of bitmaps.
     #[default]
     Sparse,
-    /// Growth reserves whole blocks. The file is less fragmented, and a write into a placed block never fails for lack of space.
+    /// Growth reserves whole blocks. The file is less fragmented, and a write into a placed block never fails for lack
+    /// of space.
     Block,
 }
 
@@ -44,7 +46,8 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves all bytes from sector `from` to the last of `places`, or to the end of the file if `ends` is not empty.
+    /// Reserves all bytes from sector `from` to the end of the last of `places`, or to the end of `ends` if that is not
+    /// empty.
     pub(super) fn whole(from: u64, places: impl Iterator<Item = Range<u64>>, ends: Range<u64>) -> Reservation {
         let to = if ends.is_empty() { places.last().map_or(from, |place| place.end) } else { ends.end };
         Reservation { ranges: std::iter::once(from * SECTOR..to * SECTOR).collect(), next: 0 }

@@ -18,7 +18,7 @@ use crate::storage::sim::Random;
 use crate::storage::{Access, Env};
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
-// States of a sector: 0 not written, a write has begun, its mark has returned, it is in the journal or committed.
+// States of a sector, in order: not written (0), write begun, mark returned, bit in the journal or committed.
 const BEGUN: u8 = 1;
 const MARKED: u8 = 2;
 const KEPT: u8 = 3;
@@ -223,8 +223,8 @@ fn no_bit_is_lost_between_threads() {
     seeds.for_each(run);
 }
 
-/// Whether a mark is lost if the cache has one frame, and other bitmap sectors are inserted at the moment at which `mutant` evicts
-/// wrongly.
+/// Whether a mark is lost if the cache has one frame, and other bitmap sectors are inserted at the moment at which
+/// `mutant` evicts wrongly.
 #[cfg(feature = "mutants")]
 fn is_mark_lost(mutant: Mutant) -> bool {
     const MARKED_EARLY: u64 = 5;

@@ -11,17 +11,18 @@
 //! Why this order is safe (crash-safety 5):
 //!
 //! - Before C1 no pointer in the file refers to new data.
-//! - Between C1 and C3 a crash may leave any subset of the pointers. A bit without its BAT entry cannot be reached. A BAT entry
-//!   without its bits means that the sectors are absent, as the space was durably zero before the block got it. Both together
-//!   refer to data that is durable since C1.
+//! - Between C1 and C3 a crash may leave any subset of the pointers. A bit without its BAT entry cannot be reached. A
+//!   BAT entry without its bits means that the sectors are absent, as the space was durably zero before the block got
+//!   it. Both together refer to data that is durable since C1.
 //! - Pointers change only from unused to used, and from clear to set. So each sector of a torn page is valid.
 //! - S is copied *before* C1, so a bit that is set during C1 is not written in C2.
 //! - The journal slots of S are ended after C3, by one store.
 //!
-//! Number of syncs: 0 if nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a child.
+//! Number of syncs: 0 if nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a
+//! child.
 //!
-//! A failed sync poisons the image: the kernel may have dropped the pages, and the next sync would succeed without them. After
-//! a failed write in C2, S is dirty again, and the next commit starts at C1.
+//! A failed sync poisons the image: the kernel may have dropped the pages, and the next sync would succeed without
+//! them. After a failed write in C2, S is dirty again, and the next commit starts at C1.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -95,9 +96,9 @@ impl Commit {
         self.image.check_poison()?;
         match self.phase {
             CommitPhase::Start => Ok(self.start(ops)),
-            // The kernel reports a write-back failure to only one of two concurrent syncs of a file. While growth syncs, the
-            // success of this sync proves nothing, so it is repeated. When growth has ended, it has poisoned the image, or its
-            // sync succeeded.
+            // The kernel reports a write-back failure to only one of two concurrent syncs of a file. While growth
+            // syncs, the success of this sync proves nothing, so it is repeated. Once growth has ended, either the
+            // image is poisoned or the sync of growth has succeeded.
             CommitPhase::SyncData | CommitPhase::SyncPointers if growth_syncs => {
                 self.sync(self.phase, ops);
                 Ok(JobStep::Wait)
@@ -194,13 +195,13 @@ impl Commit {
         phase
     }
 
-    /// Ends a commit whose stamp could not be written. As after a failed write in C2, the next commit starts at C1.
+    /// Ends a commit whose stamp could not be written. The image is not poisoned: the next commit starts at C1.
     fn fail_stamp(&mut self, e: Error) -> Error {
         self.return_snapshots();
         e
     }
 
-    /// Ends a commit one of whose operations failed, and poisons the image if that was a sync.
+    /// Ends a commit after an operation failed. Poisons the image if the operation was a sync.
     fn fail(&mut self, source: io::Error) -> Error {
         match self.return_snapshots() {
             CommitPhase::WritePointers => {
@@ -217,7 +218,8 @@ impl Commit {
 }
 
 impl Writable {
-    /// Whether a commit should begin, as the journal is nearly full or too many bitmap sectors are dirty. Clears the flag.
+    /// Clears the flag that a commit should begin, and returns whether it was set. The flag is set when the journal is
+    /// nearly full or too many bitmap sectors are dirty.
     #[inline]
     pub fn take_commit_due(&self) -> bool {
         self.commit_due.load(Ordering::Relaxed) && self.commit_due.swap(false, Ordering::Relaxed)
@@ -240,8 +242,8 @@ impl Writable {
         self.note_dirty(index, &mut frame.state);
     }
 
-    /// Returns sector `sector` of the BAT with the entries that are in the file and those of `blocks`, and its byte offset.
-    /// Returns `None` if the entries of all `blocks` are in the file.
+    /// Returns sector `sector` of the BAT with the entries that are in the file and those of `blocks`, and its byte
+    /// offset. Returns `None` if the entries of all `blocks` are in the file.
     pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR_BYTES])> {
         let (table, tail) = (self.image().bat()?, self.free_tail());
         if !blocks.iter().any(|block| tail.fresh.contains(block)) {
@@ -267,7 +269,7 @@ impl Writable {
         let tail = self.free_tail();
         let blocks = indices.iter().map(|index| sparse.bitmaps.block_of(*index).0);
         let blocks: BTreeSet<u32> = blocks.filter(|block| tail.fresh.contains(block)).collect();
-        // A block has a journal slot since it was reserved, unless no slot was free then.
+        // `reserve` claims a journal slot for each block, so a block has none only if all slots were in use.
         let has_no_slot = |block: &u32| {
             let first = sparse.bitmaps.first_sector_of(*block);
             sparse.bitmaps.lock_resident(first).state.journal_slot.is_none()

@@ -11,8 +11,8 @@ use crate::units::SECTOR_BYTES;
 
 /// Discards the session of the image at `path`: acknowledged writes that are only in the journal are lost.
 ///
-/// Overwrites the stamp with zeros, and removes the journal if it is in one of `folders`, no process has it open, and it was last
-/// held for this file. An image without a stamp is not changed.
+/// Overwrites the stamp with zeros, and removes the journal if it is in one of `folders`, no process has the journal
+/// open, and the journal records this file. An image without a stamp is not changed.
 ///
 /// # Errors
 /// - `Busy` if a process has the image open;

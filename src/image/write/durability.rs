@@ -12,11 +12,13 @@ use crate::storage::{Env, RuntimeFolder};
 /// crash, only flushed writes are guaranteed, regardless of this choice.
 #[derive(Clone, Debug)]
 pub enum Durability {
-    /// A live journal records them.
+    /// A live journal records the marks of acknowledged writes.
     Journal {
-        /// Folders in memory, in the order to try. A folder that has the journal of the image already is used.
+        /// Folders in memory, in the order to try. If one of them already has the journal of the image, that folder is
+        /// used.
         folders: Vec<RuntimeFolder>,
-        /// Whether it is an error if no journal can be made. If not, each write is committed before it is acknowledged.
+        /// Whether it is an error if no journal can be made. If false, and no journal can be made, each write is
+        /// committed before it is acknowledged.
         required: bool,
     },
     /// Each write is committed before it is acknowledged.

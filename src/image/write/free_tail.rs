@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::format::layout;
 use crate::units::SECTOR;
 
-/// Largest difference between the numbers of two blocks that count as neighbours.
+/// Maximum difference between the numbers of two blocks that count as neighbours.
 const NEIGHBOR_DISTANCE: u32 = 2;
 
 /// The free tail of an image, and how it grows.
@@ -31,11 +31,11 @@ pub struct FreeTail {
     pub syncing: bool,
     /// Number of steps that extended the file, since the image was opened or the file system was last full.
     pub steps: u32,
-    /// Number of steps that reserved space, in the same time as `steps`.
+    /// Number of steps that reserved space, since the image was opened or the file system was last full.
     pub reservations: u32,
     /// The block that got a place last.
     pub last_placed: u32,
-    /// Number of placements in a row, up to the last one, of which each was a neighbour of the one before.
+    /// Number of latest placements in sequence in which each block was a neighbour of the block placed before it.
     pub neighbor_run: u32,
 }
 
@@ -57,8 +57,8 @@ impl FreeTail {
     }
 }
 
-/// The first file sector from `from` on for a new stamp, such that the stamp and the footer after it are in one page. It is at
-/// least two sectors after the old footer, at `footer`.
+/// The first file sector at or after `from` for a new stamp, such that the stamp and the footer after it are in one
+/// page. The result is at least two sectors after the old footer at `footer`.
 pub(super) fn stamp_sector_from(from: u64, footer: u64) -> u64 {
     const PAGE: u64 = layout::PAGE / SECTOR;
     let at = from.max(footer + 2);

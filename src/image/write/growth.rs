@@ -7,29 +7,29 @@
 //!
 //! The sector before the footer is reserved for the stamp of a session (session.rs).
 //!
-//! The bitmap of a new block must not contain stale bytes, which would be set bits. And both footers must be valid at every
-//! moment. So the file grows in steps, outside of guest requests (crash-safety 4):
+//! The bitmap of a new block must not contain stale bytes, which would be set bits. And both footers must be valid at
+//! every moment. So the file grows as follows, outside of guest requests (crash-safety 4):
 //!
 //! 1. Reserve space on the file system for some of the new blocks ([`Allocation`]). If the file system is full, free
 //!    the reserved space, halve the reservation, and try again.
-//! 2. Write stamp and footer at the new end, which extends the file: one write within one page, so a kill leaves both or
-//!    neither.
+//! 2. Write stamp and footer at the new end, which extends the file: one write within one page, so a kill leaves both
+//!    or neither.
 //! 3. Make the footer durable. From now on it is the trailing footer.
 //! 4. Write zeros over the old stamp and footer.
 //! 5. Make the zeros durable.
 //! 6. Use the new space.
 //!
-//! If a step fails before 3, the new end is cut off again. If it fails later, the old stamp is out of date already: the file
-//! keeps its new end, and the next step of growth skips 2 and 3.
+//! If 1 or 2 fails, the file is truncated to its old end. If 4 fails, the old stamp is already out of date: the file
+//! keeps its new end, and the next step of growth skips 2 and 3. If 3 or 5 fails, the image is poisoned.
 //!
-//! 3 and 5 repeat the write as a write-through of these sectors. A sync would also wait for all data that the guest has written
-//! meanwhile, and delay the guest (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space between was
-//! never written, so it reads as zeros without a sync. On a copy-on-write file system, 3 and 5 are syncs: there, a
-//! write-through that fails for lack of space would look like a failed sync, which poisons the image.
+//! 3 and 5 repeat the write as a write-through of these sectors. A sync would also wait for all data that the guest has
+//! written meanwhile, and delay the guest (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space
+//! between the old and the new end was never written, so it reads as zeros without a sync. On a copy-on-write file
+//! system, 3 and 5 are syncs: there, a write-through that fails for lack of space would look like a failed sync.
 //!
-//! A crash between 2 and 5 leaves the new footer, or the old one, or both. On ext4 it may also leave a length without the new
-//! footer, as ext4 updates the length while it writes back; then the footer at the start is used, and recovery writes the
-//! trailing one. New space is used only after 5, as a dynamic root relies on zeros there without another sync.
+//! A crash between 2 and 5 leaves the new footer, or the old one, or both. On ext4 it may also leave a length without
+//! the new footer, as ext4 updates the length while it writes back. The next open then uses the footer at the start,
+//! and recovery writes the trailing footer. New space is used only after 5, as a dynamic root relies on zeros there.
 //!
 //! No space is reserved before the first block needs a place. Most steps only reserve space in a free tail that is long
 //! enough, and need no sync.
@@ -58,9 +58,9 @@ pub struct Growth {
     old_end: u64,
     /// Number of blocks by which the step extends the file.
     blocks: u64,
-    /// Largest number of blocks whose space the step reserves.
+    /// Maximum number of blocks whose space the step reserves.
     wanted: u64,
-    /// Smallest number of blocks with which the step succeeds.
+    /// Minimum number of blocks for which the step must make space.
     least: u64,
     /// Number of blocks without a place when the step began.
     unplaced: u64,
@@ -80,7 +80,7 @@ pub struct Growth {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum GrowthPhase {
     Start,
-    /// Makes the footer durable that was written with the stamp when the session began.
+    /// Makes durable the second footer, which was written with the stamp when the session began.
     SyncSessionFooter,
     Allocate,
     SyncFooter,
@@ -99,8 +99,8 @@ impl Growth {
         Some(Growth::start(image, slot, &mut tail, 1))
     }
 
-    /// Begins a step that makes space for `blocks` more blocks, or fails. Returns `None` if the free tail has space for them, or
-    /// if a step is in progress.
+    /// Begins a step that fails unless it makes space for `blocks` more blocks. Returns `None` if the free tail has
+    /// space for them, or if a step is in progress.
     pub fn begin_for(image: &Arc<Writable>, slot: FileSlot, blocks: u64) -> Option<Growth> {
         let block_size = image.image().block_size()?; // a fixed image does not grow
         let mut tail = image.free_tail();
@@ -141,7 +141,7 @@ impl Growth {
         growth
     }
 
-    /// The places of the next blocks, before file sector `end`, whose space is not reserved; at most `most`.
+    /// Returns at most `most` places of next blocks, before file sector `end`, whose space is not reserved yet.
     fn unreserved(&self, end: u64, most: u64) -> impl Iterator<Item = Range<u64>> + use<> {
         let (reserved, block_size) = (self.reserved, self.image.image().block_size().expect("it has blocks"));
         let all = next_places(self.next, block_size, self.unplaced).take_while(move |place| place.end <= end);
@@ -151,8 +151,8 @@ impl Growth {
     /// Runs the next step of the job. `failed` is the first failure among the operations of the previous step.
     ///
     /// # Errors
-    /// - `NoSpace` if the file system has no space for one block, `Io` if a write failed: the file is valid, and growth may be
-    ///   tried again;
+    /// - `NoSpace` if the file system has no space for one block, `Io` if a write failed: the file is valid, and growth
+    ///   may be tried again;
     /// - `Poisoned` if a sync failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         let step = self.advance(failed, ops);
@@ -160,7 +160,7 @@ impl Growth {
             (&step, self.phase),
             (Ok(JobStep::Wait), GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe)
         );
-        // `syncing` is set after a failure has poisoned the image: a commit that reads it as false must see the poison.
+        // `syncing` is updated after a failure has poisoned the image: a commit that reads it as false sees the poison.
         self.image.free_tail().syncing = syncs;
         match step {
             Ok(JobStep::Wait) => Ok(JobStep::Wait),
@@ -180,7 +180,8 @@ impl Growth {
                     let why = "the file cannot grow: a block table cannot refer to places beyond 2 TiB";
                     return Err(Error::new(ErrorKind::Io, why).at_path(self.image.path()));
                 }
-                // A failed step cuts the file back to the session's footer, and must not make a length without a footer durable.
+                // If this step fails, it truncates the file after the session's footer. That footer must be durable
+                // first, so that the truncation cannot make a length without a footer durable.
                 let is_footer_durable = self.image.free_tail().stale.is_empty();
                 match is_footer_durable {
                     true => self.allocate(ops),
@@ -208,7 +209,7 @@ impl Growth {
                 }
                 match self.write_new_end() {
                     Ok(()) => self.push_writes(GrowthPhase::SyncFooter, ops),
-                    // A file system may accept a reservation beyond its limit on the size of a file, and refuse the write.
+                    // A file system may accept a reservation beyond its file size limit, and refuse the write.
                     Err(e)
                         if e.raw_os_error() == Some(libc::EFBIG) && !self.image.is_poisoned() && self.halve(true) =>
                     {
@@ -217,7 +218,7 @@ impl Growth {
                     Err(e) => return Err(e),
                 }
             }
-            // The kernel may have reported a failure of this sync to a concurrent sync of a commit.
+            // The kernel may report a failure of this sync to a commit's concurrent sync, which then poisons the image.
             (GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter | GrowthPhase::SyncWipe, None)
                 if self.image.is_poisoned() =>
             {
@@ -243,8 +244,9 @@ impl Growth {
         Ok(JobStep::Wait)
     }
 
-    /// Halves the reservation, and also the extension of the file if `extension`. Returns whether the step is still large
-    /// enough.
+    /// Reduces a step that failed for lack of space. If `extension` is false, first replaces the reservation of whole
+    /// blocks by one of bitmaps. Otherwise halves the number of reserved blocks, and also the extension of the file if
+    /// `extension` is true or the allocation is by block. Returns whether the step is still large enough.
     fn halve(&mut self, extension: bool) -> bool {
         if !extension && std::mem::take(&mut self.whole) {
             return true;
@@ -299,7 +301,8 @@ impl Growth {
         JobStep::Done
     }
 
-    /// Writes stamp and footer at the new end, synchronously, under the lock that all their writers hold.
+    /// Writes stamp and footer at the new end, synchronously. The lock of the free tail excludes a session that begins
+    /// on another queue, which also writes both.
     fn write_new_end(&mut self) -> Result<()> {
         let mut tail = self.image.free_tail();
         let end = self.end().expect("checked at the start");
@@ -309,15 +312,16 @@ impl Growth {
             let source = e.raw_os_error().map_or_else(|| io::Error::other(e.line()), io::Error::from_raw_os_error);
             return Err(self.undo(source));
         }
-        // If a block ends at the footer, there is no stamp before it.
+        // If a block ends at the old footer, no stamp precedes that footer.
         let first = if old > tail.end { old - 1 } else { old };
         tail.stale.extend(first..=old);
         tail.footer = at + 1;
         Ok(())
     }
 
-    /// Pushes the write of the new footer, or of zeros over the old stamps and footers. The zeros are written without
-    /// write-through first, so that a full file system does not look like a failed sync.
+    /// Pushes the write of the newest footer, or of zeros over the old stamps and footers. In a sync phase this is a
+    /// write-through, or a sync of the file if the file system is copy-on-write. The zeros are first written without
+    /// write-through, so that a full file system does not look like a failed sync.
     fn push_writes(&mut self, phase: GrowthPhase, ops: &mut Vec<Op>) {
         let through = match phase {
             GrowthPhase::SyncSessionFooter => true,
@@ -351,19 +355,19 @@ impl Growth {
         self.image.file().set_len(self.image.file().stat()?.len)
     }
 
-    /// Truncates the file after the old footer, as the new end could not be written. There is no sync before that, as it could
-    /// make a length without a footer durable. Poisons the image if this fails.
+    /// Truncates the file after the old footer, as the new end could not be written. No sync precedes that, as a sync
+    /// could make a length without a footer durable. Poisons the image if the undo fails.
     fn undo(&mut self, source: io::Error) -> Error {
         let file = self.image.file();
         let mut tail = self.image.free_tail();
-        // The kernel may report a failure of a commit's sync to the sync below.
+        // While `syncing` is set, commits repeat their syncs: the sync below may get the report of a failure.
         tail.syncing = true;
         let mut back = Ok(());
         if mutant::enabled(Mutant::UndoCutsStamp) && self.phase == GrowthPhase::Wipe {
             tail.footer = self.old_end;
             back = file.write_at(&self.image.footer_bytes(), tail.footer * SECTOR);
         }
-        // The file is truncated under the lock, as a session that began meanwhile has moved the footer.
+        // The file is truncated under the lock, as a session that begins on another queue moves the footer.
         let back = back.and_then(|()| file.set_len((tail.footer + 1) * SECTOR));
         drop(tail);
         if let Err(e) = back.and_then(|()| file.sync()) {
@@ -372,7 +376,7 @@ impl Growth {
         self.failure(source)
     }
 
-    /// The error of a step that failed with `source`. After a lack of space the next step is small again.
+    /// Returns the error of a step that failed with `source`. After a lack of space the next step is small again.
     fn failure(&self, source: io::Error) -> Error {
         if is_no_space(&source) {
             let mut tail = self.image.free_tail();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::error::{Error, ErrorKind};
 
-/// The error of a step that failed with `source`, on the image at `path`.
+/// Converts `source`, the failure of a step of growth of the image at `path`.
 pub(super) fn growth_error(path: &Path, source: io::Error) -> Error {
     let error = if is_too_large(&source) {
         let what = "the file cannot grow beyond the size limit of the process (ulimit -f) or of the file system";

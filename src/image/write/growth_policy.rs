@@ -7,22 +7,22 @@ use crate::format::layout;
 use crate::storage::AllocationMode;
 use crate::units::SECTOR;
 
-/// Smallest step of growth in blocks, unless space is short.
+/// Minimum step of growth in blocks, unless space is short.
 const MIN_STEP_BLOCKS: u64 = 16;
 /// Limit of the first step in bytes, unless 1 % of the disk is more.
 const FIRST_STEP_BYTES: u64 = 256 << 20;
-/// Largest step in bytes, unless sixteen blocks are more.
+/// Maximum step in bytes, unless sixteen blocks are more.
 const MAX_STEP_BYTES: u64 = 1 << 30;
 /// Blocks for which the first step reserves space in sparse allocation. Each step doubles the number, so that unused
 /// reservations stay in proportion to the data written.
 const FIRST_RESERVED_BLOCKS: u64 = 8;
-/// Largest reservation of bitmaps in one step, in bytes.
+/// Maximum reservation of bitmaps in one step, in bytes.
 const MAX_RESERVED_BYTES: u64 = 8 << 20;
 /// Minimum length of a run of neighbouring blocks that counts as sequential writing.
 const SEQUENTIAL_BLOCKS: u32 = 8;
-/// Number of the last blocks of a run whose bitmaps are not examined: their writes may be in flight.
+/// Number of blocks at the end of a run whose bitmaps are not examined, as writes to them may be in flight.
 const IN_FLIGHT_BLOCKS: u32 = 4;
-/// Largest reservation of whole blocks in one step, in bytes.
+/// Maximum reservation of whole blocks in one step, in bytes.
 const MAX_WHOLE_BYTES: u64 = 64 << 20;
 
 impl Writable {
@@ -51,8 +51,9 @@ impl Writable {
 
     /// Number of blocks by which the next step extends the file.
     ///
-    /// The first step is an eighth of the disk, but at most 256 MiB; at least 1 % of the disk, and at least sixteen blocks. Each
-    /// step is four times as large as the one before, up to 1 GiB: a guest that fills its disk waits milliseconds for each.
+    /// The first step is an eighth of the disk, but at most 256 MiB; at least 1 % of the disk, and at least sixteen
+    /// blocks. Each step is four times as large as the one before, up to 1 GiB: a guest that fills its disk waits
+    /// milliseconds for each.
     pub(super) fn step_blocks(&self, tail: &FreeTail) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
         let bytes = u64::from(block_size.bytes());
@@ -62,8 +63,8 @@ impl Writable {
         (least << (2 * tail.steps).min(16)).min(most)
     }
 
-    /// Number of blocks for which the next step reserves space: in block allocation all blocks of the step, in sparse allocation
-    /// eight at first and twice as many each time.
+    /// Number of blocks for which the next step reserves space: in block allocation all blocks of the step; in sparse
+    /// allocation eight at first and twice as many each time, up to a limit.
     pub(super) fn reserved_blocks(&self, tail: &FreeTail) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
         match self.allocation() {
@@ -71,7 +72,8 @@ impl Writable {
             Allocation::Sparse => {
                 let bitmap = (u64::from(block_size.bitmap_sectors()) * SECTOR).max(layout::PAGE);
                 let most = match tail.neighbor_run >= SEQUENTIAL_BLOCKS {
-                    // In proportion to the length of the run, as reserved space is lost to other images on the file system.
+                    // In proportion to the length of the run, as reserved space is lost to other images on the file
+                    // system.
                     true => {
                         (MAX_WHOLE_BYTES / u64::from(block_size.bytes())).min(u64::from(tail.neighbor_run / 16)).max(1)
                     }
@@ -82,8 +84,8 @@ impl Writable {
         }
     }
 
-    /// Whether the guest writes whole blocks in sequence. The next blocks are then reserved whole: that is faster, and takes
-    /// only space that the guest is about to use.
+    /// Whether the guest writes whole blocks in sequence. The next blocks are then reserved whole: that is faster, and
+    /// takes only space that the guest is about to use.
     pub(super) fn writes_whole_blocks(&self, tail: &FreeTail) -> bool {
         let Some(bitmaps) = self.bitmaps().filter(|_| tail.neighbor_run >= SEQUENTIAL_BLOCKS) else { return false };
         let index = bitmaps.first_sector_of(tail.last_placed.saturating_sub(IN_FLIGHT_BLOCKS));
@@ -92,7 +94,8 @@ impl Writable {
         bitmaps.each_run(index, 0, bitmaps.bits_per_sector(), |is_set, _| all &= is_set) && all
     }
 
-    /// Whether less than a quarter of a step is left in the free tail, and there are blocks that may need it.
+    /// Whether blocks without a place exist, and the free tail has reserved space for fewer than a quarter of the
+    /// blocks of the next reservation.
     pub fn is_short(&self, tail: &FreeTail) -> bool {
         let needed = (self.reserved_blocks(tail) / 4).max(1).min(tail.unplaced);
         needed > 0 && self.end_after(tail.next, needed, tail.unplaced).is_none_or(|end| end > tail.usable_end())
@@ -113,11 +116,11 @@ impl Writable {
         self.sparse.is_some() && self.is_short(&self.free_tail())
     }
 
-    /// A file sector by which `blocks` > 0 more blocks end, if they are placed from sector `from` on. `None` if no BAT entry can
-    /// contain even the first place.
+    /// An upper bound of the file sector at which `blocks` > 0 more blocks end if they are placed at or after sector
+    /// `from`. `None` if no BAT entry can contain even the first place.
     ///
-    /// The result assumes that all blocks are aligned, as `next_place` never places a block later than that. If they are not
-    /// aligned, it is too large by at most the [alignment](layout::alignment) for each block.
+    /// The result assumes that all blocks are aligned: `next_place` never places a block after its aligned position. If
+    /// blocks are not aligned, the result is too large by at most one [alignment](layout::alignment) per block.
     pub(super) fn end_after(&self, from: u64, blocks: u64, unplaced: u64) -> Option<u64> {
         let block_size = self.sparse().block_size;
         layout::next_place(from, block_size, unplaced).ok()?;

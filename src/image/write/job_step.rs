@@ -1,10 +1,10 @@
 //! The result of one step of a job, such as a commit or a step of growth.
 
-/// The action of a job's caller after a step.
+/// The action that a step requires of the job's caller.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum JobStep {
-    /// Carries out all operations that the step pushed, then calls the job again.
+    /// The caller carries out all operations that the step pushed, then runs the next step.
     Wait,
-    /// Nothing: the job is finished.
+    /// The job is finished.
     Done,
 }

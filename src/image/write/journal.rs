@@ -1,13 +1,14 @@
 //! The live journal: the marks since the last commit, in memory that survives a kill of the process (crash-safety 7).
 //!
-//! When a daemon is killed, its guest keeps running and never repeats acknowledged writes. So the next daemon needs every
-//! mark. The journal is a mapped file on tmpfs: it survives a kill, and is lost in a kernel crash or a power cut, which end
-//! the guest, too. A mark costs one store.
+//! When a daemon is killed, its guest keeps running and never repeats acknowledged writes. So the next daemon needs
+//! every mark. The journal is a mapped file on tmpfs: it survives a kill, and is lost in a kernel crash or a power cut,
+//! which end the guest, too. A mark costs one store.
 //!
-//! The journal consists of 64-bit words, whose positions are in `journal_layout.rs`: a header (identity, generations of the
-//! stamp, last commit, sum over the BAT), then slots. A slot has all bits of one bitmap sector, and the place of its block. It is valid while its epoch is later than the last
-//! commit's. Each commit begins a new epoch when it takes its snapshot. So one store to the header (`COMMITTED`) ends all
-//! slots that the commit has written to the file, and at the same moment selects the sum that includes the commit.
+//! The journal consists of 64-bit words, whose positions are in `journal_layout.rs`: a header (identity, generations of
+//! the stamp, last commit, sum over the BAT), then slots. A slot has all bits of one bitmap sector, and the place of
+//! its block. It is valid while its epoch is later than the last commit's. Each commit begins a new epoch when it takes
+//! its snapshot. So one store to the header (`COMMITTED`) ends all slots that the commit has written to the file, and
+//! at the same moment selects the sum that includes the commit.
 //!
 //! Order of stores: the words of a slot before its epoch; its bits before the request is acknowledged.
 //!
@@ -46,7 +47,7 @@ pub struct Journal {
     state: Mutex<JournalState>,
 }
 
-/// The slots that are in use. This list is not in shared memory.
+/// Which slots are in use. This state is in private memory.
 #[derive(Debug)]
 pub(super) struct JournalState {
     /// Epoch of the slots that are claimed now.
@@ -113,7 +114,7 @@ impl Journal {
         self.runtime.path().join(&self.name)
     }
 
-    /// Records the image's file, for which the journal is held.
+    /// Records the ID of the image's file, and its absolute path unless that is too long.
     ///
     /// # Errors
     /// `Io`.
@@ -132,7 +133,7 @@ impl Journal {
         Ok(())
     }
 
-    /// The file for which the journal was last held, and its path if that was not too long.
+    /// Returns the recorded ID of the image's file, and its path unless that was too long.
     pub(super) fn recorded_file(&self) -> (FileId, Option<PathBuf>) {
         use std::os::unix::ffi::OsStringExt;
         let id = FileId { dev: self.header_word(FILE_ID_AT), ino: self.header_word(FILE_ID_AT + 1) };
@@ -156,7 +157,8 @@ impl Journal {
         self.shm.is_lost()
     }
 
-    /// Ends all slots by one store. The caller has committed their bits, or they were never written.
+    /// Ends all slots by one store. The caller has committed the image, so that no acknowledged write depends on a
+    /// slot.
     pub(super) fn end_all_slots(&self) {
         let state = self.lock();
         let which = self.shm[COMMITTED].load(Ordering::Acquire) & 1;
@@ -239,8 +241,8 @@ impl Journal {
         bitmap::set_atomic(&self.shm[at..at + BITMAP_WORDS], bit, count);
     }
 
-    /// Records for the next daemon that a sync failed: the slots must not be replayed, as the kernel may have dropped the data
-    /// of their sectors.
+    /// Records for the next daemon that a sync failed: the slots must not be replayed, as the kernel may have dropped
+    /// the data of their sectors.
     pub(super) fn poison(&self, why: &str) {
         let mut bytes = [0; POISON_WORDS * 8];
         let len = why.len().min(bytes.len());
@@ -269,11 +271,11 @@ impl Journal {
         self.len() == 0
     }
 
-    /// Begins a commit that writes the BAT entries of `blocks`, and returns its epoch. Slots that are claimed from now on belong
-    /// to the next epoch. The caller takes the snapshot afterwards.
+    /// Begins a commit that writes the BAT entries of `blocks`, and returns its epoch. Slots that are claimed from now
+    /// on belong to the next epoch. The caller takes the snapshot afterwards.
     ///
-    /// `unaccounted` means that there was no free slot when some of the blocks got their places. If this commit is killed, the
-    /// sum over the BAT cannot be checked.
+    /// `unaccounted` means that there was no free slot when some of the blocks got their places. If this commit is
+    /// killed, the sum over the BAT cannot be checked.
     pub(super) fn begin_commit(&self, blocks: BTreeSet<u32>, unaccounted: bool) -> u64 {
         let mut state = self.lock();
         if unaccounted {
@@ -290,10 +292,12 @@ impl Journal {
         self.lock().placing.1.clear();
     }
 
-    /// Ends the slots of a commit whose snapshot is durable. `places` are the BAT entries that it wrote, as (block, place).
+    /// Ends the slots of a commit whose snapshot is durable. `places` are the BAT entries that it wrote, as (block,
+    /// place).
     ///
-    /// A slot stays if its bitmap sector was marked again since the snapshot. `keep(slot, bitmap sector, renew)` returns whether
-    /// that is so, and then calls `renew` while it holds the lock of the bitmap sector's frame.
+    /// A slot stays if its bitmap sector is not in the snapshot, so that the frame still refers to the slot.
+    /// `keep(slot, bitmap sector, renew)` returns whether the frame does; if so, it has called `renew` under the lock
+    /// of the frame.
     pub(super) fn finish_commit(
         &self,
         epoch: u64,
@@ -310,7 +314,8 @@ impl Journal {
         for slot in old {
             let index = self.slot_word(slot, SLOT_BITMAP_SECTOR).load(Ordering::Relaxed);
             let renew = || {
-                // This takes effect with the store to COMMITTED below.
+                // `placed by` takes effect with the store to COMMITTED below: `epoch` is no finished commit before that
+                // store.
                 if placed.contains(&self.slot_word(slot, SLOT_PLACE).load(Ordering::Relaxed)) {
                     self.slot_word(slot, SLOT_PLACED_BY).store(epoch, Ordering::Release);
                 }
@@ -345,12 +350,10 @@ impl Journal {
         }
     }
 
-    /// The epoch of a slot.
     fn epoch_of(&self, slot: u32) -> u64 {
         self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire)
     }
 
-    /// A word of a slot.
     pub(super) fn slot_word(&self, slot: u32, at: usize) -> &AtomicU64 {
         &self.shm[HEADER_WORDS + slot as usize * SLOT_WORDS + at]
     }

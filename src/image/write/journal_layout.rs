@@ -27,7 +27,7 @@ pub(super) const COMMITTED: usize = 7; // epoch of the last commit << 1 | index 
 pub(super) const TABLE_SUMS: usize = 8; // two sums over the BAT, one of them valid
 pub(super) const UNACCOUNTED: usize = 10; // 1 while a running commit may write BAT entries that are in no slot
 pub(super) const NEXT_GENERATION: usize = 11; // generation that the stamp has, or is about to get
-pub(super) const CURRENT_GENERATION: usize = 12; // generation that the stamp had last
+pub(super) const CURRENT_GENERATION: usize = 12; // last generation that the stamp is confirmed to have
 pub(super) const FILE_ID_AT: usize = 13; // device and inode of the image's file
 // Reason for which the image was poisoned, as text; zeros if it was not.
 pub(super) const POISON_AT: usize = 16;

@@ -2,13 +2,13 @@
 //!
 //! A journal is replayed only if all of these hold:
 //!
-//! - Session, boot and UUID of the image are those of the stamp.
+//! - The journal has the session and the boot of the stamp, and the UUID of the image.
 //! - The stamp has one of the two generations in the journal. An older copy of the image has an older generation.
 //! - Each valid slot contains only values that a daemon can have stored.
-//! - The BAT has the sum that the journal expects: that of the entries written by finished commits, plus that of the entries
-//!   that a commit in progress may have written. The latter belong to blocks that have a slot.
-//! - The slots of each bitmap sector have all bits that the file has. Bits are only ever set, so a file with other bits was
-//!   written without this journal.
+//! - The BAT has the sum that the journal expects: that of the entries written by finished commits, plus that of the
+//!   entries that a commit in progress may have written. The latter belong to blocks that have a slot.
+//! - For each bitmap sector that has slots, the slots together have all bits that the file has. Bits are only ever set,
+//!   so a file with other bits was written without this journal.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
@@ -33,17 +33,17 @@ pub(in crate::image) struct ReplaySlot {
     pub(super) slot: u32,
     /// Index of the bitmap sector.
     pub(super) bitmap_sector: usize,
-    /// Place of its block.
+    /// Place of the block of the bitmap sector.
     pub(super) place: u32,
-    /// Its bits.
+    /// Bits of the bitmap sector.
     pub(super) words: [u64; BITMAP_WORDS],
-    /// Whether the valid sum over the BAT includes the entry of its block.
+    /// Whether the valid sum over the BAT includes the entry of the block.
     is_accounted: bool,
 }
 
 impl Journal {
-    /// Validates the journal against an image and its stamp, and returns the valid slots. Afterwards only a stamp with the
-    /// generation of this one fits.
+    /// Validates the journal against an image and its stamp, and returns the valid slots. Afterwards the journal fits
+    /// only the generation of `stamp`.
     ///
     /// # Errors
     /// - `Refused` if the journal does not fit;
@@ -90,8 +90,8 @@ impl Journal {
         if !mutant::enabled(Mutant::SlotReplacesBits) && !include_file_bits(&slots, image)? {
             return refuse("the image has sectors that the journal lacks");
         }
-        // A kill may have left two generations in the journal. From now on only that of this image may fit, as another copy may
-        // have the other one.
+        // A kill may have left two generations in the journal. From now on only the generation of this image fits, as
+        // another copy of the image may have the other generation.
         self.announce_generation(stamp.generation);
         self.confirm_generation(stamp.generation);
         self.account_places(sum, &slots, image);
@@ -101,7 +101,8 @@ impl Journal {
     /// Reads the valid slots.
     ///
     /// # Errors
-    /// A sentence, if the journal has a value that no daemon stores.
+    /// The reason for the message, if the journal has a value that no daemon stores, or if the BAT has another place
+    /// for a block.
     fn read_slots(&self, image: &Image) -> Result<Vec<ReplaySlot>, &'static str> {
         const DAMAGED: &str = "the journal is damaged";
         let committed = self.header_word(COMMITTED) >> 1;
@@ -158,10 +159,11 @@ impl Journal {
         expected == sum
     }
 
-    /// Adds to the valid sum the BAT entries that the killed daemon's last commit wrote without recording them. `sum` is the sum
-    /// over the present BAT.
+    /// Adds to the valid sum the BAT entries that the killed daemon's last commit wrote without recording them. `sum`
+    /// is the sum over the present BAT.
     ///
-    /// As at the end of a commit, one store makes the change: before it the slots have their old meaning.
+    /// The store to `COMMITTED` makes all changes effective at once: before that store, all slots have their old
+    /// meaning.
     fn account_places(&self, sum: u64, slots: &[ReplaySlot], image: &Image) {
         let which = usize::from(self.header_word(COMMITTED) & 1 == 1);
         if self.header_word(TABLE_SUMS + which) == sum {
@@ -192,8 +194,8 @@ fn block_of(slot: &ReplaySlot, image: &Image) -> Option<u32> {
     block_of_bitmap_sector(slot.bitmap_sector, image.block_size()?.bitmap_sectors() as usize)
 }
 
-/// Whether the slots have all bits that their bitmap sectors have in the file. The bits of two slots for one bitmap sector are
-/// combined.
+/// Whether the slots have all bits that their bitmap sectors have in the file. The bits of two slots for one bitmap
+/// sector are combined.
 fn include_file_bits(slots: &[ReplaySlot], image: &Image) -> Result<bool> {
     let (Some(table), Some(block_size)) = (image.bat(), image.block_size()) else { return Ok(true) };
     let per_block = block_size.bitmap_sectors() as usize;

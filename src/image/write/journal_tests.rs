@@ -33,7 +33,8 @@ impl KilledImage {
         self.folder.path().join("a.vhd")
     }
 
-    /// Replaces the journals by copies, as the `Writable` of a killed process in this test still has the old files locked.
+    /// Replaces the journals by copies, as the `Writable` of a killed process in this test still has the old files
+    /// locked.
     fn unlock(&self) {
         for entry in self.runtime.path().read_dir().unwrap() {
             let path = entry.unwrap().path();
@@ -132,8 +133,8 @@ fn places_written_by_a_killed_commit_are_accounted_for_by_the_next_daemon() {
     }
 }
 
-/// More blocks than slots between two commits, and a kill during the commit: BAT entries without a slot must not be taken for
-/// those of another writer.
+/// More blocks than slots between two commits, and a kill during the commit: BAT entries without a slot must not be
+/// taken for those of another writer.
 #[test]
 fn a_full_journal_is_replayed_after_a_kill() {
     let (folder, runtime) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());

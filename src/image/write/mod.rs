@@ -4,8 +4,8 @@
 //!   settle, trim                    the end of a session
 //!   commit, growth                  jobs in steps; run_to_completion carries them out
 //!   writable                        reserve and mark
-//!   recover, session, durability    what a previous process left; how writes outlive this one
-//!   journal, bitmap, free_tail      the state that the above change
+//!   recover, session, durability    recovery after an unclean end; how writes survive a kill of this process
+//!   journal, bitmap, free_tail      the state that the modules above change
 //! ```
 //!
 //! A failed sync of a commit or of growth poisons the image (`Writable::poison` in `writable`, crash-safety 6.1).

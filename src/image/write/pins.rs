@@ -1,7 +1,8 @@
 //! Pins: bitmap sectors that stay in memory while a request needs them.
 //!
-//! Without pins, a request that spans more bitmap sectors than the cache holds could evict one by loading another, for ever.
-//! With pins each load makes progress: a loaded bitmap sector stays until the request has been planned or marked.
+//! Without pins, a request that spans more bitmap sectors than the cache has frames might never find all of them in
+//! memory: each load could evict another one. With pins each load makes progress: a loaded bitmap sector stays until
+//! the request has been planned or marked.
 
 use std::sync::Arc;
 
@@ -15,10 +16,10 @@ pub struct Pins {
 }
 
 impl Pins {
-    /// Inserts a bitmap sector that was read from the file into the cache of `image`, and pins it. If it is in memory already,
-    /// only pins it.
+    /// Inserts a bitmap sector that was read from the file into the cache of `image`, and pins it. If it is in memory
+    /// already, only pins it.
     ///
-    /// `read` contains the sector, and the result of `Bitmaps::eviction_count` from before the read.
+    /// `read` contains the result of `Bitmaps::eviction_count` from before the read, and the sector. `None` only pins.
     pub fn insert(&mut self, image: &Arc<Writable>, index: usize, read: Option<(u32, &[u8])>) {
         let bitmaps = image.bitmaps().expect("only images with bitmaps are asked for them");
         let pinned = match read {

@@ -1,7 +1,7 @@
 //! Recovery: prepares an image for writing after an unclean end (crash-safety 4).
 //!
-//! Afterwards both footers are valid and equal, the blocks that a killed daemon placed have their places, and the free tail is
-//! durably zero. Stale bytes in the free tail would become bitmaps of new blocks.
+//! Afterwards both footers are valid and equal, the blocks that a killed daemon placed have their places, and the free
+//! tail is durably zero. Stale bytes in the free tail would become bitmaps of new blocks.
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
@@ -28,8 +28,8 @@ pub(in crate::image) struct WritableSparse {
 
 /// Recovers an image, and returns the state with which it can be written.
 ///
-/// `replayed` are the journal slots of a killed daemon; the BAT entries of their blocks may not be in the file yet. `stamped`
-/// means that the sector before the footer is the stamp of a session that continues.
+/// `replayed` are the journal slots of a killed daemon; the BAT entries of their blocks may not be in the file yet.
+/// `stamped` means that the sector before the footer is the stamp of a session that continues.
 ///
 /// # Errors
 /// `Refused` if a journal slot has an impossible place; `Io`.
@@ -89,12 +89,12 @@ pub(in crate::image) fn recover(
         );
         file.write_at(&footer, end * SECTOR)?;
     }
-    // After a kill, the trailing footer may be in the page cache only, and the durable footer in the range that is punched
-    // next. One footer must be durable at every moment.
+    // After a kill, the trailing footer may be in the page cache only, and the only durable footer may be in the range
+    // that is punched next. One footer must be durable at every moment.
     if (zeros > next && !mutant::enabled(Mutant::ScrubFirst)) || !image.has_whole_tail_footer() {
         file.sync()?;
     }
-    // A range without data reads as zeros already, and a full file system may have no space for the change (btrfs).
+    // A range without data already reads as zeros, and a full file system may have no space for the punch (btrfs).
     if zeros > next && !mutant::enabled(Mutant::NoScrub) {
         if next_data(file, next * SECTOR..zeros * SECTOR)?.is_some() {
             file.punch_hole(next * SECTOR, (zeros - next) * SECTOR)?;
@@ -125,8 +125,8 @@ pub(in crate::image) fn recover(
     Ok(WritableSparse { bitmaps, block_size, fresh, free_tail: Mutex::new(free_tail) })
 }
 
-/// Clears the batmap bits of blocks without a place, before the first block gets one. XenServer would trust such a bit as soon
-/// as the block has a place.
+/// Clears the batmap bits of blocks without a place, before the first block gets one. XenServer would trust such a bit
+/// as soon as the block has a place.
 ///
 /// # Errors
 /// `Io`.
@@ -138,7 +138,8 @@ fn clear_stale_claims(image: &Image) -> Result<()> {
         return Ok(());
     }
     log::warn!("{}: the batmap marked {} absent blocks as full; cleared", image.file().path().display(), stale.len());
-    // A wrong checksum stays wrong: other bits may be wrong, too, and XenServer ignores a batmap with a wrong checksum.
+    // A wrong checksum is not corrected: other bits may be wrong, too, and XenServer ignores a batmap with a wrong
+    // checksum.
     let sound = batmap.verify().is_ok();
     stale.into_iter().for_each(|block| batmap.clear(block));
     for (at, bytes) in batmap.encoded().iter().take(if sound { 2 } else { 1 }) {
@@ -186,11 +187,11 @@ mod tests {
         let host = host_with(child(), 1000);
         let (whole, _) = footers(&host);
         let len = file(&host).stat().unwrap().len;
-        // The trailing footer is cut off, as by a file system that lost the last page.
+        // The trailing footer is lost, as after a crash of a file system that had not written the last page.
         file(&host).set_len(len - SECTOR).unwrap();
         drop(open(&host).unwrap());
         assert_eq!((file(&host).stat().unwrap().len, footers(&host)), (len, (whole, whole)));
-        // The front copy is no footer: the trailing footer counts.
+        // The front copy is not a valid footer, so the trailing footer is used.
         file(&host).write_at(&[9; SECTOR_BYTES], 0).unwrap();
         drop(open(&host).unwrap());
         assert_eq!(footers(&host), (whole, whole));

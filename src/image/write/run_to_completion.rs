@@ -6,11 +6,11 @@ use super::job_step::JobStep;
 use crate::error::{Error, Result};
 use crate::storage::{EngineKind, Env, File, FileSlot, Op};
 
-/// Operations in flight at once.
+/// Maximum number of operations in flight.
 const DEPTH: usize = 64;
 
-/// Calls `next` for steps, and carries out their operations, until the job is finished. `next` receives the first failure
-/// among the operations of the previous step.
+/// Calls `next` for steps, and carries out their operations, until the job is finished. `next` receives the first
+/// failure among the operations of the previous step.
 ///
 /// # Errors
 /// Any error of `next`, and the errors of the engine.

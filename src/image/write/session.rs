@@ -1,4 +1,5 @@
-//! A session: from the first write of a daemon to its clean end, the image's stamp and the live journal name each other.
+//! A session: from the first write of a daemon to its clean end, the image's stamp and the live journal name each
+//! other.
 //!
 //! ```text
 //!   begin       create the journal, write the stamp; no mark is acknowledged before
@@ -10,13 +11,13 @@
 //! The generation is renewed by each commit with new bits, after a replay, and before the first mark of each second is
 //! acknowledged.
 //!
-//! A session begins with the first write, so a guest that only reads does not change the file. The stamp is in the sector
-//! before the footer. If a block ends there, the stamp is written together with a second footer after the first one. Stamp and
-//! footer are one write within one page, so a kill leaves both or neither. No sync is needed, as a stamp is valid only during
-//! the boot of the machine in which it was written.
+//! A session begins with the first write, so a guest that only reads does not change the file. The stamp is in the
+//! sector before the footer. If a block ends there, the stamp is written together with a second footer after the first
+//! one. Stamp and footer are one write within one page, so a kill leaves both or neither. No sync is needed, as a stamp
+//! is valid only during the boot of the machine in which it was written.
 //!
-//! The stamp is written under a lock, and synchronously. Two writes in flight could be carried out in either order, and leave
-//! a generation that the journal does not have. There is one write per second, per commit and per step of growth.
+//! The stamp is written under a lock, and synchronously. Two writes in flight could be carried out in either order, and
+//! leave a generation that the journal does not have. There is one write per second, per commit and per step of growth.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -46,7 +47,8 @@ pub(super) const PAIR_BYTES: usize = 2 * SECTOR_BYTES;
 
 /// The session of an image that is open for writing.
 pub(super) struct Session {
-    /// The folders in which the journal may be created, in the order to try; after a replay, the folder that has it.
+    /// The folders in which the journal may be created, in the order to try; after a replay, only the folder that has
+    /// it.
     folders: Vec<RuntimeFolder>,
     origin: Origin,
     file: File,
@@ -84,7 +86,8 @@ impl Session {
         }
     }
 
-    /// Opens the session of a killed daemon and returns the valid slots of its journal, or creates a session that has not begun.
+    /// Opens the session of a killed daemon and returns the valid slots of its journal, or creates a session that has
+    /// not begun.
     ///
     /// # Errors
     /// - `Refused` if the session is of another machine, or if its journal is not found or does not fit;
@@ -175,7 +178,7 @@ impl Session {
         self.journal().map(Journal::folder).or_else(|| self.folders.first().map(RuntimeFolder::path))
     }
 
-    /// The source of time and random IDs; all folders have the same.
+    /// The source of time and random IDs, which is the same for all folders.
     fn runtime(&self) -> &RuntimeFolder {
         self.folders.first().expect("a session has a folder")
     }
@@ -213,8 +216,8 @@ impl Session {
         })
     }
 
-    /// Returns the stamp of a new session whose journal exists, and creates the journal if necessary. If that fails, abandons
-    /// the session and returns `None`.
+    /// Returns the stamp of a new session whose journal exists, and creates the journal if necessary. If that fails,
+    /// abandons the session and returns `None`.
     pub(super) fn prepared_stamp(&self, image: &Image) -> Option<SessionStamp> {
         let made = self.unwritten.lock().unwrap_or_else(PoisonError::into_inner).take();
         made.or_else(|| self.create_journal_and_stamp(image).inspect_err(|e| self.abandon(&e.line())).ok())
@@ -223,7 +226,8 @@ impl Session {
     /// Begins the session: writes its stamp at file sector `at`, and `footer` in the sector after it.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: the session has not begun. If `may_retry`, the caller may try again; otherwise the session is abandoned.
+    /// `Io`, `NoSpace`: the session has not begun. If `may_retry`, the caller may try again; otherwise the session is
+    /// abandoned.
     pub(super) fn begin(
         &self,
         stamp: SessionStamp,
@@ -239,7 +243,8 @@ impl Session {
                 return Err(e);
             }
             self.abandon(&e.line());
-            // The stamp must not name a journal that is removed. If this write fails, too, the stamp was not written either.
+            // No stamp may name a removed journal, so a stamp that was written despite the error is erased. If this
+            // write also fails, the stamp is taken as not written.
             if footer.is_none() {
                 let _ = self.file.write_at(&[0; SECTOR_BYTES], at * SECTOR);
             }
@@ -304,10 +309,10 @@ impl Session {
         Ok(())
     }
 
-    /// Renews the generation once per second.
+    /// Renews the generation, unless it was renewed in the current second of the clock.
     ///
     /// # Errors
-    /// Those of [`Session::renew`].
+    /// `Io`, `NoSpace`: the stamp has the old or the new generation, and the journal fits both.
     #[inline]
     pub(super) fn renew_each_second(&self) -> Result<()> {
         let (now, last) = (self.runtime().coarse_seconds(), self.renewed_in_second.load(Ordering::Relaxed));
@@ -325,13 +330,13 @@ impl Session {
     /// Renews the generation after a replay, before the first request.
     ///
     /// # Errors
-    /// Those of [`Session::renew`].
+    /// `Io`, `NoSpace`: the stamp has the old or the new generation, and the journal fits both.
     pub(super) fn renew_after_replay(&self) -> Result<()> {
         if mutant::enabled(Mutant::NoTakeoverGeneration) { Ok(()) } else { self.renew() }
     }
 
-    /// Writes the stamp at file sector `at`, and the footer after it, as the new end of the file. Begins the session if it has not
-    /// begun.
+    /// Writes the stamp at file sector `at`, and the footer after it, as the new end of the file. Begins the session if
+    /// it has not begun.
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the old stamp is still the valid one.

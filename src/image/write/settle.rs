@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::image::open::Image;
 use crate::storage::{Env, File, FileSlot, RuntimeFolder};
 
-/// Replays the live journal of the image in `file`, commits it, and ends the session as a daemon does when it stops. The caller
-/// has locked `file` exclusively.
+/// Replays the live journal of the image in `file`, commits it, and ends the session as a daemon does when it stops.
+/// The caller has locked `file` exclusively.
 ///
 /// Returns false, without a change, if the image has no stamp.
 ///

@@ -5,8 +5,8 @@
 //!
 //! - it has no valid slots: a journal with marks stays, with a warning, as its image may come back;
 //! - no process has it open;
-//! - the file that it was last held for is still at its path, and its stamp does not name the journal. If the file is not
-//!   there, it may have been moved, and its stamp may still name the journal.
+//! - the image file that the journal records is still at the recorded path, and the stamp of that file does not name
+//!   the journal. A file that is not at its path may have been moved, and its stamp may still name the journal.
 
 use super::journal::Journal;
 use crate::error::{ErrorKind, Result};
@@ -45,7 +45,8 @@ pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<(
     Ok(())
 }
 
-/// Whether the stamp of the file that the journal was last held for names the journal. `None` if that file is not at its path.
+/// Whether the stamp of the file that the journal records names the journal. `None` if that file is not at its path, or
+/// if it cannot be read.
 fn is_named_by_its_file(env: &dyn Env, journal: &Journal, name: &str) -> Option<bool> {
     let (id, path) = journal.recorded_file();
     let file = env.open(&path?, Access::Read).ok()?;

@@ -1,4 +1,4 @@
-//! Trim: a committed file ends right after its last block.
+//! Trim: truncates a committed file so that the footer follows the last block.
 
 use std::sync::atomic::Ordering;
 
@@ -9,7 +9,8 @@ use crate::mutant::{self, Mutant};
 use crate::units::SECTOR;
 
 impl Writable {
-    /// Truncates the file after its last block, durably, and sets its final modification time. Called last, after a commit.
+    /// Truncates the file after its last block, durably, and sets its final modification time. Called last, after a
+    /// commit.
     ///
     /// The new footer is durable before the file is truncated, so that there is always a footer.
     ///
@@ -26,7 +27,7 @@ impl Writable {
                 if e.kind() != ErrorKind::NoSpace {
                     return Err(e);
                 }
-                // The file system may have no space for that change either (XFS).
+                // The file system may have no space for the punch either (XFS).
                 let freed = file.punch_hole(tail.start, tail.end.saturating_sub(tail.start));
                 if let Err(e) = freed.and_then(|()| file.write_at(&self.footer_bytes(), end)) {
                     log::warn!("{}; the file keeps its free space at the end until it is next closed", e.line());
@@ -49,15 +50,16 @@ impl Writable {
         let Some(block_size) = self.image().block_size() else { return self.image().data_end() / SECTOR };
         let (tail, table) = (self.free_tail(), self.image().bat().expect("sparse images have a table"));
         let stride = u64::from(block_size.stride_sectors());
-        // The entry of a block beyond the end of the disk may contain any place. One outside the file is no block (O12).
+        // The entry of a block beyond the end of the disk may contain any place. An entry outside the file is ignored
+        // (O12).
         let in_file = table.used().filter(|(block, _)| !tail.fresh.contains(block));
         let last =
             in_file.map(|(_, place)| u64::from(place) + stride).filter(|end| *end <= tail.end).max().unwrap_or(0);
         last.max(self.image().metadata_end().div_ceil(SECTOR))
     }
 
-    /// Restores the modification time after a change of the file's structure, unless the contents of the disk have changed. No
-    /// write may be in flight.
+    /// Restores the modification time after a change of the file's structure, unless the contents of the disk have
+    /// changed. No write may be in flight.
     ///
     /// # Errors
     /// `Io`.
@@ -65,7 +67,8 @@ impl Writable {
         if self.content_changed.load(Ordering::SeqCst) { Ok(()) } else { self.mtime_at_open.restore_and_sync() }
     }
 
-    /// Sets the modification time before the file is closed: restores it, or advances it if the contents of the disk have changed.
+    /// Sets the modification time before the file is closed: restores it, or advances it if the contents of the disk
+    /// have changed.
     pub(super) fn finish_mtime(&self) -> Result<()> {
         match self.content_changed.load(Ordering::SeqCst) {
             true => self.mtime_at_open.advance(),

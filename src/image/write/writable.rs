@@ -1,8 +1,8 @@
 //! A writable image: places for new blocks, and marks for written sectors.
 //!
 //! Steps of a write: [`Writable::reserve`] gives the block a place, in memory. The caller writes the data there.
-//! [`Writable::mark`] makes the sectors visible to reads of this process. A [`Commit`](crate::image::Commit) writes the marks and
-//! the BAT entries to the file.
+//! [`Writable::mark`] makes the sectors visible to reads of this process. A [`Commit`](crate::image::Commit) writes the
+//! marks and the BAT entries to the file.
 //!
 //! Not here: the order of durable writes (`commit.rs`), the growth of the file (`growth.rs`), and parents (`chain`).
 
@@ -28,15 +28,15 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{AllocationMode, Env, File};
 use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
 
-/// Number of dirty bitmap sectors up to which no commit is due: the journal has as many slots.
+/// Minimum number of dirty bitmap sectors at which a commit becomes due. It equals the number of journal slots.
 const MIN_DIRTY_LIMIT: usize = JOURNAL_SLOTS as usize;
 
 /// An image open for writing, shared by all queues of its disk.
 pub struct Writable {
     image: Image,
     pub(super) sparse: Option<WritableSparse>,
-    /// Whether writes or punches have completed since the last sync. True at first, as the previous process may have left data in
-    /// the page cache.
+    /// Whether writes or punches have completed since the last sync. True at first, as the previous process may have
+    /// left data in the page cache.
     pub(super) unsynced: AtomicBool,
     /// Bitmap sectors with bits that are not in the file.
     dirty: Mutex<Vec<usize>>,
@@ -44,29 +44,29 @@ pub struct Writable {
     pub(super) durability: DurabilityState,
     /// Whether a commit should begin, as the journal is nearly full or too many bitmap sectors are dirty.
     pub(super) commit_due: AtomicBool,
-    /// Guarantees of the file system on space.
+    /// Guarantee that the file system gives for allocated space.
     pub(super) allocation_mode: AllocationMode,
     /// Allocation of new blocks; set once.
     pub(super) allocation: OnceLock<Allocation>,
     /// Modification time of the file when it was opened.
     pub(super) mtime_at_open: SavedMtime,
-    /// Whether the contents of the disk may have changed since.
+    /// Whether the contents of the disk may have changed since the image was opened.
     pub(super) content_changed: AtomicBool,
 }
 
-/// The free tail has no space for another block: the write waits for a step of growth.
+/// Error of [`Writable::reserve`]: the free tail has no space for the block. The caller retries after a step of growth.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NeedsGrowth;
 
 impl Writable {
     /// Makes an opened image writable, and recovers it after an unclean end. The caller has locked the file.
     ///
-    /// Recovery (crash-safety 4) replays the live journal of a killed daemon, writes the trailing footer if it is missing, and
-    /// makes the free tail durably zero. Stale bytes there would become bitmaps of new blocks.
+    /// Recovery (crash-safety 4) replays the live journal of a killed daemon, writes the trailing footer if it is
+    /// missing, and makes the free tail durably zero. Stale bytes there would become bitmaps of new blocks.
     ///
     /// # Errors
-    /// - `Refused` if the image must not be written (hidden, saved state, footers that differ), or if its journal is not found or
-    ///   does not fit;
+    /// - `Refused` if the image must not be written (hidden, saved state, footers that differ), or if its journal is
+    ///   not found or does not fit;
     /// - `Poisoned` if a sync of the killed daemon failed;
     /// - `Busy` if a process has the journal open;
     /// - `NoSpace`, `Io`.
@@ -102,12 +102,12 @@ impl Writable {
         Ok(image)
     }
 
-    /// Applies the slots of a killed daemon's journal to the bitmaps. Recovery has given their blocks places.
+    /// Applies the slots of a killed daemon's journal to the bitmaps. `recover` has already placed their blocks.
     fn replay(&self, slots: &[ReplaySlot]) {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return };
         for slot in slots {
             let mut frame = sparse.bitmaps.replay(slot.bitmap_sector, &slot.words);
-            // If a bitmap sector has two slots, the first one gets the bits of both. The next commit ends the other.
+            // If a bitmap sector has two slots, the first slot receives the bits of both. The next commit ends both.
             journal.add_bits(*frame.state.journal_slot.get_or_insert(slot.slot), &slot.words);
             self.note_dirty(slot.bitmap_sector, &mut frame.state);
         }
@@ -137,9 +137,9 @@ impl Writable {
         self.sparse.as_ref().map(|s| &s.bitmaps)
     }
 
-    /// Returns the place of a block, and gives it one if it has none: the file sector at which its bitmap begins.
+    /// Returns the place of a block, which is the file sector of its bitmap. Gives the block a place if it has none.
     ///
-    /// Does not wait for I/O; only the first block of a session writes the stamp. Repeated calls return the same place.
+    /// Performs no I/O, except that the first block of a session writes the stamp. Idempotent.
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for the block.
@@ -151,7 +151,7 @@ impl Writable {
         let sparse = self.sparse();
         let mut tail = lock(&sparse.free_tail);
         if let Some(place) = table.place(block) {
-            return Ok(place); // by another queue, meanwhile
+            return Ok(place); // another queue has placed the block meanwhile
         }
         let place = layout::next_place(tail.next, sparse.block_size, tail.unplaced).map_err(|_| NeedsGrowth)?;
         let end = u64::from(place) + u64::from(sparse.block_size.stride_sectors());
@@ -161,8 +161,8 @@ impl Writable {
         self.begin_session(&mut tail);
         sparse.bitmaps.insert_fresh(block, sparse.fresh);
         if let Some(journal) = self.journal() {
-            // Without this slot, a kill would lose the space of the block, and the sum over the BAT would lack an entry
-            // that a killed commit wrote. Safety does not depend on the slot: marks record the place, too.
+            // Without this slot a kill would leak the block's space, and the sum over the BAT would lack an entry of an
+            // interrupted commit. Marks do not rely on it: `make_bits_durable` claims a slot if none exists.
             let index = sparse.bitmaps.first_sector_of(block);
             let mut frame = sparse.bitmaps.lock_resident(index);
             frame.state.journal_slot = journal.claim_slot(index, block, place, true, frame.words());
@@ -174,13 +174,13 @@ impl Writable {
         Ok(place)
     }
 
-    /// Marks the sectors of a range as present, after their data was written. From now on reads find the data, and the next
-    /// commit makes it durable. The blocks of the range have places.
+    /// Marks the sectors of a range as present, after their data was written. From now on reads find the data, and the
+    /// next commit makes it durable. The blocks of the range have places.
     ///
     /// Returns false if the marks would be lost with this process: the write must not be acknowledged before a commit.
     ///
     /// # Errors
-    /// The bitmap sectors that are not in memory; all others are marked. The caller loads them, and marks the whole range again.
+    /// The indices of the bitmap sectors that are not in memory. The caller loads them and marks the whole range again.
     #[must_use = "an acknowledged write must survive this process"]
     pub fn mark(&self, range: SectorRange) -> Result<bool, Vec<usize>> {
         let (mut is_kept, mut has_new_bits, mut absent) = (true, false, Vec::new());
@@ -236,8 +236,8 @@ impl Writable {
 
     /// Begins the session if it has not begun. `tail` is the free tail of this image.
     ///
-    /// The stamp is written to the sector before the footer. If a block ends there, the stamp and a second footer are written
-    /// after the footer, which stays until the next step of growth overwrites it, or until the file is trimmed.
+    /// The stamp is written to the sector before the footer. If the last block occupies that sector, the stamp and a
+    /// second footer are written after the existing footer, which the next step of growth or `trim` removes.
     pub(super) fn begin_session(&self, tail: &mut FreeTail) {
         let Some(session) = self.session().filter(|session| !session.is_begun()) else { return };
         let Some(stamp) = session.prepared_stamp(self.image()) else { return };
@@ -273,7 +273,7 @@ impl Writable {
         }
     }
 
-    /// Records new bits of a bitmap sector such that they survive this process. Returns false if only a commit can do that.
+    /// Records new bits in the live journal, if any. Returns whether the write may be acknowledged before a commit.
     pub(super) fn make_bits_durable(&self, index: usize, frame: &mut LockedFrame<'_>, bits: &NewBits) -> bool {
         let session = match &self.durability {
             DurabilityState::FlushOnly => return true,
@@ -292,7 +292,7 @@ impl Writable {
         session.check_journal(journal)
     }
 
-    /// Truncates the file after the footer at a file sector, after a new end could not be written.
+    /// Truncates the file after the footer at file sector `footer`. Poisons the image if the truncation fails.
     fn truncate_after_footer(&self, footer: u64) {
         if let Err(e) = self.file().set_len((footer + 1) * SECTOR) {
             self.poison(&format!("the end of the file is unknown ({})", e.line()));
@@ -305,7 +305,7 @@ impl Writable {
         }
     }
 
-    /// Records that data has changed that needs a sync, although no bit changes: an overwrite, or a punch in present sectors.
+    /// Records that the next commit must sync, although no bit changed: an overwrite, or a punch in present sectors.
     pub fn note_unsynced(&self) {
         // Usually set already, and a load is cheaper than a store to a cache line that all queues share.
         if !self.unsynced.load(Ordering::SeqCst) {
@@ -346,7 +346,7 @@ impl Writable {
         }
     }
 
-    /// The footer as it is at both ends of the file.
+    /// Encodes the footer, which is the same at both ends of the file.
     pub fn footer_bytes(&self) -> [u8; SECTOR_BYTES] {
         self.image.footer().encode()
     }
@@ -390,7 +390,7 @@ impl Writable {
     }
 }
 
-/// Locks a mutex, also after a panic of a holder: each change under these locks is one assignment or insertion.
+/// Locks a mutex even after a panic of a holder: no holder can panic between two changes that belong together.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

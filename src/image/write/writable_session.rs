@@ -1,5 +1,5 @@
-//! The session of a writable image after it has begun: the stamp moves with the end of the file, the generation is renewed by
-//! commits, and the session ends.
+//! The session of a writable image after it has begun: the stamp moves with the end of the file, the generation is
+//! renewed by commits, and the session ends.
 
 use std::path::Path;
 
@@ -15,8 +15,8 @@ impl Writable {
         self.session().and_then(Session::folder)
     }
 
-    /// Overwrites the stamp of a session whose journal was lost. Called after a commit: without this, the image would be refused
-    /// after a kill, although it has all acknowledged writes.
+    /// Overwrites the stamp of a session whose journal was lost. Called after a commit: with the stamp, the image would
+    /// be refused after a kill, although the file has all acknowledged writes.
     pub(super) fn erase_stamp_of_lost_journal(&self) {
         let Some(session) = self.session().filter(|session| session.is_abandoned()) else { return };
         if let Err(e) = session.erase_stamp() {
@@ -27,7 +27,8 @@ impl Writable {
         }
     }
 
-    /// Writes the stamp, or zeros in its place, at file sector `at`, and the footer after it, as the new end of the file.
+    /// Writes the stamp, or zeros in its place, at file sector `at`, and the footer after it, as the new end of the
+    /// file.
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the caller truncates the file after the old footer, which is valid then.
@@ -41,13 +42,14 @@ impl Writable {
     /// Renews the generation, after a commit has written new bits.
     ///
     /// # Errors
-    /// Those of [`Session::renew`].
+    /// `Io`, `NoSpace`: the stamp has the old or the new generation, and the journal fits both.
     pub(super) fn renew_generation(&self) -> Result<()> {
         let skipped = mutant::enabled(Mutant::NoCommitGeneration);
         self.session().filter(|_| !skipped).map_or(Ok(()), Session::renew)
     }
 
-    /// Ends the session after the last commit: no slot of the journal is valid any more. The caller calls [`Writable::trim`] next.
+    /// Ends the session after the last commit: no slot of the journal is valid any more. The caller calls
+    /// [`Writable::trim`] next.
     pub fn end_session(&self) {
         self.session().into_iter().for_each(Session::end);
     }

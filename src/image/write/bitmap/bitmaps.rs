@@ -1,22 +1,23 @@
 //! The sector bitmaps of a writable image, cached one bitmap sector at a time.
 //!
-//! A *bitmap sector* is 512 bytes of a block's bitmap. It has the bits of at most 4096 sectors (2 MiB) of the disk, of fewer if
-//! the block is smaller. It is read when it is first needed. Afterwards:
+//! A *bitmap sector* is 512 bytes of a block's bitmap. It has the bits of at most 4096 sectors (2 MiB) of the disk, of
+//! fewer if the block is smaller. It is read when it is first needed. Afterwards:
 //!
 //! - If all its bits are set, also in the file, it takes only its entry in the table.
-//! - Otherwise it has a frame, until `clock.rs` evicts it. It is read again when it is next needed; other requests do not
-//!   wait for that.
+//! - Otherwise it has a frame, until `clock.rs` evicts it. An evicted bitmap sector is read again when it is next
+//!   needed. Requests for other bitmap sectors do not wait for that read.
 //!
 //! Why eviction loses no bit:
 //!
-//! - A bitmap sector is evicted only while its frame is locked, and only if it is clean: it is not dirty, not in a running
-//!   commit, no journal slot has its bits, and the BAT entry of its block is in the file.
-//! - A mark sets bits and notes the sector as dirty under the same lock, after it has checked the owner of the frame. If the
-//!   sector was evicted before, it is read again before the write is answered.
-//! - A sector that was read from the file is inserted only if it was absent all the while: the table counts its evictions.
+//! - A bitmap sector is evicted only while its frame is locked, and only if it is clean: it is not dirty, not in a
+//!   running commit, no journal slot has its bits, and the BAT entry of its block is in the file.
+//! - A mark sets bits and notes the sector as dirty under the same lock, after it has checked the owner of the frame.
+//!   If the sector was evicted before, it is read again before the write is answered.
+//! - A sector that was read from the file is inserted only if it was absent during the whole read: the entry in the
+//!   table counts evictions.
 //!
-//! A bitmap sector is *dirty* if memory has bits that the file does not have. It is *ordered* if its bits must not be written to
-//! the file before the data of their sectors is durable (crash-safety 5).
+//! A bitmap sector is *dirty* if memory has bits that the file does not have. It is *ordered* if its bits must not be
+//! written to the file before the data of their sectors is durable (crash-safety 5).
 
 use std::sync::atomic::Ordering;
 
@@ -29,8 +30,8 @@ use crate::units::{BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
 /// Memory for frames, in bytes, beyond which a clean bitmap sector is evicted for another.
 const MAX_FRAME_BYTES: usize = 64 << 20;
-/// Number of frames in addition to one per bitmap sector. They are for threads that hold a frame which has no owner
-/// yet.
+/// Number of frames in addition to one per bitmap sector. They are for threads that have allocated a frame but not yet
+/// assigned it to a bitmap sector.
 const SPARE_FRAMES: usize = 1024;
 
 /// The bitmap of a new block before anything is written to it.
@@ -38,8 +39,8 @@ const SPARE_FRAMES: usize = 1024;
 pub enum InitialBits {
     /// All sectors are absent: reads go to the parent.
     Clear,
-    /// All sectors are present, as zeros: a block of a dynamic root, whose space in the file is durably zero. Programs that
-    /// ignore bitmaps (QEMU) then read the same, and bits and data may be written in any order.
+    /// All sectors are present, as zeros: a block of a dynamic root, whose space in the file is durably zero. Programs
+    /// that ignore bitmaps (QEMU) then read the same, and bits and data may be written in any order.
     Set,
 }
 
@@ -131,7 +132,8 @@ impl Bitmaps {
 
     /// Calls `f(set, count)` for each run of equal bits in `from..end` of a bitmap sector.
     ///
-    /// Returns false if the bitmap sector is not in memory, or was evicted meanwhile: then the runs passed to `f` mean nothing.
+    /// Returns false if the bitmap sector is not in memory, or was evicted meanwhile. The runs passed to `f` are then
+    /// invalid.
     #[inline]
     pub fn each_run(&self, index: usize, from: u32, end: u32, mut f: impl FnMut(bool, u32)) -> bool {
         let read = match self.read_optimistic(index) {
@@ -151,7 +153,7 @@ impl Bitmaps {
         read.is_valid()
     }
 
-    /// Begins a read without a lock; the entry if the bitmap sector has no frame.
+    /// Begins a read without a lock. The error is the table entry of a bitmap sector that has no frame.
     #[inline]
     fn read_optimistic(&self, index: usize) -> Result<OptimisticRead<'_>, BitmapEntry> {
         match self.table.get(index) {
@@ -162,8 +164,8 @@ impl Bitmaps {
         }
     }
 
-    /// Number of evictions of an absent bitmap sector; `None` if it is in memory. [`Pins::insert`](crate::image::Pins::insert)
-    /// requires the number from before the file was read.
+    /// Number of evictions of an absent bitmap sector; `None` if the bitmap sector is full or in memory.
+    /// [`Pins::insert`](crate::image::Pins::insert) requires the number from before the file was read.
     pub fn eviction_count(&self, index: usize) -> Option<u32> {
         match self.table.get(index) {
             BitmapEntry::Absent(evictions) => Some(evictions),
@@ -171,7 +173,8 @@ impl Bitmaps {
         }
     }
 
-    /// Inserts and pins a bitmap sector as it was read from the file. `evictions` is its number from before the read.
+    /// Inserts and pins a bitmap sector as it was read from the file. `evictions` is the result of `eviction_count`
+    /// from before the read.
     ///
     /// If the bitmap sector is in memory by now, its bits in memory do not change, and it is pinned. If it was inserted
     /// and evicted since, `sector` is out of date and is ignored. Returns whether the bitmap sector is pinned.
@@ -234,7 +237,8 @@ impl Bitmaps {
         }
     }
 
-    /// Gives a frame to a bitmap sector if its entry is still `before`. Returns whether it was.
+    /// Gives a frame to a bitmap sector if its table entry is still `before`. Returns whether the bitmap sector got the
+    /// frame.
     fn assign_frame(
         &self,
         index: usize,
@@ -243,7 +247,7 @@ impl Bitmaps {
         state: FrameState,
     ) -> bool {
         if self.table.get(index) != before {
-            return false; // before another bitmap sector is evicted for it
+            return false; // checked first, so that no bitmap sector is evicted in vain
         }
         let (number, mut frame) = self.pool.allocate(&self.table);
         frame.fill(bitmap_words(self.bits_per_sector), words, state);
@@ -289,7 +293,7 @@ impl Bitmaps {
         for index in self.bitmap_sectors_of(block) {
             if let Residence::Resident(mut frame) = self.lock(index) {
                 frame.state.unplaced = false;
-                // The slot was claimed for the place, which is in the file now; no acknowledged write needs its bits.
+                // The slot of a sector that is not dirty only records the place, which is in the file now.
                 if !frame.state.dirty {
                     frame.state.journal_slot = None;
                 }
@@ -297,7 +301,8 @@ impl Bitmaps {
         }
     }
 
-    /// Records that the file has the copy of a bitmap sector that a commit took.
+    /// Records that a commit has made its snapshot of a bitmap sector durable. A sector that is full then gives up its
+    /// frame.
     pub(in crate::image::write) fn set_written(&self, index: usize) {
         let mut frame = self.lock_resident(index);
         (frame.state.in_commit, frame.state.unwritten) = (false, false);
@@ -319,8 +324,8 @@ impl Bitmaps {
         }
     }
 
-    /// Sets the bits of a range of one block. Calls `on_new(index, frame, bits)` for each bitmap sector that now differs from
-    /// the file. Adds bitmap sectors that are not in memory to `absent`, and does not mark them.
+    /// Sets the bits of a range of one block. Calls `on_new(index, frame, bits)` for each bitmap sector that now
+    /// differs from the file. Adds bitmap sectors that are not in memory to `absent`, and does not mark them.
     #[inline]
     pub(in crate::image::write) fn mark(
         &self,
@@ -357,7 +362,8 @@ pub(in crate::image::write) struct NewBits {
     pub(in crate::image::write) bit: u32,
     /// Number of bits.
     pub(in crate::image::write) count: u32,
-    /// Whether the bitmap sector now differs from the file. If not, the bits were set before, but are not in the journal.
+    /// Whether the bitmap sector now differs from the file. If not, the bits were set before, but are not in the
+    /// journal.
     pub(in crate::image::write) is_newer: bool,
 }
 

@@ -78,7 +78,7 @@ fn a_fresh_block_owes_a_commit_even_if_no_bit_changes() {
 fn full_bitmap_sectors_take_no_frame() {
     for (bytes, sectors) in [(4096, 8), (64 << 10, 128), (2 << 20, 4096)] {
         let maps = Bitmaps::new(300, BlockSize::from_bytes(bytes).unwrap());
-        // Read from the file; bits after the last sector of a small block have no meaning.
+        // Inserted as read from the file. Bits after the last sector of a small block are ignored.
         let mut sector = [0; SECTOR_BYTES];
         sector[..sectors / 8].fill(0xFF);
         for index in 0..300 {

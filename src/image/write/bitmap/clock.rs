@@ -1,9 +1,9 @@
-//! Eviction by the clock algorithm: which bitmap sector gives up its frame when another needs one.
+//! Eviction of bitmap sectors from their frames by the clock algorithm.
 //!
-//! The clock hand passes over the frames. A bitmap sector that was read since the hand last passed stays for another round.
-//! A bitmap sector that differs from the file, or that a request in flight has pinned, is never evicted. If no frame can
-//! be evicted, the pool grows beyond its limit. That growth is bounded: commits limit the number of dirty sectors, and the
-//! depth of the queues limits the number of pinned ones.
+//! The clock hand passes over the frames. A bitmap sector that was read since the hand last passed stays for another
+//! round. A bitmap sector that differs from the file, or that a request in flight has pinned, is never evicted. If no
+//! frame can be evicted, the pool grows beyond its limit. That growth is bounded: commits limit the number of dirty
+//! sectors, and the depth of the queues limits the number of pinned ones.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -69,8 +69,8 @@ impl FramePool {
 
     /// Takes a free frame, evicts one, or makes one. The frame is returned locked, without an owner.
     pub(super) fn allocate(&self, table: &EntryTable) -> (u32, LockedFrame<'_>) {
-        // Lock order: a thread that holds a frame may wait for the clock. So under the clock's lock, frames in use are
-        // only tried (`try_lock`), and only frames without an owner are waited for.
+        // Lock order: a thread that holds the lock of a frame may wait for the lock of the clock. So under the clock's
+        // lock, a frame in use is locked only by `try_lock`, and `lock` is used only for frames without an owner.
         let mut clock = self.clock();
         // Several bitmap sectors are evicted if the pool has grown beyond its limit.
         while clock.made as usize - clock.free.len() >= self.max_frames() {
@@ -88,8 +88,9 @@ impl FramePool {
 
     /// Moves the hand until it has evicted a bitmap sector, and returns the frame. `None` if no frame could be evicted.
     fn evict_one(&self, clock: &mut Clock, table: &EntryTable) -> Option<u32> {
-        // Two rounds, as the first one may only clear the `used` flags; but a bounded number of frames. If most cannot be
-        // evicted, one more frame is cheaper than the search, and the next allocation continues from here.
+        // At most two rounds, as the first one may only clear the `used` flags, and at most `MAX_TRIES` frames. If most
+        // frames cannot be evicted, a new frame is cheaper than a longer search. The next allocation continues from
+        // here.
         for _ in 0..(2 * clock.made as usize).min(MAX_TRIES) {
             clock.hand = (clock.hand + 1) % clock.made;
             if self.try_evict(clock.hand, table) {
@@ -99,7 +100,8 @@ impl FramePool {
         None
     }
 
-    /// Evicts the bitmap sector in a frame. Returns false if it has to stay.
+    /// Evicts the bitmap sector in a frame. Returns false if the bitmap sector must stay, or if the frame is free or
+    /// locked.
     fn try_evict(&self, number: u32, table: &EntryTable) -> bool {
         let frame = self.frame(number);
         if frame.take_used() {

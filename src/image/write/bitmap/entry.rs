@@ -1,4 +1,5 @@
-//! The table of bitmap sectors: one 32-bit word each, which records whether the sector is in memory, and in which frame.
+//! The table of bitmap sectors: one 32-bit word each, which records whether the sector is in memory, and in which
+//! frame.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -60,7 +61,7 @@ impl EntryTable {
         self.words.get_or_init(index).store(entry.encode(), Ordering::Release);
     }
 
-    /// Replaces the entry if it is `before`. Returns whether it was.
+    /// Replaces the entry if it is `before`. Returns whether the entry was replaced.
     pub(super) fn compare_exchange(&self, index: usize, before: BitmapEntry, after: BitmapEntry) -> bool {
         let word = self.words.get_or_init(index);
         word.compare_exchange(before.encode(), after.encode(), Ordering::AcqRel, Ordering::Acquire).is_ok()

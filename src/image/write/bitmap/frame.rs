@@ -1,12 +1,12 @@
 //! A frame: the bits of one bitmap sector in memory, with a lock for changes, and reads without a lock.
 //!
-//! A frame exists as long as the image is open, and passes from one bitmap sector to another (`clock.rs`). Its *tag* contains
-//! the index of its owner and counts the changes of owner.
+//! A frame exists as long as the image is open, and is assigned to one bitmap sector at a time, its *owner*
+//! (`clock.rs`). The *tag* of a frame contains the index of the owner and counts the changes of owner.
 //!
-//! - A reader takes no lock. It reads the tag before and after the bits: if both are equal, the bits are those of the owner.
-//!   This is a sequence lock whose writers only announce a change of owner; bits that are set meanwhile do no harm.
-//! - A change of the bits, the state or the owner requires the frame's lock. While it is held, the tag and the entry of the
-//!   table agree.
+//! - A reader takes no lock. It reads the tag before and after the bits: if both are equal, the bits are those of the
+//!   owner. This is a sequence lock on the owner alone. A reader may or may not see bits that are set concurrently.
+//! - A change of the bits, the state or the owner requires the frame's lock. Whenever the lock is free, the tag and the
+//!   table entry agree.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -20,9 +20,10 @@ use crate::units::SECTOR_BYTES;
 pub(crate) struct BitmapFrame {
     /// Number of changes of owner in the upper half, index of the owner in the lower half.
     tag: AtomicU64,
-    /// The bits were read since the hand of the clock last passed.
+    /// Whether the bits were read since the hand of the clock last passed.
     used: AtomicBool,
-    /// A mark must take the lock even if its bits are set: they are not in the file or in the journal yet.
+    /// Whether a mark must take the lock even if its bits are set, as some bits are neither in the file nor in the
+    /// journal yet.
     owes_commit: AtomicBool,
     words: OnceLock<Box<[AtomicU64]>>,
     state: Mutex<FrameState>,
@@ -34,21 +35,22 @@ const UNOWNED: u64 = u32::MAX as u64;
 /// State of a bitmap sector besides its bits.
 #[derive(Clone, Copy, Default, Debug)]
 pub(crate) struct FrameState {
-    /// The next commit writes it.
+    /// Whether the next commit writes the bitmap sector.
     pub(crate) dirty: bool,
-    /// The running commit has a copy of it, which may not be in the file yet.
+    /// Whether the running commit has a snapshot of the bitmap sector, which may not be in the file yet.
     pub(crate) in_commit: bool,
-    /// The bitmap sector was never written to the file, so a mark needs a commit even if no bit changes.
+    /// Whether the bitmap sector was never written to the file, so that a mark needs a commit even if no bit changes.
     pub(crate) unwritten: bool,
-    /// The BAT entry of its block is not in the file yet.
+    /// Whether the BAT entry of the block is not in the file yet.
     pub(crate) unplaced: bool,
-    /// Some bits are neither in the file nor in the journal: a write that relies on them must wait for a commit.
+    /// Whether some bits are neither in the file nor in the journal. A write that relies on such bits must wait for a
+    /// commit.
     pub(crate) not_journaled: bool,
     /// Its bits may be written to the file only after a sync of the data.
     pub(crate) ordered: bool,
-    /// The slot of the journal that has its bits.
+    /// The journal slot that has the bits.
     pub(crate) journal_slot: Option<u32>,
-    /// Number of requests for which it must stay in memory.
+    /// Number of pins; the bitmap sector is not evicted while there are any.
     pub(crate) pins: u32,
     /// Number of evictions so far.
     pub(crate) evictions: u32,
@@ -57,8 +59,8 @@ pub(crate) struct FrameState {
 impl FrameState {
     /// Whether the file reads the same as memory, so that the bitmap sector may be evicted.
     ///
-    /// A block that has its BAT entry and was never marked is clean, too: its bitmap in the file is zeros, and a root reads
-    /// zeros from absent sectors.
+    /// This includes the bitmap sector of a block that was never marked, once its BAT entry is in the file: the bitmap
+    /// in the file is zeros, and a root reads zeros from absent sectors.
     pub(crate) fn is_clean(&self) -> bool {
         let dirty = (self.dirty || self.journal_slot.is_some()) && !mutant::enabled(Mutant::EvictDirty);
         let taken = self.in_commit && !mutant::enabled(Mutant::EvictInCommit);
@@ -128,7 +130,7 @@ impl OptimisticRead<'_> {
         !self.frame.owes_commit.load(Ordering::Acquire)
     }
 
-    /// Whether all bits read so far were those of the owner. If not, they mean nothing.
+    /// Whether all bits read so far were those of the owner. If not, the bits are invalid.
     #[inline]
     pub(crate) fn is_valid(&self) -> bool {
         // Pairs with the fence in `fill`: a reader that has seen a bit of the next owner sees the changed tag.
@@ -184,7 +186,7 @@ impl LockedFrame<'_> {
         bitmap::set_atomic(self.words(), bit, count)
     }
 
-    /// Takes the frame from its owner.
+    /// Removes the owner of the frame, and resets the state.
     pub(crate) fn release(&mut self) {
         let changes = self.frame.tag.load(Ordering::Relaxed) >> 32;
         self.frame.tag.store(changes.wrapping_add(1) << 32 | UNOWNED, Ordering::Relaxed);
@@ -203,8 +205,8 @@ impl LockedFrame<'_> {
 
     /// Makes a bitmap sector the owner of a filled frame.
     ///
-    /// Its entry in the table names this frame already. In the other order, a reader with an old entry, from an earlier stay
-    /// in the same frame, could trust bits that the table then does not accept.
+    /// The table entry of the bitmap sector already names this frame. If the owner were set first, a reader with an
+    /// outdated entry that also names this frame could trust bits that are then not inserted.
     pub(crate) fn assign_to(&mut self, index: usize) {
         let tag = self.frame.tag.load(Ordering::Relaxed) & !UNOWNED;
         self.frame.used.store(false, Ordering::Relaxed);
