@@ -29,7 +29,8 @@ pub enum ChainDefect {
     TooLong,
     /// An index lies outside the table.
     BadNext,
-    /// The length of an indirect table is zero, not a multiple of 16, or above the limit, or the table is not guest memory.
+    /// The length of an indirect table is zero, not a multiple of 16, or above the limit, or the table is not guest
+    /// memory.
     BadTable,
     /// An indirect descriptor lies in an indirect table, or has the flag `NEXT`.
     Nested,

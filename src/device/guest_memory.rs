@@ -159,9 +159,11 @@ impl GuestView {
     #[inline]
     pub fn read(&self, addr: u64, into: &mut [u8]) -> bool {
         let whole = self.for_each_piece(addr, into.len(), |from, n, at| {
-            // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, so `from` is readable. The
-            // slice of `into` has `n` bytes and is exclusively borrowed. They do not overlap, since guest memory is mapped apart
-            // from all Rust objects. The guest may write meanwhile; the bytes are untrusted, and any value is valid for `u8`.
+            // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, so `from` is
+            // readable. The slice of `into` has `n` bytes and is exclusively borrowed. Source and target do not
+            // overlap, since guest memory is mapped apart from all Rust objects. Both are aligned, since bytes have no
+            // alignment. The guest may write while the bytes are copied; they are untrusted, and any value is valid for
+            // `u8`.
             unsafe { ptr::copy_nonoverlapping(from, into[at..at + n].as_mut_ptr(), n) };
         });
         // The compiler must not read guest memory again in place of reading the copy.
@@ -173,9 +175,11 @@ impl GuestView {
     pub fn write(&self, addr: u64, from: &[u8]) -> bool {
         self.contains(addr, from.len())
             && self.for_each_piece(addr, from.len(), |to, n, at| {
-                // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, and regions are mapped
-                // writable, so `to` is writable. The slice of `from` has `n` bytes. They do not overlap, since guest memory is
-                // mapped apart from all Rust objects. No reference to guest memory exists that the store could invalidate.
+                // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, and all
+                // regions are mapped writable, so `to` is writable. The slice of `from` has `n` initialised bytes.
+                // Source and target do not overlap, since guest memory is mapped apart from all Rust objects. Both are
+                // aligned, since bytes have no alignment. No Rust reference to guest memory exists that the store could
+                // invalidate.
                 unsafe { ptr::copy_nonoverlapping(from[at..at + n].as_ptr(), to, n) };
             })
     }

@@ -30,8 +30,8 @@
 //! A request may be executed twice, but never after it was answered. The repetition is harmless, since the data goes to
 //! the same place.
 //!
-//! Only [`InFlightRecord::resume`] reads the region, and it reads the region once. The contents are not trusted: they
-//! decide only which descriptors of the front-end's own guest are read, and in which order.
+//! Only [`InFlightRecord::resume`] reads the region. The contents are not trusted: they decide only which descriptors
+//! of the front-end's own guest are read, and in which order.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -75,7 +75,7 @@ impl InFlightRegion {
     }
 }
 
-/// The in-flight record of one queue. Only `resume` reads it.
+/// The in-flight record of one queue. Only [`InFlightRecord::resume`] reads the record.
 #[derive(Clone)]
 pub struct InFlightRecord {
     map: Arc<InFlightRegion>,

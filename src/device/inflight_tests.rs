@@ -112,7 +112,8 @@ impl KillHarness {
         self.reap();
     }
 
-    /// Pops chains. Checks that each started request has no answer yet, and that they start in the order in which they were added.
+    /// Pops chains. Checks that each started request has no answer yet, and that requests start in the order in which
+    /// they were added.
     fn take(&mut self) {
         let asked = self.asked;
         self.run(|x, disk, _| {

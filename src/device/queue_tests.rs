@@ -139,7 +139,7 @@ fn an_interrupt_that_waits_is_not_lost() {
         serve(&mut r);
         assert!(took_interrupt(&r), "a killed daemon may not have sent the first interrupt");
         assert_eq!(r.d.used().len(), 1);
-        r.d.put_word(AVAIL + 4 + 128, 1); // the next used element wants an interrupt
+        r.d.put_word(AVAIL + 4 + 128, 1); // the driver requires an interrupt for the next used element
         // Records a batch of slow writes, so that the interrupt waits while some writes are left. The interrupt waits
         // 100 us at most, so it is not delayed in every round.
         r.queue.interrupts.record_batch(1, std::time::Duration::from_micros(48));
@@ -148,7 +148,7 @@ fn an_interrupt_that_waits_is_not_lost() {
         let waits = !took_interrupt(&r);
         let answered = r.d.used().len();
         if answered < 8 {
-            continue; // a busy host has not written them yet, so no interrupt is pending
+            continue; // the host was too busy to complete the writes, so no interrupt is pending
         }
         waited += u32::from(waits);
         match round % 3 {

@@ -67,7 +67,8 @@ pub struct Virtqueue {
     iovec_pool: Vec<GuestIovecs>,
     broken: Option<RingError>,
     record: Option<InFlightRecord>,
-    /// Heads that were in flight when the previous daemon was killed. They are resubmitted before new chains are popped.
+    /// Heads that were in flight when the previous daemon was killed. Their chains are resubmitted before new chains
+    /// are popped.
     to_resubmit: VecDeque<u16>,
     /// The value of [`sigbus::loss_count`] at the last check that found no page of this queue's memory lost.
     losses_seen: u32,

@@ -8,11 +8,11 @@
 //!   Request ──> Lane::push ── Plan ──┬── Load ──┐         reads bitmaps that are not in memory
 //!                              ^     │          │
 //!                              ├─────┼──────────┘
-//!                              └─────┼── AwaitGrowth      a new block for which the file has to grow, or a full file system
+//!                              └─────┼── AwaitGrowth      waits until the file grows or the file system has space
 //!                                    v
-//!                                  Move                   operations on parts of the request's own memory, then the marks
-//!                                    ├── LoadForMark      reads bitmaps that were evicted meanwhile, then marks again
-//!                                    ├── AwaitCommit      flushes; writes in write-through mode
+//!                                  Move                   moves bytes, then marks the written sectors
+//!                                    ├── LoadForMark      reads bitmaps that were evicted, then marks again
+//!                                    ├── AwaitCommit      only flushes, and writes that need a commit
 //!                                    v
 //!                                  Answer
 //! ```
@@ -21,7 +21,7 @@
 //! for the disk, sequential reads are prefetched (`readahead`). Discards and zeroing are cut into pieces, and a disk
 //! punches one piece at a time (`punch`).
 //!
-//! A lane belongs to one thread. A read of known sectors writes no state that lanes share.
+//! A lane belongs to one thread. A read whose bitmaps are in memory takes no lock.
 //!
 //! Failures: `task_ops` evaluates failed operations of requests; `lane` evaluates failed commits and failed steps of
 //! growth, and retries stalled writes and commits once a second while the file system is full; `stages` fails writes to

@@ -1,7 +1,7 @@
 //! Writes and commits on a full file system: the number of writes that wait for space, and the log lines about them.
 //!
-//! Stalled writes are counted over all lanes of a disk. The log gets one line when the first write stalls, and one when the last
-//! stalled write has ended.
+//! Stalled writes are counted over all lanes of a disk. The log gets one line when the first write stalls, and one line
+//! when no write stalls any more.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};

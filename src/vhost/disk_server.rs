@@ -109,7 +109,8 @@ impl DiskServer {
 
     /// Checks the names of the served files if a check is due. Returns the time until the next check.
     ///
-    /// The check runs in a thread of its own, because a file system that does not respond would block the control thread.
+    /// The check runs in a thread of its own, because a file system that does not respond would block the control
+    /// thread.
     fn check_names_if_due(&self) -> Timespec {
         if Instant::now() >= self.name_check_due.get() {
             let last = self.name_check.take();

@@ -4,10 +4,10 @@
 //! contents of the rings belong to `device`, the execution of requests to `disk`.
 //!
 //! ```text
-//!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory          the guest's regions, mapped and checked
-//!                           │                                        ├── inflight        in-flight records in shared memory
-//!                           │                                        ├── memory_sharing  warns if guest memory is private
-//!                           │                                        └── worker          one per queue: queue_thread, epoll,
+//!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory          guest memory regions
+//!                           │                                        ├── inflight        in-flight records
+//!                           │                                        ├── memory_sharing  detects private memory
+//!                           │                                        └── worker          queue_thread, epoll,
 //!                           │                                                            adaptive_poll, device::Queue, lane
 //!            bind ─ disk_server ─ connection: accepts, refuses a second front-end, ends on the stop signal
 //! ```

@@ -132,7 +132,7 @@ impl QueueThread {
                 if matches!(self.state, QueueState::Running | QueueState::Broken) {
                     self.queue.lane().tick();
                     self.check_sharing(now);
-                    continue; // the next call of `serve` carries on with what the tick started
+                    continue; // the next call of `serve` continues the work that the tick started
                 }
             }
             match result {

@@ -1,7 +1,8 @@
 //! The handle by which the control thread controls the thread of a queue (`queue_thread.rs`).
 //!
-//! A worker exists as long as the disk is served. The control thread sends commands through a channel, and then notifies the
-//! thread's eventfd. Every wait for a worker has a time limit, because the storage may never complete the requests in flight.
+//! A worker exists as long as the disk is served. The control thread sends commands through a channel, and then
+//! notifies the thread's eventfd. Every wait for a worker has a time limit, because the storage may never complete the
+//! requests in flight.
 
 use std::fs::File;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
