@@ -79,8 +79,8 @@ impl Queue {
     /// Starts to serve the ring that `vring` describes. Requires that the driver has acknowledged features.
     ///
     /// The used index is read from the ring. Without a record, the next available index is that of `vring`. With a
-    /// record, it is the used index plus the number of chains that the record has in flight, and these chains are
-    /// resubmitted first.
+    /// record, the next available index is the used index plus the number of chains that the record has in flight, and
+    /// these chains are resubmitted first.
     ///
     /// # Errors
     /// The queue stays stopped.

@@ -265,8 +265,8 @@ impl Virtqueue {
         }
     }
 
-    /// Parses a chain and starts its request. Returns false, and leaves the chain in the ring, if the number of bytes
-    /// in flight is at its limit. `resubmitted` is true for a chain of the previous daemon.
+    /// Parses a chain and starts its request. Returns false, and has no effect, if the number of bytes in flight is at
+    /// its limit. `resubmitted` is true for a chain of the previous daemon.
     ///
     /// # Errors
     /// - [`RingError::MemoryLost`]: the request may consist of zeros read from lost pages, and has no effect.
