@@ -243,11 +243,8 @@ pub struct GuestSpan {
 unsafe impl Send for GuestSpan {}
 
 impl GuestSpan {
-    /// Returns a pointer to the word at byte `at`. The pointer is aligned, and the word lies inside the span and is
-    /// mapped as long as the span exists.
-    ///
-    /// # Panics
-    /// If the word is not aligned or not inside the span.
+    /// Returns a pointer to the word at byte `at`, which is mapped as long as the span exists. Panics if the word is
+    /// not aligned or not inside the span.
     #[inline]
     fn word_ptr<T>(&self, at: usize) -> *mut T {
         let place = self.start.wrapping_add(at).cast::<T>();
