@@ -8,18 +8,18 @@ use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockSize, SECTOR};
 
-/// Size of the configuration space in bytes. Bytes after the last known field read as zero.
+/// Size of the configuration space in bytes. The bytes after the known fields read as zeros.
 pub const CONFIG_SPACE: u32 = 256;
-/// Maximum number of segments of a request. With header and status they fit into a ring of 128, the smallest default of
-/// all front-ends. The size of the ring is not known when the guest reads this.
+/// Maximum number of segments of a request. Together with header and status they fit into a ring of 128 descriptors,
+/// the smallest default of all front-ends. When the guest reads this limit, the size of the ring is not known yet.
 pub const SEG_MAX: u16 = 126;
-/// Limits of `DISCARD` and `WRITE_ZEROES` that are offered to drivers. Ranges of 32 MiB make a trim many requests, between which
-/// other requests of the guest are served.
+/// Limits of `DISCARD` and `WRITE_ZEROES` that are offered to drivers. With ranges of at most 32 MiB, a trim consists
+/// of many requests, and other requests of the guest are served between them.
 pub const ZEROING_LIMITS: SegmentLimits = SegmentLimits { sectors: 1 << 16, segments: 32 };
-/// Maximum number of sectors of an accepted range: 1 GiB. Earlier versions of the daemon offered this limit, and a
-/// guest that was started with one of them still uses it.
+/// Maximum number of sectors of a range that is accepted: 1 GiB. Earlier versions of the daemon offered this limit, and
+/// a guest that was started with such a version still uses it.
 pub const MAX_ZEROED_SECTORS: u32 = 1 << 21;
-/// log2 of the sectors in a physical block. Data in the images is aligned to 4 KiB.
+/// log2 of the number of sectors in a physical block. Data in the images is aligned to 4 KiB.
 const PHYSICAL_BLOCK_EXP: u8 = 3;
 
 /// A virtio-blk device over one disk, shared by its queues and the control thread.
@@ -31,15 +31,19 @@ pub struct Device {
     queue_size: u16,
     /// Whether the write cache is on after a reset.
     default_writeback: bool,
-    /// Offered features that the driver acknowledged.
+    /// Features that the device offered and the driver acknowledged.
     acked: AtomicU64,
     /// The `writeback` field of the configuration space.
     writeback: AtomicBool,
 }
 
 impl Device {
-    /// Creates a device with `queues` queues (at least one), each of which runs `queue_size` operations at once. `write_back`: the
-    /// write cache is on initially. Until the driver acknowledges `FLUSH`, the disk is in write-through mode.
+    /// Creates a device with `queues` queues, each of which executes up to `queue_size` operations at once. If
+    /// `write_back` is true, the write cache is on after a reset. Until the driver acknowledges `FLUSH`, the disk is in
+    /// write-through mode.
+    ///
+    /// # Panics
+    /// If `queues` is zero.
     pub fn new(disk: Arc<Disk>, queues: u16, queue_size: u16, write_back: bool) -> Arc<Device> {
         assert!(queues > 0, "a device has a queue");
         let device = Device {
@@ -64,7 +68,8 @@ impl Device {
         self.queues
     }
 
-    /// Expected size of a queue in descriptors, and number of operations that it runs at once. A ring may be larger.
+    /// Expected number of descriptors of a queue, and maximum number of operations that a queue executes at once. A
+    /// ring may have more descriptors.
     pub fn queue_size(&self) -> u16 {
         self.queue_size
     }
@@ -74,42 +79,43 @@ impl Device {
         offered_features(self.disk.is_read_only())
     }
 
-    /// Offered features that the driver acknowledged.
+    /// Features that the device offered and the driver acknowledged.
     pub fn acked(&self) -> u64 {
         self.acked.load(Ordering::Relaxed)
     }
 
-    /// Stores the features that the driver acknowledged; bits that were not offered are dropped. A driver without `FLUSH` cannot
-    /// make anything durable, so the disk is then in write-through mode (virtio 1.2, 5.2.5.2).
+    /// Stores the features that the driver acknowledged, without those that were not offered. A driver without `FLUSH`
+    /// cannot make anything durable, so the disk is then in write-through mode (virtio 1.2, 5.2.5.2).
     pub fn ack(&self, features: u64) {
         self.acked.store(features & self.features(), Ordering::Relaxed);
         self.apply_cache();
     }
 
-    /// Resets features and write cache mode to their initial state.
+    /// Resets the features and the write cache mode to their initial state.
     pub fn reset(&self) {
         self.writeback.store(self.default_writeback, Ordering::Relaxed);
         self.ack(0);
     }
 
-    /// Reads `len` bytes of the configuration space from `offset`, at most 256. Bytes beyond the space are zero. Some front-ends
-    /// read at 0x100, where the configuration space of a PCI device begins; that is the same as 0.
+    /// Reads `len` bytes, at most 256, of the configuration space from `offset`. Bytes after the end of the space are
+    /// zero. Some front-ends read at 0x100, where the configuration space of a PCI device begins; that offset is
+    /// equivalent to 0.
     pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
         config_window(&self.config().encode(), offset, len)
     }
 
-    /// Writes the `writeback` field, the only one that can be written. Turning the write cache off makes all completed writes
-    /// durable before this returns.
+    /// Writes the `writeback` field, the only field that can be written. If the write turns the write cache off, all
+    /// completed writes are durable when this function returns.
     ///
     /// # Errors
     /// The mode stays as it was.
     /// - `Refused` for any other field or value.
-    /// - Those of [`Disk::commit`].
+    /// - Any error of [`Disk::commit`].
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> Result<()> {
         let on = parse_writeback(offset, bytes)?;
         let was = self.writeback.swap(on, Ordering::Relaxed);
-        // The new mode applies before the commit, so that a write that starts meanwhile is already in write-through
-        // mode.
+        // The new mode applies before the commit, so that a write that starts during the commit is already in
+        // write-through mode.
         self.apply_cache();
         if was && !on {
             self.disk.commit().inspect_err(|_| {
@@ -144,12 +150,12 @@ impl Device {
     }
 }
 
-/// Number of segments that fit into a ring together with header and status.
+/// Returns the number of segments that fit into a ring together with header and status, at most [`SEG_MAX`].
 fn seg_max(queue_size: u16) -> u16 {
     queue_size.saturating_sub(2).clamp(1, SEG_MAX)
 }
 
-/// The features that are offered for a disk.
+/// Returns the features that the device offers for a disk.
 fn offered_features(read_only: bool) -> u64 {
     let always = feature::VERSION_1
         | feature::EVENT_IDX
@@ -163,7 +169,7 @@ fn offered_features(read_only: bool) -> u64 {
     always | if read_only { feature::RO } else { feature::DISCARD | feature::WRITE_ZEROES }
 }
 
-/// Maps an offset that a front-end sent to an offset in the configuration space.
+/// Returns the offset in the configuration space for an offset that a front-end sent, which may begin at 0x100.
 fn fold_offset(offset: u32) -> u32 {
     offset.checked_sub(CONFIG_SPACE).unwrap_or(offset)
 }
@@ -231,7 +237,7 @@ mod tests {
         let change = feature::DISCARD | feature::WRITE_ZEROES;
         assert_eq!((rw & change, rw & feature::RO), (change, 0));
         assert_eq!((ro & change, ro & feature::RO), (0, feature::RO));
-        // The numbers themselves, from virtio 1.2: 2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 32.
+        // The bit numbers as in virtio 1.2: 2, 6, 9, 10, 11, 12, 13, 14, 28, 29, 32.
         assert_eq!(rw, 0x1_3000_7e44);
     }
 

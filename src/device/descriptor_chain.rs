@@ -1,19 +1,19 @@
 //! A descriptor chain as two lists of buffers: those that the device may read, and those that it may write.
 //!
-//! virtio-queue's iterator ends silently if a chain violates a rule, so an invalid chain looks like a short one. This walk returns
-//! the violated rule (V4). Each descriptor is read once (V5), so a guest that rewrites its table meanwhile gains nothing. Addresses
-//! are checked when they are used (V6).
+//! virtio-queue's iterator ends silently if a chain violates a rule, so an invalid chain looks like a short one.
+//! [`DescriptorChain::walk`] returns the violated rule (V4). It reads each descriptor once (V5), so a guest that
+//! changes its table meanwhile gains nothing. Addresses are checked when they are used (V6).
 
 use super::guest_memory::{GuestSpan, GuestView};
 use super::spec::{Descriptor, desc};
 
 /// Maximum number of entries of an indirect table.
 pub const MAX_INDIRECT: u16 = 1024;
-/// Entries that an indirect table may have on a ring of any size. A driver reads `seg_max` before it chooses the size of its ring,
-/// and Linux uses tables of `seg_max + 2` entries also on a smaller ring.
+/// Number of entries that an indirect table may always have, also on a smaller ring. A driver reads `seg_max` before it
+/// chooses the size of its ring, and Linux uses tables of `seg_max + 2` entries on a ring of any size.
 const MIN_INDIRECT: u16 = super::config::SEG_MAX + 2;
 
-/// The buffer of one descriptor. Its address is not checked.
+/// The buffer of one descriptor. Its address is not checked yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DescriptorBuffer {
     /// Guest address.
@@ -29,9 +29,10 @@ pub enum ChainDefect {
     TooLong,
     /// An index lies outside the table.
     BadNext,
-    /// The length of an indirect table is zero, not a multiple of 16, or above the limit, or the table is not guest memory.
+    /// The length of an indirect table is zero, not a multiple of 16, or above the limit, or the table is not guest
+    /// memory.
     BadTable,
-    /// An indirect descriptor lies in an indirect table, or has a successor.
+    /// An indirect descriptor lies in an indirect table, or has the flag `NEXT`.
     Nested,
     /// A readable descriptor follows a writable one.
     ReadableAfterWritable,
@@ -67,10 +68,11 @@ impl DescriptorChain {
         self.writable_len
     }
 
-    /// Replaces the buffers by those of the chain that begins at index `head` of `table`, which has `size` descriptors.
+    /// Replaces the buffers by those of the chain that begins at index `head` of `table`. The table has `size`
+    /// descriptors.
     ///
     /// # Errors
-    /// The violated rule. The buffers must not be used then.
+    /// The violated rule. The caller must not use the buffers after an error.
     pub fn walk(&mut self, view: &GuestView, table: &GuestSpan, size: u16, head: u16) -> Result<(), ChainDefect> {
         self.readable.clear();
         self.writable.clear();
@@ -94,7 +96,7 @@ impl DescriptorChain {
         Err(ChainDefect::TooLong)
     }
 
-    /// Adds the rest of a chain from an indirect table.
+    /// Adds the buffers of an indirect table, which ends the chain.
     fn walk_indirect(&mut self, view: &GuestView, of: Descriptor, size: u16) -> Result<(), ChainDefect> {
         let len = of.len as usize;
         let entries = len / desc::LEN;
@@ -138,8 +140,8 @@ impl DescriptorChain {
     }
 }
 
-/// The bytes `skip .. skip + len` of a list of buffers, as `(address, length)`. An address that overflows becomes one that is never
-/// guest memory.
+/// Returns the bytes `skip .. skip + len` of a list of buffers, as `(address, length)`. An address that overflows is
+/// replaced by an address that is never guest memory.
 pub fn clip_buffers(pieces: &[DescriptorBuffer], skip: u64, len: u64) -> impl Iterator<Item = (u64, u32)> + '_ {
     let (mut skip, mut left) = (skip, len);
     pieces.iter().filter_map(move |p| {
@@ -168,12 +170,12 @@ mod tests {
         assert_eq!(chain.readable(), [piece(DATA, 16), piece(1, 0), piece(END, 7)]);
         assert_eq!(chain.writable(), [piece(DATA + 64, 512), piece(DATA, 1)]);
         assert_eq!((chain.readable_len(), chain.writable_len()), (23, 513));
-        // Reused: no buffers of the last chain remain.
+        // A chain that is walked again contains no buffers of the chain before.
         let mut chain = chain;
         d.desc(TABLE, 3, (5, 6, 0, 99));
         d.walk(&mut chain, 3).unwrap();
         assert_eq!((chain.readable(), chain.writable_len()), (&[piece(5, 6)][..], 0));
-        // A chain of all descriptors of the table, in reverse order.
+        // A chain that consists of all descriptors of the table, in reverse order.
         for i in 0..8u16 {
             d.desc(TABLE, i, (DATA, u32::MAX, if i == 0 { 0 } else { NEXT }, i.wrapping_sub(1)));
         }
@@ -250,7 +252,7 @@ mod tests {
     #[test]
     fn the_limit_of_indirect_tables_holds_for_large_rings() {
         let d = TestDriver::new(256);
-        // Only the size of a ring of 2048 matters here.
+        // Only the size of the ring, 2048, matters here.
         let (view, ring) = (d.view(), d.ring(false));
         let mut chain = DescriptorChain::default();
         d.chain(DATA, 0, &vec![(DATA, 1, 0); 1025]);

@@ -1,10 +1,11 @@
-//! Guest memory as one queue uses it: guest addresses are checked and become iovecs of this process.
+//! Guest memory as one queue uses it: guest addresses are checked and translated to iovecs of this process.
 //!
-//! A [`GuestView`] belongs to one thread. It caches the region of the last look-up, since most buffers of a guest lie in one region.
-//! Its [`GuestIovecs`] share a reference count of this view, so that queues do not contend for one counter.
+//! A [`GuestView`] belongs to one thread. It caches the region of the last look-up, since most buffers of a guest lie
+//! in one region. The [`GuestIovecs`] of a view share a reference count that belongs to the view, so that queues do not
+//! contend for one counter.
 //!
-//! The guest may change any byte at any moment. So bytes are copied or loaded once before they are used, and no reference to guest
-//! memory is created.
+//! The guest may change any byte at any time. So this module copies or loads bytes once before they are used, and never
+//! creates a reference to guest memory.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -21,16 +22,17 @@ use crate::storage::{GuestIovecs, prefetch_line};
 
 /// The mapped regions of a guest's memory.
 pub type MemoryRegions = vm_memory::GuestMemoryMmap<()>;
-/// The regions of a guest's memory, replaced as a whole when the front-end changes them.
+/// The regions of a guest's memory. They are replaced as a whole when the front-end changes them.
 pub type AtomicMemory = vm_memory::GuestMemoryAtomic<MemoryRegions>;
 
-/// Guest memory as a front-end shared it, with the guards of its mappings.
+/// Guest memory that a front-end shared, with the guards of its mappings.
 ///
-/// Pages can be lost at any moment: the front-end cuts the memory file, or the kernel has no memory left. Then accesses of this
-/// process read zeros and [`SharedMemory::is_lost`] becomes true, and accesses of the kernel fail with EFAULT.
+/// Pages can be lost at any time: the front-end may truncate the memory file, or the kernel may have no memory for a
+/// page. Then accesses of this process read zeros, [`SharedMemory::is_lost`] returns true, and accesses of the kernel
+/// fail with EFAULT.
 #[derive(Debug, Default)]
 pub struct SharedMemory {
-    // Dropped before the mappings that they guard.
+    // Declared before the mappings that the guards protect, so that the guards are dropped first.
     guards: Vec<Arc<Guard>>,
     regions: Arc<MemoryRegions>,
 }
@@ -52,7 +54,7 @@ impl SharedMemory {
     }
 }
 
-/// Guest memory that only this process maps, so that no page can be lost.
+/// Creates guest memory without guards, for regions that only this process maps. No page of such memory can be lost.
 impl From<MemoryRegions> for SharedMemory {
     fn from(regions: MemoryRegions) -> SharedMemory {
         SharedMemory::new(regions, Vec::new())
@@ -61,10 +63,10 @@ impl From<MemoryRegions> for SharedMemory {
 
 /// Guest memory as one queue uses it.
 pub struct GuestView {
-    /// Sorted, disjoint.
+    /// Sorted by address, disjoint.
     regions: Vec<ViewRegion>,
     last_region: Cell<usize>,
-    /// Keeps all regions mapped. A reference count of this view, around the shared one.
+    /// Keeps all regions mapped: an `Arc` of this view around the `Arc` that all views share.
     owner: Arc<dyn Any + Send + Sync>,
     memory: Arc<SharedMemory>,
 }
@@ -76,7 +78,7 @@ struct ViewRegion {
 }
 
 impl ViewRegion {
-    /// The offset of an address in the region, if the address lies in it.
+    /// Returns the offset of an address in the region, or `None` if the region does not contain the address.
     #[inline]
     fn offset(&self, addr: u64) -> Option<usize> {
         let offset = usize::try_from(addr.checked_sub(self.start)?).ok()?;
@@ -102,7 +104,7 @@ impl GuestView {
         self.memory.is_lost()
     }
 
-    /// The region of an address, and the offset in it.
+    /// Returns the region that contains an address, and the offset of the address in the region.
     #[inline]
     fn locate(&self, addr: u64) -> Option<(&ViewRegion, usize)> {
         if let Some(found) = self.regions.get(self.last_region.get()).and_then(|r| Some((r, r.offset(addr)?))) {
@@ -115,9 +117,9 @@ impl GuestView {
         Some((region, offset))
     }
 
-    /// Calls `f(start, length, bytes before the piece)` for the pieces of a range, which may span adjacent regions. Returns false,
-    /// possibly after some calls, if part of the range is not guest memory (V6). A piece is not empty, and lies inside one region,
-    /// which `owner` keeps mapped.
+    /// Splits a range, which may span adjacent regions, into pieces, and calls `f(start, length, offset of the piece in
+    /// the range)` for each. Returns false, possibly after some calls, if part of the range is not guest memory (V6). A
+    /// piece is not empty and lies inside one region, which `owner` keeps mapped.
     #[inline]
     fn for_each_piece(&self, addr: u64, len: usize, mut f: impl FnMut(*mut u8, usize, usize)) -> bool {
         let mut done = 0;
@@ -146,34 +148,38 @@ impl GuestView {
         self.for_each_piece(addr, len, |_, _, _| ())
     }
 
-    /// Reads an array, each byte once (V5). `None` if part of it is not guest memory.
+    /// Reads an array, each byte once (V5). Returns `None` if part of it is not guest memory.
     #[inline]
     pub fn read_array<const N: usize>(&self, addr: u64) -> Option<[u8; N]> {
         let mut into = [0; N];
         self.read(addr, &mut into).then_some(into)
     }
 
-    /// Reads a range, each byte once (V5). Returns false if part of it is not guest memory.
+    /// Reads a range into `into`, each byte once (V5). Returns false if part of the range is not guest memory.
     #[inline]
     pub fn read(&self, addr: u64, into: &mut [u8]) -> bool {
         let whole = self.for_each_piece(addr, into.len(), |from, n, at| {
-            // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, so `from` is readable. The
-            // slice of `into` has `n` bytes and is exclusively borrowed. They do not overlap, since guest memory is mapped apart
-            // from all Rust objects. The guest may write meanwhile; the bytes are untrusted, and any value is valid for `u8`.
+            // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, so `from` is
+            // readable. The slice of `into` has `n` bytes and is exclusively borrowed. Source and target do not
+            // overlap, since guest memory is mapped apart from all Rust objects. Both are aligned, since bytes have no
+            // alignment. The guest may write while the bytes are copied; they are untrusted, and any value is valid for
+            // `u8`.
             unsafe { ptr::copy_nonoverlapping(from, into[at..at + n].as_mut_ptr(), n) };
         });
-        // The compiler must not read guest memory again in place of the copy.
+        // The compiler must not read guest memory again in place of reading the copy.
         compiler_fence(Ordering::SeqCst);
         whole
     }
 
-    /// Writes a range. Returns false, and writes nothing, if part of it is not guest memory.
+    /// Writes `from` to a range. Returns false, and writes nothing, if part of the range is not guest memory.
     pub fn write(&self, addr: u64, from: &[u8]) -> bool {
         self.contains(addr, from.len())
             && self.for_each_piece(addr, from.len(), |to, n, at| {
-                // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, and regions are mapped
-                // writable, so `to` is writable. The slice of `from` has `n` bytes. They do not overlap, since guest memory is
-                // mapped apart from all Rust objects. No reference to guest memory exists that the store could invalidate.
+                // SAFETY: `for_each_piece` passes `n` bytes inside a region that `self.owner` keeps mapped, and all
+                // regions are mapped writable, so `to` is writable. The slice of `from` has `n` initialised bytes.
+                // Source and target do not overlap, since guest memory is mapped apart from all Rust objects. Both are
+                // aligned, since bytes have no alignment. No Rust reference to guest memory exists that the store could
+                // invalidate.
                 unsafe { ptr::copy_nonoverlapping(from[at..at + n].as_ptr(), to, n) };
             })
     }
@@ -182,8 +188,10 @@ impl GuestView {
     #[inline]
     pub fn write_byte(&self, addr: u64, byte: u8) -> bool {
         let there = self.for_each_piece(addr, 1, |to, _, _| {
-            // SAFETY: `for_each_piece` passes a byte inside a region that `self.owner` keeps mapped writable. Any address is aligned
-            // for a byte, and no reference to guest memory exists.
+            // SAFETY: `for_each_piece` passes a byte inside a region that `self.owner` keeps mapped, and all regions
+            // are mapped writable, so `to` is valid for reads and writes during the store. Any address is aligned for a
+            // byte. No Rust reference to guest memory exists. The guest may access the byte meanwhile; this process
+            // accesses it by atomics and raw pointers only, and any value is valid.
             unsafe { AtomicU8::from_ptr(to) }.store(byte, Ordering::Relaxed);
         });
         #[cfg(test)]
@@ -191,14 +199,15 @@ impl GuestView {
         there
     }
 
-    /// Fills `out` with ranges of `(address, length)`. Returns false, and leaves `out` empty, if part of them is not guest memory.
+    /// Fills `out` with the given ranges of `(address, length)`. Returns false, and leaves `out` empty, if part of them
+    /// is not guest memory.
     pub fn gather(&self, ranges: impl Iterator<Item = (u64, u32)>, out: &mut GuestIovecs) -> bool {
         out.reset(&self.owner);
         for (addr, len) in ranges {
             let whole = self.for_each_piece(addr, len as usize, |start, n, _| {
-                // SAFETY: `for_each_piece` passes `n` bytes inside a region of `self.owner`, which unmaps its regions only when it
-                // is dropped. `out.reset` above gave `out` a reference to that owner, so the bytes stay mapped as long as `out`
-                // names them. Regions are mapped readable and writable.
+                // SAFETY: `for_each_piece` passes `n` bytes inside a region of `self.owner`, which unmaps its regions
+                // only when it is dropped. `out.reset` above gave `out` a reference to `self.owner`, so the bytes stay
+                // mapped as long as `out` contains them. Regions are mapped readable and writable.
                 unsafe { out.push(start, n) }
             });
             if !whole {
@@ -209,8 +218,8 @@ impl GuestView {
         true
     }
 
-    /// A range inside one region whose start is a multiple of `align`, as a guest address and as an address of this process.
-    /// `None` if the range is not in one region or not aligned.
+    /// Returns the checked range of `len` bytes at `addr`. Returns `None` if the range does not lie in one region, or
+    /// if its guest address or its address in this process is not a multiple of `align`.
     pub fn span(&self, addr: u64, len: usize, align: usize) -> Option<GuestSpan> {
         let (region, at) = self.locate(addr)?;
         let inside = at.checked_add(len).is_some_and(|end| end <= region.len);
@@ -228,12 +237,14 @@ pub struct GuestSpan {
     _memory: Arc<SharedMemory>,
 }
 
-// SAFETY: `start` points to memory that `_memory` keeps mapped on any thread. All access goes through atomic words, and no reference
-// to the memory is created, so a span may be used on another thread than the one that created it.
+// SAFETY: `start` points to memory that `_memory` keeps mapped for all threads of the process until the span is
+// dropped. All accesses through a span are atomic, and no Rust reference to the memory is created. So any thread may
+// use and drop a span.
 unsafe impl Send for GuestSpan {}
 
 impl GuestSpan {
-    /// Pointer to the word at byte `at`: aligned, inside the span, and mapped as long as the span exists.
+    /// Returns a pointer to the word at byte `at`, which is mapped as long as the span exists. Panics if the word is
+    /// not aligned or not inside the span.
     #[inline]
     fn word_ptr<T>(&self, at: usize) -> *mut T {
         let place = self.start.wrapping_add(at).cast::<T>();
@@ -250,35 +261,41 @@ impl GuestSpan {
         prefetch_line(self.start.wrapping_add(at));
     }
 
-    /// Loads the 16-bit word at byte `at`, an even number.
+    /// Loads the 16-bit word at byte `at`. `at` must be even.
     #[inline]
     pub fn load(&self, at: usize, order: Ordering) -> u16 {
-        // SAFETY: `word_ptr` asserts that the word is aligned and inside the span, which `_memory` keeps mapped. This process accesses
-        // rings by atomics only, unless a hostile driver puts a buffer into a ring: then a copy of untrusted bytes may race with
-        // this load, and any value is valid.
+        // SAFETY: `word_ptr` asserts that the word is aligned and inside the span. `_memory` keeps the span mapped,
+        // readable and writable. This process accesses rings by atomics only, unless a hostile driver puts a buffer
+        // into a ring: then a copy of untrusted bytes may race with this access, and any value of the word is valid.
         spec::le16(unsafe { AtomicU16::from_ptr(self.word_ptr(at)) }.load(order))
     }
 
-    /// Stores a 16-bit word at byte `at`, an even number.
+    /// Stores a 16-bit word at byte `at`. `at` must be even.
     #[inline]
     pub fn store(&self, at: usize, word: u16, order: Ordering) {
-        // SAFETY: as in `load`: `word_ptr` asserts alignment and bounds, and `_memory` keeps the span mapped, readable and writable.
+        // SAFETY: `word_ptr` asserts that the word is aligned and inside the span. `_memory` keeps the span mapped,
+        // readable and writable. This process accesses rings by atomics only, unless a hostile driver puts a buffer
+        // into a ring: then a copy of untrusted bytes may race with this access, and any value of the word is valid.
         unsafe { AtomicU16::from_ptr(self.word_ptr(at)) }.store(spec::le16(word), order);
         #[cfg(test)]
         super::store_counter::count_store();
     }
 
-    /// Loads the 64-bit word at byte `at` in the guest's byte order. `at` and the span's alignment are multiples of 8.
+    /// Loads the 64-bit word at byte `at`, in the guest's byte order. Its address must be a multiple of 8.
     #[inline]
     pub fn load_raw64(&self, at: usize) -> u64 {
-        // SAFETY: as in `load`: `word_ptr` asserts alignment and bounds, and `_memory` keeps the span mapped, readable and writable.
+        // SAFETY: `word_ptr` asserts that the word is aligned and inside the span. `_memory` keeps the span mapped,
+        // readable and writable. This process accesses rings by atomics only, unless a hostile driver puts a buffer
+        // into a ring: then a copy of untrusted bytes may race with this access, and any value of the word is valid.
         unsafe { AtomicU64::from_ptr(self.word_ptr(at)) }.load(Ordering::Relaxed)
     }
 
-    /// Stores a 32-bit word in the guest's byte order at byte `at`. `at` and the span's alignment are multiples of 4.
+    /// Stores a 32-bit word at byte `at`, in the guest's byte order. Its address must be a multiple of 4.
     #[inline]
     pub fn store_raw32(&self, at: usize, word: u32) {
-        // SAFETY: as in `load`: `word_ptr` asserts alignment and bounds, and `_memory` keeps the span mapped, readable and writable.
+        // SAFETY: `word_ptr` asserts that the word is aligned and inside the span. `_memory` keeps the span mapped,
+        // readable and writable. This process accesses rings by atomics only, unless a hostile driver puts a buffer
+        // into a ring: then a copy of untrusted bytes may race with this access, and any value of the word is valid.
         unsafe { AtomicU32::from_ptr(self.word_ptr(at)) }.store(word, Ordering::Relaxed);
         #[cfg(test)]
         super::store_counter::count_store();

@@ -1,5 +1,5 @@
-//! The in-flight record of one queue: shared memory of the front-end in which the daemon records the chains that it has taken and
-//! not yet completed. The memory survives a kill of the daemon, and the next daemon resubmits these chains.
+//! The in-flight record of one queue: shared memory of the front-end in which the daemon records the chains that it has
+//! popped and not yet completed. The memory survives a kill of the daemon, and the next daemon resubmits these chains.
 //!
 //! The layout is that of QEMU's `docs/interop/vhost-user.rst`, "Inflight I/O tracking", for split virtqueues:
 //!
@@ -8,28 +8,30 @@
 //!   16 + 16 * head:  inflight u8 | padding | 6 next u16 | 8 counter u64
 //! ```
 //!
-//! # Order of the stores: a kill at any point loses and repeats no completed request
+//! # Order of the stores: a kill at any point loses no request and repeats no completed request
 //!
-//! A killed thread has executed its stores up to some point in program order. So only the compiler must not reorder them: each
-//! store here, and that of `used.idx`, is a release store.
+//! A killed thread has executed its stores up to some point in program order. So it is enough that the compiler does
+//! not reorder the stores: each store of this module, and the store to `used.idx`, is a release store.
 //!
 //! | a kill after this store | state, and what the next daemon does |
 //! | --- | --- |
 //! | (taken) `counter` | the head is not in flight; it is still next in the avail ring and is popped from there |
 //! | `inflight = 1` | the head is in flight, whether or not its I/O was started: resubmitted |
 //! | data, status byte, used element | the driver sees none of these before `used.idx`: resubmitted |
-//! | (completed) `next`, `last_batch_head` | `used_idx` equals the ring's index, so the list is not read: resubmitted |
-//! | `used.idx`, some `inflight = 0` | the driver has the batch and may have reused its heads. `used_idx` lags by the size of the batch: that number of heads of the list lose their marks and are not resubmitted |
+//! | (completed) `next`, `last_batch_head` | `used_idx` equals the ring's index, so the list of completed heads (from `last_batch_head` along `next`) is not read: resubmitted |
+//! | `used.idx`, some `inflight = 0` | the driver has the batch and may have reused its heads. `used_idx` lags behind the ring's index by the size of the batch: `resume` clears `inflight` of that number of heads of the list, and does not resubmit them |
 //! | `used_idx` | nothing to do |
 //!
-//! Every chain is marked when it is taken, in the order of the avail ring, also if it needs no disk. So the number of chains
-//! taken is the used index plus the number of heads in flight, and the next chain to pop follows from that. The index that the
-//! front-end sends (QEMU: the used index, cloud-hypervisor: the avail index) is not needed.
+//! Every chain is recorded when it is popped, in the order of the avail ring, even if it needs no disk. So the number
+//! of chains popped is the used index plus the number of heads in flight, and the index of the next chain to pop
+//! follows from that number. The index that the front-end sends (QEMU: the used index, cloud-hypervisor: the avail
+//! index) is not needed.
 //!
-//! A request may be executed twice, but never after it was answered. That is harmless, since data goes to its final place.
+//! A request may be executed twice, but never after it was answered. The repetition is harmless, since the data goes to
+//! the same place.
 //!
-//! The contents of the region are read once, by [`InFlightRecord::resume`], and are not trusted: they decide which descriptors of
-//! the front-end's own guest are read, and in which order, and nothing else.
+//! Only [`InFlightRecord::resume`] reads the region. The contents are not trusted: they decide only which descriptors
+//! of the front-end's own guest are read, and in which order.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -48,31 +50,32 @@ const ENTRY_LEN: usize = 16;
 const NEXT: usize = 6;
 const COUNTER: usize = 8;
 
-/// The only version that exists. A region that was not used yet contains version 0.
+/// The only version that is defined. A region that was never used contains version 0.
 const VERSION_1: u16 = 1;
 
 /// The mapped region with the records of all queues.
 #[derive(Debug)]
 pub struct InFlightRegion {
-    // Dropped before the mapping that it guards.
+    // Declared before the mapping that it guards, so that it is dropped first.
     guard: Option<Guard>,
     map: MmapRegion<()>,
 }
 
 impl InFlightRegion {
-    /// Creates a region from its mapping. With a guard, access to a lost page does not end the process.
+    /// Creates a region from its mapping. With a guard, an access to a lost page does not kill the process.
     pub fn new(map: MmapRegion<()>, guard: Option<Guard>) -> InFlightRegion {
         InFlightRegion { guard, map }
     }
 
-    /// Whether a page of the region is lost: the front-end cut the file, or the kernel had no memory for it.
+    /// Whether a page of the region is lost: the front-end truncated the file, or the kernel had no memory for the
+    /// page.
     #[inline]
     pub fn is_lost(&self) -> bool {
         self.guard.as_ref().is_some_and(Guard::is_lost)
     }
 }
 
-/// The in-flight record of one queue. Only `resume` reads it.
+/// The in-flight record of one queue. Only [`InFlightRecord::resume`] reads the record.
 #[derive(Clone)]
 pub struct InFlightRecord {
     map: Arc<InFlightRegion>,
@@ -101,19 +104,20 @@ impl InFlightRecord {
         InFlightRecord { map, offset: at, entries, last_completed: 0, counter: 0, unpublished: Vec::new() }
     }
 
-    /// Whether a page of the region is lost: the front-end cut the file, or the kernel had no memory for it.
+    /// Whether a page of the region is lost: the front-end truncated the file, or the kernel had no memory for the
+    /// page.
     #[inline]
     pub fn is_lost(&self) -> bool {
         self.map.is_lost()
     }
 
-    /// Number of descriptors of the largest ring that fits.
+    /// Maximum number of descriptors of a ring whose chains the record can hold.
     pub fn entries(&self) -> u16 {
         self.entries
     }
 
-    /// Takes over the record from the previous daemon. Returns the heads in flight, each once, in the order in which they were
-    /// taken. `size` is the size of the ring, and `used_idx` its used index.
+    /// Takes over the record of the previous daemon. Returns the heads in flight, each once, in the order in which the
+    /// chains were popped. `size` is the size of the ring, and `used_idx` is its used index.
     ///
     /// # Errors
     /// `Invalid` if the ring has more descriptors than the record, or the header of the record is not valid.
@@ -146,7 +150,7 @@ impl InFlightRecord {
         }
         let unmarked = used_idx.wrapping_sub(self.load(USED_IDX));
         if unmarked > size {
-            // A batch is never longer than its ring, so this record belongs to an earlier ring.
+            // A batch never has more chains than its ring, so the record belongs to an earlier ring.
             self.initialise(used_idx);
         } else {
             let mut head: u16 = self.load(LAST_BATCH_HEAD);
@@ -166,7 +170,7 @@ impl InFlightRecord {
         Ok(heads.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// Clears the record. Stores the version last, so that a kill before leaves an unused record.
+    /// Clears the record. Stores the version last, so that after a kill in between the record still counts as unused.
     fn initialise(&self, used_idx: u16) {
         self.store(VERSION, 0u16);
         (0..self.entries).for_each(|head| self.set_inflight(head, 0));
@@ -175,14 +179,15 @@ impl InFlightRecord {
         self.store(VERSION, VERSION_1);
     }
 
-    /// Records a chain that was popped from the avail ring. To be called before the chain has any effect.
+    /// Records a chain that was popped from the avail ring. The caller must call this before the chain has any effect.
     pub fn record_taken(&mut self, head: u16) {
         self.store(entry_offset(head) + COUNTER, self.counter);
         self.counter = self.counter.wrapping_add(1);
         self.set_inflight(head, 1);
     }
 
-    /// Records a chain whose data, status and used element are in place, before `used.idx` is stored.
+    /// Records a completed chain. The caller must call this after it has written data, status and used element, and
+    /// before it stores `used.idx`.
     pub fn record_completed(&mut self, head: u16) {
         self.store(entry_offset(head) + NEXT, self.last_completed);
         self.store(LAST_BATCH_HEAD, head);
@@ -190,7 +195,7 @@ impl InFlightRecord {
         self.unpublished.push(head);
     }
 
-    /// Records that `used.idx` was stored, so that the driver sees all completed chains.
+    /// Records that `used.idx` was stored, and so that the driver sees all completed chains.
     pub fn record_published(&mut self, used_idx: u16) {
         if self.unpublished.is_empty() {
             return;
@@ -217,7 +222,7 @@ impl InFlightRecord {
     }
 }
 
-/// Offset of the entry of a head.
+/// Returns the offset of the entry of a head in the record.
 fn entry_offset(head: u16) -> usize {
     ENTRIES + ENTRY_LEN * usize::from(head)
 }

@@ -1,4 +1,4 @@
-//! Tests of `inflight.rs`, alone and with a virtqueue that is killed after any store.
+//! Tests of `inflight.rs`: of the record alone, and with a virtqueue that is killed after any store.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -14,7 +14,7 @@ use crate::disk::{Answer, Outcome, Request, Work};
 const SERIAL: [u8; ID_LEN] = [b's'; ID_LEN];
 const RULES: RequestRules<'static> = RequestRules { capacity: 1 << 20, read_only: false, features: 0, serial: &SERIAL };
 const SIZE: u16 = 64;
-/// Number of chains that a driver can have in flight, of three descriptors each.
+/// Maximum number of chains that the driver has in flight. Each has three descriptors.
 const CHAINS: u16 = 20;
 
 fn region(entries: u16) -> Arc<InFlightRegion> {
@@ -31,15 +31,16 @@ struct KillHarness {
     d: TestDriver,
     map: Arc<InFlightRegion>,
     device: Option<(Virtqueue, Vec<Request>)>,
-    /// By chain: the number of the request that has no answer yet. Requests are numbered in the order in which they were added.
+    /// By chain: the number of its request while the request has no answer. Requests are numbered in the order in which
+    /// they were added.
     asked: [Option<u32>; CHAINS as usize],
     asks: u32,
     answers: u32,
     lives: u32,
     kills: u32,
-    /// Number of stores after which the successor of a killed device is killed.
+    /// Number of stores after which the device that follows a killed device is killed.
     again: Option<u32>,
-    /// Stores left at the end of [`KillHarness::live`].
+    /// Value of [`stores_left`] at the end of [`KillHarness::live`].
     stores_left: Option<u32>,
     seed: u64,
 }
@@ -85,14 +86,14 @@ impl KillHarness {
         self.d.add(first);
     }
 
-    /// Runs `f` on the device, which is created if there is none, and which may be killed meanwhile.
+    /// Runs `f` on the device, and creates the device first if there is none. The device may be killed meanwhile.
     fn run(&mut self, f: impl FnOnce(&mut Virtqueue, &mut Vec<Request>, &mut u64)) {
         let (d, map) = (&self.d, &self.map);
         let (device, seed) = (self.device.take(), &mut self.seed);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             let (mut x, mut disk) = device.unwrap_or_else(|| {
                 self.lives += 1;
-                // QEMU would send the used index, cloud-hypervisor the avail index; neither is used.
+                // QEMU sends the used index and cloud-hypervisor the avail index. The device uses neither.
                 let base = u16::try_from(next(seed) & 0xffff).unwrap();
                 let ring = SplitRing::new(&d.view(), d.layout(), SIZE, false, base).unwrap();
                 (Virtqueue::new(d.view(), ring, Some(InFlightRecord::new(map.clone(), 0, SIZE))).unwrap(), Vec::new())
@@ -111,7 +112,8 @@ impl KillHarness {
         self.reap();
     }
 
-    /// Pops chains. Checks that each started request has no answer yet, and that they start in the order in which they were added.
+    /// Pops chains. Checks that each started request has no answer yet, and that requests start in the order in which
+    /// they were added.
     fn take(&mut self) {
         let asked = self.asked;
         self.run(|x, disk, _| {
@@ -162,7 +164,7 @@ impl KillHarness {
         }
     }
 
-    /// Runs a guest for a while, until all of its requests are answered.
+    /// Adds and answers requests for some rounds, and then continues until all requests are answered.
     fn live(&mut self) {
         for _ in 0..12 {
             (0..next(&mut self.seed) % 5).for_each(|_| self.ask());
@@ -200,7 +202,7 @@ fn a_kill_after_any_store_loses_and_repeats_nothing() {
         let stores = MANY - world.stores_left.unwrap();
         assert!(world.kills == 0 && stores > 200, "{stores}");
         for at in 0..stores {
-            // The second kill hits the daemon that takes over from the first, or a later one.
+            // The second kill hits the device that takes over from the killed one, or a later one.
             for again in [None, Some(at % 5), Some(at % 97)] {
                 let mut world = KillHarness::new(seed);
                 world.again = again;
@@ -230,7 +232,7 @@ fn kills_at_random() {
     }
 }
 
-/// Front-ends that reconnect send different indices as the base of a ring.
+/// Front-ends that reconnect send different values as the base of a ring.
 #[test]
 fn the_base_has_no_effect() {
     let outcome = |base: u16| {
@@ -292,7 +294,7 @@ fn a_new_record_starts_at_the_used_index_of_the_ring() {
     assert_eq!(record.resume(SIZE, 65530).unwrap(), [0u16; 0]);
     record.record_taken(3);
     record.record_completed(3);
-    // In SPDK's bug 3766 a new record starts at used index 0. Then 65530 chains would count as completed here.
+    // In SPDK's bug 3766 a new record starts at used index 0. Then 65530 chains would count as completed in this test.
     assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65530).unwrap(), [3]);
     assert_eq!(InFlightRecord::new(map.clone(), 0, SIZE).resume(SIZE, 65531).unwrap(), [0u16; 0]);
     let raw = |at: usize, len: usize| {
@@ -304,7 +306,7 @@ fn a_new_record_starts_at_the_used_index_of_the_ring() {
     assert_eq!(raw(8, 8), [1u16, SIZE, 3, 65531].map(u16::to_ne_bytes).concat());
 }
 
-/// The layout is QEMU's, since a region may be passed from one back-end to another.
+/// The layout is that of QEMU, since a region may be passed from one back-end to another.
 #[test]
 fn the_layout_is_that_of_the_protocol() {
     let map = region(8);
@@ -342,7 +344,7 @@ fn invalid_records_are_refused() {
     assert!(record.resume(64, 0).is_ok());
 }
 
-/// The record of an earlier ring makes the device resubmit nothing.
+/// If the record belongs to an earlier ring, the device resubmits nothing.
 #[test]
 fn the_record_of_an_earlier_ring_is_cleared() {
     let mut record = InFlightRecord::new(region(64), 0, 64);
@@ -363,7 +365,7 @@ fn a_hostile_record_is_bounded() {
         let bytes: Vec<u8> = (0..InFlightRecord::len(64)).map(|_| next(&mut seed).to_be_bytes()[7]).collect();
         map.map.get_slice(0, bytes.len()).unwrap().copy_from(&bytes);
         let mut record = InFlightRecord::new(map, 0, 64);
-        // A header that is accepted.
+        // A header that `resume` accepts.
         record.store(VERSION, VERSION_1);
         record.store(DESC_NUM, 64u16);
         let used = u16::try_from(next(&mut seed) & 0xffff).unwrap();

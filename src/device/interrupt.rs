@@ -1,24 +1,25 @@
-//! Interrupt coalescing: when a pending interrupt is sent to the driver.
+//! Interrupt coalescing: decides when a pending interrupt is sent to the driver.
 //!
-//! An interrupt that wakes a sleeping guest processor costs this thread 10 to 20 us, more than a small request, and the guest
-//! takes tens of microseconds until it adds more requests. So an interrupt waits while the chains that are left take longer than
-//! that: of 32 writes of 4 us, one interrupt announces 24, and 8 are served while the guest wakes. Fast requests, such as reads
-//! from the page cache, are announced after every batch, since the rest takes less time than the guest needs. Slow requests are,
-//! too, since an interrupt costs little in comparison.
+//! An interrupt that wakes a sleeping guest processor costs the thread of the queue 10 to 20 us, more than a small
+//! request. The guest then takes tens of microseconds until it adds more requests. So an interrupt waits while serving
+//! the chains that are left takes longer than the guest takes to wake: of 32 writes of 4 us each, one interrupt
+//! announces 24, and the other 8 are served while the guest wakes. Fast requests, such as reads from the page cache,
+//! are announced after every batch, since serving the rest takes less time than the guest needs. Slow requests are also
+//! announced after every batch, since the cost of an interrupt is small in comparison.
 
 use std::time::{Duration, Instant};
 
-/// Time that a guest takes to wake and to add requests. 20 us gain nothing, 60 us perform the same.
+/// Time that a guest takes to wake and to add requests. With 20 us coalescing gains nothing; 60 us perform like 40 us.
 const GUEST_WAKE: Duration = Duration::from_micros(40);
-/// Time per chain from which an interrupt costs little in comparison and never waits.
+/// Minimum time per chain for which an interrupt never waits, since its cost is small in comparison.
 const SLOW_CHAIN: Duration = Duration::from_micros(16);
-/// Longest time that an interrupt waits. Checked after each batch.
+/// Maximum time that an interrupt waits. The time is checked after each batch.
 const MAX_DELAY: Duration = Duration::from_micros(100);
 
 /// The pending interrupt of one queue.
 ///
-/// The clock is read only if an interrupt may wait, and batches are timed only if they have some length: otherwise a guest with
-/// few requests in flight would wait for the clock, too.
+/// The clock is read only if an interrupt may wait, and only batches of some length are timed. Otherwise reading the
+/// clock would delay a guest with few requests in flight.
 #[derive(Debug, Default)]
 pub(super) struct InterruptCoalescing {
     /// Whether an interrupt is pending.
@@ -37,7 +38,8 @@ impl InterruptCoalescing {
         }
     }
 
-    /// Records a batch of few and large chains, which was not timed: no interrupt waits for the next batch.
+    /// Records a batch that was full after few requests, which are large, and was not timed. No interrupt waits for the
+    /// batch after it.
     pub(super) fn record_large_batch(&mut self) {
         self.time_per_chain = Duration::ZERO;
     }
@@ -52,8 +54,8 @@ impl InterruptCoalescing {
         self.pending
     }
 
-    /// Whether the pending interrupt is to be sent now. `left` is the number of chains that the next batch pops at once; `now`
-    /// returns the time.
+    /// Returns whether the pending interrupt is to be sent now. `left` is the number of chains that the next batch pops
+    /// at once, and `now` returns the time.
     pub(super) fn is_due(&mut self, left: u16, now: impl FnOnce() -> Instant) -> bool {
         if !self.pending || self.time_per_chain >= SLOW_CHAIN || self.time_per_chain * u32::from(left) <= GUEST_WAKE {
             return self.pending;
@@ -75,7 +77,7 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// The state after batches with this time per chain, with an interrupt pending.
+    /// Returns the state after batches with this time per chain, with an interrupt pending, and the current time.
     fn pending(per_chain: Duration) -> (InterruptCoalescing, Instant) {
         let (mut state, now) = (InterruptCoalescing::default(), Instant::now());
         (0..40).for_each(|_| state.record_batch(16, per_chain * 16));

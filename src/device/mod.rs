@@ -1,9 +1,9 @@
 //! Floor 4: the virtio-blk device.
 //!
-//! Owns: virtqueues (descriptor chains, rings, notifications), the parsing of virtio-blk requests, the features of the
-//! device and its configuration space. Leaves to others: how a disk executes a request (floor 3), and sockets, threads
-//! and event loops (floor 5). Everything that a guest writes is treated as hostile: rules V1 to V18 of
-//! virtio 3, each named where it is enforced.
+//! This floor owns virtqueues (descriptor chains, rings, notifications), the parsing of virtio-blk requests, the
+//! features of the device, and its configuration space. Other floors own the execution of requests (floor 3), and
+//! sockets, threads and event loops (floor 5). Everything that a guest writes is treated as hostile: each of the rules
+//! V1 to V18 of virtio 3 is named at the code that enforces it.
 //!
 //! ```text
 //!   guest memory                                                                     disk

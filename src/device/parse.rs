@@ -1,7 +1,7 @@
-//! Parsing of a chain into a request for the disk, or a status that can be returned at once.
+//! Parsing of a descriptor chain into a request for the disk, or into a status that is returned at once.
 //!
-//! All checks are made here, before any effect. A request that reaches the disk has a valid range and size, and its buffers lie in
-//! guest memory.
+//! This module makes all checks of a request, before the request has any effect. A request that reaches the disk has a
+//! valid range and size, and its buffers lie in guest memory.
 
 use super::config::{MAX_ZEROED_SECTORS, ZEROING_LIMITS};
 use super::descriptor_chain::{DescriptorChain, clip_buffers};
@@ -18,7 +18,7 @@ const MAX_SEGMENTS: usize = ZEROING_LIMITS.segments as usize;
 /// Initial capacity of a new [`GuestIovecs`].
 const IOVEC_CAPACITY: usize = 16;
 
-/// Properties of the device against which requests are checked. The capacity may change between batches.
+/// Properties of the device by which requests are checked. The capacity may change between batches.
 #[derive(Clone, Copy)]
 pub struct RequestRules<'a> {
     /// Size of the disk in sectors.
@@ -31,41 +31,42 @@ pub struct RequestRules<'a> {
     pub serial: &'a [u8; ID_LEN],
 }
 
-/// A parsed chain.
+/// The result of parsing a chain.
 #[derive(Debug)]
 pub enum ParsedChain {
     /// A request for the disk.
     Submit {
         /// The request.
         work: Work,
-        /// Guest address of the status byte; it is guest memory.
+        /// Guest address of the status byte, which is guest memory.
         status_at: u64,
-        /// Used length if the request succeeds, including the status. If it fails, only the status counts.
+        /// Used length if the request succeeds, including the status byte. If the request fails, the used length is 1.
         written: u32,
     },
     /// A request that is complete already.
     Complete {
-        /// Its status.
+        /// The status of the request.
         status: Status,
-        /// Guest address of the status byte; it is guest memory.
+        /// Guest address of the status byte, which is guest memory.
         status_at: u64,
-        /// Used length, including the status.
+        /// Used length, including the status byte.
         written: u32,
     },
-    /// A chain without a place for a status, which is returned with length 0 (V7, V8).
+    /// A chain without a writable byte for a status, or without a whole header. The chain is returned with used length
+    /// 0 (V7, V8).
     Return,
 }
 
-/// The end of a request that does not reach the disk.
+/// Outcome of a request that does not reach the disk.
 enum EarlyEnd {
     Failed(Status),
-    /// Success, with this number of bytes written before the status.
+    /// The request succeeded, and wrote this number of bytes before the status.
     Done(u32),
 }
 
 use EarlyEnd::{Done, Failed};
 
-/// Parses a chain. Takes iovecs for its data from `spare` if there are any.
+/// Parses a chain. Takes iovecs for the data of the request from `spare` if `spare` has any.
 #[inline]
 pub fn parse(
     chain: &DescriptorChain,
@@ -73,7 +74,7 @@ pub fn parse(
     rules: &RequestRules<'_>,
     spare: &mut Vec<GuestIovecs>,
 ) -> ParsedChain {
-    // V8: the status is the last writable byte, in whichever descriptor.
+    // V8: the status is the last writable byte of the chain, in any descriptor.
     let last = chain.writable().iter().rev().find(|p| p.len > 0);
     let Some(status_at) = last.and_then(|p| p.addr.checked_add(u64::from(p.len) - 1)) else {
         return ParsedChain::Return;
@@ -88,7 +89,7 @@ pub fn parse(
     }
 }
 
-/// Parses the request of a chain. Returns it with the number of data bytes that it writes to guest memory.
+/// Parses the request of a chain. Returns the request with the number of data bytes that it writes to guest memory.
 fn parse_request(
     chain: &DescriptorChain,
     view: &GuestView,
@@ -144,7 +145,8 @@ fn parse_request(
     }
 }
 
-/// V9: checks a read or write of `len` bytes, and returns its sectors and its length. Without bytes it succeeds at once.
+/// V9: checks a read or write of `len` bytes. Returns the sectors and the length. A request of zero bytes succeeds at
+/// once.
 fn data_range(sector: u64, len: u64, rules: &RequestRules<'_>) -> Result<(SectorRange, u32), EarlyEnd> {
     if !len.is_multiple_of(SECTOR) || len > MAX_BYTES {
         return Err(Failed(Status::IoErr));
@@ -157,8 +159,8 @@ fn check_range(sector: u64, count: u64, rules: &RequestRules<'_>) -> Result<Sect
     SectorRange::new(sector, count).filter(|r| r.end() <= rules.capacity).ok_or(Failed(Status::IoErr))
 }
 
-/// V12: checks all segments, and calls `each` with the range and flags of those that are not empty. The caller has no effect before
-/// this returns.
+/// V12: checks all segments, and calls `each` with the range and flags of each segment that is not empty. `each` may be
+/// called before a later segment is found to be invalid, so `each` must have no effect on the disk.
 fn parse_segments(
     chain: &DescriptorChain,
     view: &GuestView,
@@ -191,7 +193,7 @@ fn parse_segments(
     Ok(())
 }
 
-/// Reads bytes of a chain from offset `skip`, each once. The chain must have enough readable bytes.
+/// Reads bytes of a chain from offset `skip` on, each byte once. The chain must have enough readable bytes.
 #[inline]
 fn read_bytes(chain: &DescriptorChain, view: &GuestView, skip: u64, into: &mut [u8]) -> Result<(), EarlyEnd> {
     let mut done = 0;
@@ -204,7 +206,7 @@ fn read_bytes(chain: &DescriptorChain, view: &GuestView, skip: u64, into: &mut [
     Ok(())
 }
 
-/// The guest memory of a read or write (V6).
+/// Returns the guest memory of a read or write (V6).
 #[inline]
 fn data_iovecs(
     view: &GuestView,

@@ -73,7 +73,7 @@ fn the_header_may_span_any_number_of_descriptors() {
     let at = d.header(0, kind::OUT, 9);
     let mut pieces: Vec<_> = (0..15).map(|i| (at + i, 1, 0)).collect();
     pieces.insert(7, (END, 0, 0));
-    // The last byte of the header and the data in one descriptor.
+    // One descriptor contains the last byte of the header and the data.
     d.put(DATA - 1, &d.get(at + 15, 1));
     d.put(DATA, b"y");
     pieces.push((DATA - 1, 513, 0));
@@ -97,7 +97,8 @@ fn the_header_may_span_any_number_of_descriptors() {
 fn the_status_is_the_last_writable_byte() {
     let d = TestDriver::new(64);
     let header = (d.header(0, kind::IN, 0), 16, 0);
-    // The status is the last byte of the data's descriptor, after a border of regions, and empty descriptors follow.
+    // The status is the last byte of the descriptor with the data, after the border of two regions. Empty descriptors
+    // follow.
     let pieces = [header, (SEAM - 512, 513, WRITE), (END, 0, WRITE), (u64::MAX, 0, WRITE)];
     let ParsedChain::Submit { work: Work::Read { into, .. }, status_at, written } = judge_by(&d, &rules(), &pieces)
     else {
@@ -173,7 +174,7 @@ fn requests_that_were_not_offered_are_refused() {
     let old = RequestRules { features: 0, ..rules() };
     assert_eq!(answer(ask(&d, &old, kind::DISCARD, 0, &seg)), UNSUPP);
     assert_eq!(answer(ask(&d, &old, kind::WRITE_ZEROES, 0, &seg)), UNSUPP);
-    // SCSI, secure erase, zones, legacy barriers (also with a good type), anything.
+    // SCSI, secure erase, zones, legacy barriers (also combined with a valid type), and unknown types.
     for kind in [2, 3, 14, 15, 24, 1 << 31, 1 << 31 | kind::OUT, u32::MAX] {
         assert_eq!(answer(ask(&d, &rules(), kind, 0, &data)), UNSUPP, "{kind:#x}");
     }
@@ -237,7 +238,7 @@ fn all_segments_are_checked_before_any_effect() {
     assert_eq!(ranges, [SectorRange::new(CAPACITY - 8, 8).unwrap(), SectorRange::new(1, 2).unwrap()]);
     assert_eq!(answer(ask(&d, &rules(), kind::DISCARD, 0, &[(END - 8, 16, 0)])), IO_ERR, "a hole");
     let big = RequestRules { capacity: 1 << 40, ..rules() };
-    // More than is offered, as sent by a guest that was started with an older daemon.
+    // Segments larger than the offered limit, as sent by a guest that was started with an older daemon.
     d.segments(DATA, &[(0, MAX_ZEROED_SECTORS, 0)]);
     for kind in [kind::DISCARD, kind::WRITE_ZEROES] {
         assert!(matches!(ask(&d, &big, kind, 0, &[(DATA, 16, 0)]), ParsedChain::Submit { .. }));

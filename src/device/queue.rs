@@ -5,8 +5,8 @@
 //! ```
 //!
 //! A batch makes one submit (two if a copy fails or early writeback is due), and one system call for an interrupt if
-//! the driver requires one. After that, `Lane::refresh_residency` may make a few. The lock of the vring is never held
-//! across I/O, so the control thread does not wait for the disk.
+//! the driver requires one. `Lane::refresh_residency` may then make a few more system calls. The lock of the vring is
+//! never held across I/O, so the control thread does not wait for the disk.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -27,20 +27,21 @@ use super::virtqueue::{PopResult, Virtqueue};
 use crate::disk::{Answer, Lane};
 use crate::error::Result;
 
-/// The state of a virtqueue that the front-end has sent.
+/// The state of a virtqueue as the front-end has sent it.
 pub type Vring = vhost_user_backend::VringRwLock<AtomicMemory>;
 
-/// Requests of a batch that are not timed. Reading the clock costs 7 % if two requests are in flight.
+/// Number of requests of a batch up to which the batch is not timed. Reading the clock costs 7 % if two requests are in
+/// flight.
 const UNTIMED_REQUESTS: u32 = 3;
 
 /// The next action of a queue's thread after a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ServeResult {
-    /// Wait for a kick (see [`Queue::enable_kicks`]) or a wake descriptor.
+    /// Wait for a kick (requires [`Queue::enable_kicks`]) or a wake descriptor.
     Idle,
-    /// Serve the next batch, after other events (V17).
+    /// Serve the next batch, after the thread has handled other events (V17).
     More,
-    /// Wait for a wake descriptor: the ring is broken. Requests in flight complete, and no chains are popped any more.
+    /// Wait for a wake descriptor: the ring is broken. Requests in flight complete, but no more chains are popped.
     Broken,
 }
 
@@ -52,7 +53,8 @@ pub struct Queue {
     /// `None` while the queue is stopped.
     virtqueue: Option<Virtqueue>,
     answers: Vec<Answer>,
-    /// Whether the last batch left chains in the ring because the lane or the bytes in flight were at their limit.
+    /// Whether the last batch left chains in the ring because the lane or the number of bytes in flight was at its
+    /// limit.
     no_capacity: bool,
     /// Whether a failure to send an interrupt has been logged.
     interrupt_failure_logged: bool,
@@ -74,10 +76,11 @@ impl Queue {
         }
     }
 
-    /// Starts to serve the ring that `vring` describes. The driver must have acknowledged features before.
+    /// Starts to serve the ring that `vring` describes. Requires that the driver has acknowledged features.
     ///
-    /// The used index is read from the ring. The next available index is that of `vring`; with a record, it is the used index
-    /// plus the number of chains that the record has in flight, and these chains are resubmitted first.
+    /// The used index is read from the ring. Without a record, the next available index is that of `vring`. With a
+    /// record, the next available index is the used index plus the number of chains that the record has in flight, and
+    /// these chains are resubmitted first.
     ///
     /// # Errors
     /// The queue stays stopped.
@@ -108,11 +111,11 @@ impl Queue {
         Ok(())
     }
 
-    /// Serves one batch: completes answered requests, pops chains if the ring is enabled and the lane has room, submits their
-    /// requests together, and completes those that are answered already.
+    /// Serves one batch: completes answered requests, pops chains if the ring is enabled and the lane has capacity,
+    /// submits their requests together, and completes the requests that are answered by then.
     ///
     /// # Errors
-    /// The lane's engine failed. The disk cannot be served any more.
+    /// Any error of the lane's engine. The disk cannot be served any more.
     pub fn serve(&mut self, vring: &Vring) -> io::Result<ServeResult> {
         let result = self.serve_batch(vring);
         if result.is_err() {
@@ -127,7 +130,7 @@ impl Queue {
         let Some(virtqueue) = &self.virtqueue else { return Ok(ServeResult::Idle) };
         let is_broken = virtqueue.broken().is_some();
         let is_served = !is_broken && vring.get_ref().is_enabled();
-        // Answers that waited for the disk do not wait for another batch, too.
+        // The disk was slow to answer these requests, so their interrupt does not wait for another batch.
         if late || !is_served {
             self.send_interrupt(vring);
         } else {
@@ -144,7 +147,7 @@ impl Queue {
         let room = lane.push_capacity();
         let push = |request| {
             lane.push(request);
-            // Small batches are not timed. Most of the work follows after this.
+            // Small batches are not timed. Most of the work of a batch follows after this point, in the submit.
             if pushed == UNTIMED_REQUESTS {
                 begin = Some(Instant::now());
             }
@@ -154,7 +157,7 @@ impl Queue {
         let popped = match virtqueue.chains_to_resubmit() {
             0 => virtqueue.pop_chains(&rules, room, push),
             _ => match virtqueue.pop_resubmitted(&rules, room, push) {
-                // New chains follow in the next batch.
+                // The next batch pops the new chains.
                 PopResult::Empty => PopResult::BatchFull,
                 popped => popped,
             },
@@ -178,7 +181,8 @@ impl Queue {
         Ok(match popped {
             PopResult::Empty if pushed == 0 && !completed && !self.lane.has_queued_punch() => ServeResult::Idle,
             PopResult::Empty | PopResult::BatchFull => ServeResult::More,
-            // Without an answer there is no new capacity. The lane's descriptors wake the thread.
+            // Without an answer there is no new capacity. The lane's descriptors wake the thread when there are
+            // answers.
             PopResult::NoCapacity if completed || self.lane.has_queued_punch() => ServeResult::More,
             PopResult::NoCapacity => ServeResult::Idle,
             PopResult::Broken => {
@@ -195,10 +199,10 @@ impl Queue {
         })
     }
 
-    /// Enables kicks of the driver; to be called before the thread sleeps. Returns whether chains were added in the
-    /// meantime.
+    /// Enables kicks of the driver. The thread must call this before it sleeps. Returns whether the driver added chains
+    /// in the meantime.
     pub fn enable_kicks(&mut self, vring: &Vring) -> bool {
-        // If the lane is full, answers wake the thread, not kicks.
+        // If the lane has no capacity, answers have to wake the thread, not kicks.
         let Some(virtqueue) = self.virtqueue.as_mut().filter(|x| x.broken().is_none() && !self.no_capacity) else {
             return false;
         };
@@ -210,15 +214,17 @@ impl Queue {
         self.virtqueue.as_ref().is_some_and(Virtqueue::is_unused)
     }
 
-    /// Stops the queue after all requests in flight have completed. Returns the next available index, and stores it in `vring`.
+    /// Stops the queue after all requests in flight have completed. Returns the next available index, and stores it in
+    /// `vring`.
     ///
     /// # Errors
-    /// The lane's engine failed.
+    /// Any error of the lane's engine.
     pub fn stop(&mut self, vring: &Vring) -> io::Result<u16> {
         self.send_interrupt(vring);
         self.lane.drain(&mut self.answers)?;
         self.complete_answers();
-        // The returned index counts the chains of the previous daemon as popped, so they have to be completed, too.
+        // The returned index counts the chains of the previous daemon as popped. So these chains have to be completed,
+        // too.
         while let Some(virtqueue) =
             self.virtqueue.as_mut().filter(|x| x.chains_to_resubmit() > 0 && x.broken().is_none())
         {
@@ -272,12 +278,12 @@ impl Queue {
         any
     }
 
-    /// Sends a pending interrupt, unless the chains that the next batch pops at once let it wait.
+    /// Sends the pending interrupt, unless it may wait for the chains that the next batch pops at once.
     fn interrupt_if_due(&mut self, vring: &Vring) {
         if !self.interrupts.is_pending() {
             return;
         }
-        // If the lane is full or the ring is broken, no batch follows at once.
+        // If the lane has no capacity or the ring is broken, no batch follows at once.
         let left = match &self.virtqueue {
             Some(virtqueue) if !self.no_capacity && virtqueue.broken().is_none() => virtqueue.available_chains(),
             _ => 0,
@@ -294,7 +300,7 @@ impl Queue {
         }
         match vring.get_ref().signal_used_queue() {
             Err(e) if e.kind() != io::ErrorKind::WouldBlock && !self.interrupt_failure_logged => {
-                // This harms the front-end's own guest only.
+                // The failure harms only the front-end's own guest.
                 log::warn!(
                     "queue {}: cannot send an interrupt to the driver by the front-end's call descriptor: {e}",
                     self.index

@@ -43,7 +43,8 @@ fn test_queue(features: u64) -> TestQueue {
     vring.set_queue_info(TABLE, AVAIL, USED).unwrap();
     vring.set_queue_ready(true);
     let (call, notifier) = new_event_consumer_and_notifier(EventFlag::NONBLOCK).unwrap();
-    // SAFETY: `into_raw_fd` passes the ownership of an open descriptor, and the file is its only owner from here on.
+    // SAFETY: `into_raw_fd` gives up the ownership of an open descriptor without closing it, and the new `File` is its
+    // only owner from then on.
     vring.set_call(Some(unsafe { std::fs::File::from_raw_fd(notifier.into_raw_fd()) }));
     vring.set_enabled(true);
     let lane = device.disk().lane(EngineKind::Auto, 16).unwrap();
@@ -60,7 +61,7 @@ fn ask(d: &mut TestDriver, i: u16, kind: u32, sector: u64, at: u64, len: u32) {
     d.add(3 * i);
 }
 
-/// Serves until nothing is in flight. Returns the last result.
+/// Serves batches until nothing is in flight. Returns the last result.
 fn serve(r: &mut TestQueue) -> ServeResult {
     loop {
         let result = r.queue.serve(&r.vring).unwrap();
@@ -138,16 +139,16 @@ fn an_interrupt_that_waits_is_not_lost() {
         serve(&mut r);
         assert!(took_interrupt(&r), "a killed daemon may not have sent the first interrupt");
         assert_eq!(r.d.used().len(), 1);
-        r.d.put_word(AVAIL + 4 + 128, 1); // the next used element wants an interrupt
-        // Records a batch of slow writes, so that the interrupt waits while some writes are left. It waits 100 us at
-        // most, so it does not wait in every round.
+        r.d.put_word(AVAIL + 4 + 128, 1); // the driver requires an interrupt for the next used element
+        // Records a batch of slow writes, so that the interrupt waits while some writes are left. The interrupt waits
+        // 100 us at most, so it is not delayed in every round.
         r.queue.interrupts.record_batch(1, std::time::Duration::from_micros(48));
         (0..16).for_each(|i| ask(&mut r.d, i, kind::OUT, 0, DATA, 512));
         assert_eq!(r.queue.serve(&r.vring).unwrap(), ServeResult::More);
         let waits = !took_interrupt(&r);
         let answered = r.d.used().len();
         if answered < 8 {
-            continue; // a busy host has not written them yet, so no interrupt is pending
+            continue; // the host was too busy to complete the writes, so no interrupt is pending
         }
         waited += u32::from(waits);
         match round % 3 {

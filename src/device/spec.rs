@@ -1,7 +1,7 @@
 //! Constants and layouts of virtio 1.2: chapter 2.7 (split virtqueues) and 5.2 (block device).
 //!
-//! Only this file depends on virtio being little-endian. The numbers come from the Linux headers (virtio-bindings), converted to
-//! the types in which they are used here.
+//! Only this file depends on the byte order of virtio, which is little-endian. The numbers come from the Linux headers
+//! (virtio-bindings), converted to the types in which the crate uses them.
 #![allow(clippy::little_endian_bytes, clippy::cast_possible_truncation)]
 
 use virtio_bindings::bindings::{virtio_blk as blk, virtio_config as config, virtio_ring as ring};
@@ -12,25 +12,25 @@ pub mod feature {
 
     /// `seg_max` is valid.
     pub const SEG_MAX: u64 = 1 << blk::VIRTIO_BLK_F_SEG_MAX;
-    /// The disk cannot be written.
+    /// The disk is read-only.
     pub const RO: u64 = 1 << blk::VIRTIO_BLK_F_RO;
     /// `blk_size` is valid.
     pub const BLK_SIZE: u64 = 1 << blk::VIRTIO_BLK_F_BLK_SIZE;
-    /// `FLUSH` is supported, and needed for durability.
+    /// The device supports `FLUSH`, and completed writes are durable only after a `FLUSH`.
     pub const FLUSH: u64 = 1 << blk::VIRTIO_BLK_F_FLUSH;
     /// The topology fields are valid.
     pub const TOPOLOGY: u64 = 1 << blk::VIRTIO_BLK_F_TOPOLOGY;
-    /// `writeback` can be read and written.
+    /// The driver can read and write `writeback`.
     pub const CONFIG_WCE: u64 = 1 << blk::VIRTIO_BLK_F_CONFIG_WCE;
     /// `num_queues` is valid.
     pub const MQ: u64 = 1 << blk::VIRTIO_BLK_F_MQ;
-    /// `DISCARD` is supported.
+    /// The device supports `DISCARD`.
     pub const DISCARD: u64 = 1 << blk::VIRTIO_BLK_F_DISCARD;
-    /// `WRITE_ZEROES` is supported.
+    /// The device supports `WRITE_ZEROES`.
     pub const WRITE_ZEROES: u64 = 1 << blk::VIRTIO_BLK_F_WRITE_ZEROES;
-    /// Tables of indirect descriptors are supported.
+    /// The device supports tables of indirect descriptors.
     pub const INDIRECT_DESC: u64 = 1 << ring::VIRTIO_RING_F_INDIRECT_DESC;
-    /// `used_event` and `avail_event` are used.
+    /// `used_event` and `avail_event` select the notifications.
     pub const EVENT_IDX: u64 = 1 << ring::VIRTIO_RING_F_EVENT_IDX;
     /// The device complies with virtio 1.0 or later. Legacy drivers are not supported.
     pub const VERSION_1: u64 = 1 << config::VIRTIO_F_VERSION_1;
@@ -54,7 +54,7 @@ pub mod kind {
     pub const WRITE_ZEROES: u32 = blk::VIRTIO_BLK_T_WRITE_ZEROES;
 }
 
-/// Status of a request, its last byte.
+/// Status of a request. The device writes it to the last byte of the request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Status {
@@ -62,7 +62,7 @@ pub enum Status {
     Ok = blk::VIRTIO_BLK_S_OK as u8,
     /// The request failed.
     IoErr = blk::VIRTIO_BLK_S_IOERR as u8,
-    /// The request is unknown or was not offered.
+    /// The device does not support the request, or has not offered it.
     Unsupp = blk::VIRTIO_BLK_S_UNSUPP as u8,
 }
 
@@ -80,20 +80,20 @@ pub mod desc {
     pub const INDIRECT: u16 = ring::VRING_DESC_F_INDIRECT as u16;
 }
 
-/// Flag in `used.flags`: the driver need not kick.
+/// Flag in `used.flags`: the driver may omit kicks.
 pub const USED_NO_NOTIFY: u16 = ring::VRING_USED_F_NO_NOTIFY as u16;
-/// Flag in `avail.flags`: the device need not interrupt.
+/// Flag in `avail.flags`: the device may omit interrupts.
 pub const AVAIL_NO_INTERRUPT: u16 = ring::VRING_AVAIL_F_NO_INTERRUPT as u16;
-/// Largest number of descriptors of a virtqueue.
+/// Maximum number of descriptors of a virtqueue.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
 /// Size of a request's header in bytes.
 pub const HEADER_LEN: usize = 16;
 /// Size of a serial in bytes.
 pub const ID_LEN: usize = blk::VIRTIO_BLK_ID_BYTES as usize;
-/// Size of one segment of a `DISCARD` or `WRITE_ZEROES` in bytes.
+/// Size in bytes of a segment of a `DISCARD` or `WRITE_ZEROES`.
 pub const SEGMENT_LEN: usize = 16;
-/// Flag of a segment: its space may be deallocated.
+/// Flag of a segment: the space of the segment may be deallocated.
 pub const SEGMENT_UNMAP: u32 = blk::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
@@ -109,7 +109,7 @@ pub struct Descriptor {
     pub len: u32,
     /// Any of [`desc::NEXT`], [`desc::WRITE`], [`desc::INDIRECT`].
     pub flags: u16,
-    /// Index of the next descriptor, with [`desc::NEXT`].
+    /// Index of the next descriptor; valid with [`desc::NEXT`].
     pub next: u16,
 }
 
@@ -146,7 +146,7 @@ impl Descriptor {
 pub struct RequestHeader {
     /// Request type: one of [`kind`], or an unknown number.
     pub kind: u32,
-    /// First sector, for `IN` and `OUT`.
+    /// First sector of an `IN` or `OUT`.
     pub sector: u64,
 }
 
@@ -189,7 +189,7 @@ pub fn le16(w: u16) -> u16 {
     u16::from_le(w)
 }
 
-/// Size in bytes of the fields of the configuration space.
+/// Size in bytes of the known fields of the configuration space.
 pub const CONFIG_LEN: usize = 60;
 /// Offset of `writeback` in the configuration space.
 pub const CONFIG_WRITEBACK: usize = 32;
@@ -205,19 +205,19 @@ pub struct BlkConfig {
     pub blk_size: u32,
     /// log2 of the number of logical blocks in a physical block.
     pub physical_block_exp: u8,
-    /// Suggested smallest size of a request, in logical blocks.
+    /// Suggested minimum size of a request, in logical blocks.
     pub min_io_size: u16,
-    /// Suggested largest size of a request, in logical blocks.
+    /// Suggested maximum size of a request, in logical blocks.
     pub opt_io_size: u32,
     /// Whether the write cache is on.
     pub writeback: bool,
     /// Number of queues.
     pub num_queues: u16,
-    /// Limits of `DISCARD`; zero if it is not offered.
+    /// Limits of `DISCARD`; zero if `DISCARD` is not offered.
     pub discard: SegmentLimits,
-    /// Alignment of the sectors of a `DISCARD` that is recommended to drivers.
+    /// Recommended alignment of the range of a `DISCARD`, in sectors.
     pub discard_sector_alignment: u32,
-    /// Limits of `WRITE_ZEROES`; zero if it is not offered.
+    /// Limits of `WRITE_ZEROES`; zero if `WRITE_ZEROES` is not offered.
     pub write_zeroes: SegmentLimits,
     /// Whether `WRITE_ZEROES` may deallocate space.
     pub write_zeroes_may_unmap: bool,
@@ -278,7 +278,7 @@ mod tests {
             write_zeroes: limits,
             write_zeroes_may_unmap: true,
         };
-        // Byte n is n + 1, except for fields that are not offered, booleans, and the second limits.
+        // Byte n has the value n + 1, except in fields that are not offered, in booleans, and in the second limits.
         let mut want: Vec<u8> = (1..=60).collect();
         for absent in [8..12, 16..20, 25..26, 33..34, 57..60] {
             want[absent].fill(0);

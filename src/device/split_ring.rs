@@ -1,11 +1,13 @@
-//! The rings of a split virtqueue (virtio 1.2, 2.7): available heads, used elements, and notifications both ways.
+//! The rings of a split virtqueue (virtio 1.2, 2.7): available heads, used elements, and notifications in both
+//! directions.
 //!
-//! virtio-queue's `Queue` only stores the ring state that the front-end has sent. It does not serve the ring, for three reasons:
+//! virtio-queue's `Queue` only stores the ring state that the front-end has sent. This module serves the ring itself,
+//! for three reasons:
 //!
-//! - Its `add_used` publishes `used.idx` for every element. One release store for a batch is enough (measured: 23 to 40 ns an
-//!   element, against 10 ns in batches of 32).
-//! - Its decision on an interrupt counts only elements that it added itself, and ignores `NO_INTERRUPT`.
-//! - It looks up the memory region of a ring for every word. Here, the rings are checked once (V1).
+//! - `Queue::add_used` publishes `used.idx` for every element. One release store for a batch is enough (measured: 23 to
+//!   40 ns an element, against 10 ns in batches of 32).
+//! - `Queue` decides on an interrupt by the elements that the same `Queue` added, and ignores `NO_INTERRUPT`.
+//! - `Queue` looks up the memory region of a ring for every word. This module checks the rings once (V1).
 
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
@@ -23,7 +25,7 @@ const ELEMENTS: usize = 4;
 const AVAIL_ELEMENT: usize = 2;
 const USED_ELEMENT: usize = 8;
 
-/// Size and addresses of the rings, as the driver has set them.
+/// Size and addresses of the rings, as the driver has set them up.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RingLayout {
     /// Number of descriptors.
@@ -36,16 +38,16 @@ pub struct RingLayout {
     pub used: u64,
 }
 
-/// Reason for which a ring is broken: the avail ring cannot be trusted any more and must not be polled again.
+/// Reason for which a ring is broken. The avail ring of a broken ring is not trusted and must not be polled again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RingError {
-    /// V2: `avail.idx` announces more chains than the ring can hold.
+    /// V2: `avail.idx` announces more chains than the ring has entries.
     AvailIndexJump,
-    /// V3: a head is not below the size of the ring.
+    /// V3: a head is not smaller than the size of the ring.
     BadHead,
     /// V3: a head is in flight already.
     HeadInFlight,
-    /// A page of the guest's memory or of the in-flight record is lost: bytes that were read since may be zeros.
+    /// A page of the guest's memory or of the in-flight record is lost: bytes that were read since then may be zeros.
     MemoryLost,
 }
 
@@ -62,17 +64,18 @@ pub struct SplitRing {
     published: Wrapping<u16>,
     /// The value of `published` at the last decision on an interrupt.
     interrupt_decided: Wrapping<u16>,
-    /// Whether the next decision is to interrupt, see [`SplitRing::new`].
+    /// Whether the next call of [`SplitRing::publish`] requires an interrupt in any case. The reason is given at
+    /// [`SplitRing::new`].
     force_interrupt: bool,
-    /// Whether kicks are enabled. Not used with `EVENT_IDX`.
+    /// Whether kicks are enabled. Unused with `EVENT_IDX`.
     kicks_enabled: bool,
 }
 
 impl SplitRing {
     /// Checks V1, and continues at `next_avail` and at the used index in memory.
     ///
-    /// A previous daemon may have been killed between its last used element and the interrupt for it, so the first decision is to
-    /// interrupt. An interrupt without a new used element is harmless.
+    /// A previous daemon may have been killed after its last used element and before the interrupt for that element. So
+    /// the first [`SplitRing::publish`] requires an interrupt. An interrupt without a new used element is harmless.
     ///
     /// # Errors
     /// `Invalid` if the ring violates V1.
@@ -127,30 +130,31 @@ impl SplitRing {
         &self.table
     }
 
-    /// Index of the next entry of the avail ring.
+    /// Index of the next entry of the avail ring to pop.
     pub fn next_avail(&self) -> u16 {
         self.next_avail.0
     }
 
-    /// Index of the next element of the used ring.
+    /// Index of the next element of the used ring to write.
     pub fn next_used(&self) -> u16 {
         self.next_used.0
     }
 
-    /// Number of available chains (V2).
+    /// Number of chains that the driver has made available and that were not popped (V2).
     ///
     /// # Errors
-    /// [`RingError::AvailIndexJump`].
+    /// - [`RingError::AvailIndexJump`] if there are more chains than the ring has entries.
     pub fn available(&self) -> Result<u16, RingError> {
-        // Acquire: the reads that follow see all that the driver wrote before it raised idx.
+        // Acquire: later reads see everything that the driver wrote before it advanced `avail.idx`.
         let available = (Wrapping(self.avail.load(IDX, Ordering::Acquire)) - self.next_avail).0;
         if available > self.size { Err(RingError::AvailIndexJump) } else { Ok(available) }
     }
 
-    /// The head of the next chain (V3). Requires an available chain; [`SplitRing::advance`] moves on to the chain after it.
+    /// Returns the head of the next chain (V3). Requires an available chain. [`SplitRing::advance`] moves on to the
+    /// chain after it.
     ///
     /// # Errors
-    /// [`RingError::BadHead`].
+    /// - [`RingError::BadHead`] if the head is not smaller than the size of the ring.
     pub fn head(&self) -> Result<u16, RingError> {
         let head = self.avail_entry(0);
         if head < self.size { Ok(head) } else { Err(RingError::BadHead) }
@@ -163,8 +167,8 @@ impl SplitRing {
         self.avail.load(at, Ordering::Relaxed)
     }
 
-    /// Prefetches the first descriptor of the chain that is `n` chains after the next one. Another processor wrote the
-    /// descriptor, so no cache of this processor contains it.
+    /// Prefetches the first descriptor of the chain that is `n` chains after the next chain. Another processor wrote
+    /// the descriptor, so no cache of this processor contains it.
     #[inline]
     pub fn prefetch_descriptor(&self, n: u16) {
         self.table.prefetch(self.descriptor_offset(n));
@@ -177,24 +181,25 @@ impl SplitRing {
         Descriptor::decode(self.table.load_raw64(self.descriptor_offset(n)), 0).addr
     }
 
-    /// Returns the offset of the first descriptor of the chain that is `n` chains after the next one. An invalid head
-    /// is reduced to a valid one.
+    /// Returns the offset of the first descriptor of the chain that is `n` chains after the next one. A head that is
+    /// too large is reduced modulo the size of the ring.
     #[inline]
     fn descriptor_offset(&self, n: u16) -> usize {
         usize::from(self.avail_entry(n) & (self.size - 1)) * desc::LEN
     }
 
-    /// Continues after the `taken` chains that the previous daemon had in flight.
+    /// Sets the next available index for a ring of which the previous daemon had `taken` chains in flight.
     pub fn resume_after(&mut self, taken: u16) {
         self.next_avail = self.next_used + Wrapping(taken);
     }
 
-    /// Moves past the next chain, which the caller has taken.
+    /// Moves past the next chain, after the caller has popped it.
     pub fn advance(&mut self) {
         self.next_avail += 1;
     }
 
-    /// Adds a used element for a chain in which `written` bytes were written. The driver sees it after [`SplitRing::publish`].
+    /// Adds a used element for a chain, with the number of bytes that were written to its buffers. The driver sees the
+    /// element after [`SplitRing::publish`].
     pub fn put_used(&mut self, head: u16, written: u32) {
         let at = ELEMENTS + usize::from(self.next_used.0 & (self.size - 1)) * USED_ELEMENT;
         let [id, len] = used_element(head, written);
@@ -208,11 +213,12 @@ impl SplitRing {
         if self.published == self.next_used && !self.force_interrupt {
             return false;
         }
-        // Release: status bytes and used elements are visible before idx is.
+        // Release: status bytes and used elements become visible before `used.idx`.
         self.used.store(IDX, self.next_used.0, Ordering::Release);
         self.published = self.next_used;
-        // The driver stores used_event before it loads idx. The device stores idx before it loads used_event, so that at least one of
-        // the two sees the other's store.
+        // The driver stores `used_event` and then loads `used.idx`; the device stores `used.idx` and then loads
+        // `used_event`. A full fence between the two accesses on each side guarantees that at least one side sees the
+        // store of the other.
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
             let event = Wrapping(self.avail.load(self.used_event_offset(), Ordering::Relaxed));
@@ -224,7 +230,7 @@ impl SplitRing {
         std::mem::take(&mut self.force_interrupt) || wanted
     }
 
-    /// Enables kicks: the driver kicks when it adds a chain. Returns whether chains were added before the driver could
+    /// Enables kicks: the driver kicks when it adds a chain. Returns whether the driver added chains before it could
     /// see that kicks are enabled.
     pub fn enable_kicks(&mut self) -> bool {
         if self.event_idx {
@@ -234,13 +240,13 @@ impl SplitRing {
             self.used.store(FLAGS, 0, Ordering::Relaxed);
             self.kicks_enabled = true;
         }
-        // The driver stores avail.idx before it loads avail_event; the device stores avail_event before it loads
-        // avail.idx, for the reason given in `publish`.
+        // The driver stores `avail.idx` and then loads `avail_event`; the device stores `avail_event` and then loads
+        // `avail.idx`. The fence has the same purpose as in `publish`.
         fence(Ordering::SeqCst);
         self.avail.load(IDX, Ordering::Relaxed) != self.next_avail.0
     }
 
-    /// Disables kicks of the driver. With `EVENT_IDX` nothing is stored: the driver kicks once after
+    /// Disables kicks of the driver. With `EVENT_IDX` nothing is stored, since the driver kicks only once after
     /// [`SplitRing::enable_kicks`].
     pub fn disable_kicks(&mut self) {
         if !self.event_idx && self.kicks_enabled {
@@ -249,13 +255,13 @@ impl SplitRing {
         }
     }
 
-    /// Offset of `used_event` in the avail ring.
+    /// Returns the offset of `used_event` in the avail ring.
     fn used_event_offset(&self) -> usize {
         ELEMENTS + usize::from(self.size) * AVAIL_ELEMENT
     }
 }
 
-// Offsets in the largest virtqueue cannot overflow.
+// No offset in the largest virtqueue can overflow.
 const _: () = assert!(spec::MAX_QUEUE_SIZE as usize * desc::LEN < 1 << 20);
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::*;
 const USED_EVENT: u64 = AVAIL + 4 + 2 * 8;
 const AVAIL_EVENT: u64 = USED + 4 + 8 * 8;
 
-/// A ring of 8 whose first interrupt was taken.
+/// Creates a ring of 8 descriptors whose first interrupt, which is always required, was already sent.
 fn ring(d: &TestDriver, event_idx: bool) -> SplitRing {
     let mut ring = d.ring(event_idx);
     assert!(ring.publish(), "the interrupt that a killed daemon may not have sent");
@@ -32,7 +32,8 @@ fn rings_are_checked_at_the_start() {
     assert_eq!(new(RingLayout { avail: AVAIL + 2, ..good }), Ok(()));
     assert_eq!(new(RingLayout { used: USED + 2, ..good }), bad);
     assert_eq!(new(RingLayout { used: USED + 4, ..good }), Ok(()));
-    // Up to the last byte of a region, not into the next one. The three parts have 128, 22 and 70 bytes.
+    // Each part may reach up to the last byte of a region, but not into the next region. The three parts have 128, 22
+    // and 70 bytes.
     assert_eq!(new(RingLayout { table: SEAM - 128, ..good }), Ok(()));
     assert_eq!(new(RingLayout { table: SEAM - 112, ..good }), bad);
     assert_eq!(new(RingLayout { avail: SEAM - 22, ..good }), Ok(()));

@@ -1,4 +1,4 @@
-//! A kill at any store, for unit tests: rings, status bytes and in-flight records count their stores here.
+//! Unit test support for a kill after any store. Rings, status bytes and in-flight records count their stores here.
 
 use std::cell::Cell;
 
@@ -6,10 +6,10 @@ thread_local! {
     static STORES_LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// Panic payload of a thread that was killed.
+/// Panic payload of a thread that [`count_store`] killed.
 pub(super) struct Killed;
 
-/// Makes the calling thread unwind after `stores` further stores; `None` for never.
+/// Makes the calling thread unwind after `stores` further stores, or never if `stores` is `None`.
 pub(super) fn kill_after(stores: Option<u32>) {
     STORES_LEFT.set(stores);
 }

@@ -1,4 +1,4 @@
-//! The driver's side of a virtqueue for unit tests: guest memory, descriptors, and rings, valid or not.
+//! The driver's side of a virtqueue, for unit tests: guest memory, descriptors and rings, which may be invalid.
 #![allow(clippy::little_endian_bytes, clippy::cast_possible_truncation)]
 
 use std::sync::Arc;
@@ -84,7 +84,8 @@ impl TestDriver {
         self.put(table + u64::from(i) * 16, &raw);
     }
 
-    /// Writes a chain into `table`, from descriptor `first` on. The buffers are `(address, length, WRITE or 0)`.
+    /// Writes a chain to consecutive descriptors of `table`, beginning with `first`. The buffers are `(address, length,
+    /// WRITE or 0)`.
     pub(super) fn chain(&self, table: u64, first: u16, pieces: &[(u64, u32, u16)]) {
         for (i, &(addr, len, flags)) in (first..).zip(pieces) {
             let more = usize::from(i - first) + 1 < pieces.len();
@@ -92,7 +93,7 @@ impl TestDriver {
         }
     }
 
-    /// Writes a chain of these buffers and walks it.
+    /// Writes a chain of the given buffers and walks the chain.
     pub(super) fn walked(&self, pieces: &[(u64, u32, u16)]) -> DescriptorChain {
         self.chain(TABLE, 0, pieces);
         let mut chain = DescriptorChain::default();
@@ -104,7 +105,7 @@ impl TestDriver {
         chain.walk(&self.view(), self.ring(false).table(), self.size, head)
     }
 
-    /// Writes the header of a request in place `i`, and returns its address.
+    /// Writes the header of a request to place `i` of [`HEADERS`], and returns its address.
     pub(super) fn header(&self, i: u16, kind: u32, sector: u64) -> u64 {
         let mut raw = kind.to_le_bytes().to_vec();
         raw.extend([0; 4]);
@@ -114,7 +115,7 @@ impl TestDriver {
         at
     }
 
-    /// Writes segments of a `DISCARD` or `WRITE_ZEROES` at `addr`: `(sector, count, flags)`.
+    /// Writes segments `(sector, count, flags)` of a `DISCARD` or `WRITE_ZEROES` to `addr`.
     pub(super) fn segments(&self, addr: u64, segments: &[(u64, u32, u32)]) {
         for (i, &(sector, count, flags)) in (0u64..).zip(segments) {
             let mut raw = sector.to_le_bytes().to_vec();
@@ -131,7 +132,7 @@ impl TestDriver {
         self.put_word(AVAIL + 2, self.added);
     }
 
-    /// The used elements since the last call, as heads and lengths.
+    /// Returns the used elements since the last call, as heads and lengths.
     pub(super) fn used(&mut self) -> Vec<(u32, u32)> {
         let mut all = Vec::new();
         while self.seen != self.word(USED + 2) {

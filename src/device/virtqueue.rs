@@ -1,7 +1,7 @@
-//! One virtqueue without its disk: pops descriptor chains and turns them into requests, turns answers into used elements, and
-//! records which heads are in flight.
+//! One virtqueue without its disk. A [`Virtqueue`] pops descriptor chains and turns them into requests, turns answers
+//! into used elements, and records which heads are in flight.
 //!
-//! This file uses neither lanes nor eventfds, so every rule of a ring can be tested without a disk.
+//! This file uses neither lanes nor eventfds, so unit tests can test every rule of a ring without a disk.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -19,16 +19,16 @@ use crate::storage::{GuestIovecs, sigbus};
 /// Maximum number of chains of one batch (V17).
 ///
 /// A batch is half of the available chains, at least 4 and at most 16. So the driver processes the first answers while
-/// the device serves the rest of its queue. If a batch were all of the queue, the two would work in turns (figures in
-/// `docs/performance.md`, section 3).
+/// the device serves the rest of the queue. If a batch contained all available chains, driver and device would work
+/// alternately (figures in `docs/performance.md`, section 3).
 pub const MAX_BATCH: u16 = 16;
-/// Minimum number of chains of one batch, if so many are available.
+/// Minimum number of chains of one batch, if that number of chains is available.
 const MIN_BATCH: u16 = 4;
-/// Number of bytes of reads and writes after which a batch is complete, for the reason given at [`MAX_BATCH`].
+/// Number of bytes of reads and writes at which a batch ends. The reason is that given at [`MAX_BATCH`].
 pub const MAX_BATCH_BYTES: u64 = 512 << 10;
-/// Maximum number of bytes of reads and writes in flight for one queue (V15). The bytes are guest memory, so this does
-/// not bound memory of the daemon; it bounds the share of the disk that one queue can occupy. It is larger than any
-/// request.
+/// Maximum number of bytes of reads and writes in flight for one queue (V15). The bytes are guest memory, so this limit
+/// does not bound the memory of the daemon. It bounds the share of the disk that one queue can occupy. No single
+/// request exceeds the limit.
 pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
 
 /// Reason for which a batch ended.
@@ -38,9 +38,9 @@ pub enum PopResult {
     Empty,
     /// The batch has its full size (V17).
     BatchFull,
-    /// The lane or the bytes in flight are at their limit. Answers make room (V15).
+    /// The lane or the number of bytes in flight is at its limit. Answers free capacity (V15).
     NoCapacity,
-    /// The ring is broken (V2, V3).
+    /// The ring is broken (V2, V3), or memory is lost. [`Virtqueue::broken`] returns the reason.
     Broken,
 }
 
@@ -50,9 +50,9 @@ struct InFlightChain {
     in_flight: bool,
     /// Guest address of the status byte.
     status_at: u64,
-    /// Bytes that the device writes if the request succeeds, including the status.
+    /// Used length if the request succeeds, including the status byte.
     written: u32,
-    /// Bytes of data, which count as in flight.
+    /// Length of the data in bytes, which counts as in flight.
     bytes: u32,
 }
 
@@ -60,26 +60,27 @@ struct InFlightChain {
 pub struct Virtqueue {
     view: GuestView,
     ring: SplitRing,
-    /// By head. The tag of a request is its head.
+    /// The state of each head, by head. The tag of a request is its head.
     heads: Vec<InFlightChain>,
     bytes_in_flight: u64,
     chain: DescriptorChain,
     iovec_pool: Vec<GuestIovecs>,
     broken: Option<RingError>,
     record: Option<InFlightRecord>,
-    /// Heads that were in flight when the previous daemon was killed. They are resubmitted before new chains are popped.
+    /// Heads that were in flight when the previous daemon was killed. Their chains are resubmitted before new chains
+    /// are popped.
     to_resubmit: VecDeque<u16>,
-    /// [`sigbus::loss_count`] at the last check that found the memory of this queue complete.
+    /// The value of [`sigbus::loss_count`] at the last check that found no page of this queue's memory lost.
     losses_seen: u32,
 }
 
 impl Virtqueue {
-    /// Starts to serve a ring. Without a record, nothing is in flight. With a record, the heads that it has in flight are
-    /// resubmitted first, and new chains are popped after them.
+    /// Starts to serve a ring. Without a record, no chain is in flight. With a record, the chains that it has in flight
+    /// are resubmitted first, and new chains are popped after them.
     ///
     /// # Errors
     /// - `Io` if a page of the guest's memory or of the in-flight record is lost.
-    /// - Those of [`InFlightRecord::resume`].
+    /// - Any error of [`InFlightRecord::resume`].
     pub fn new(
         view: GuestView,
         mut ring: SplitRing,
@@ -87,7 +88,7 @@ impl Virtqueue {
     ) -> crate::error::Result<Virtqueue> {
         let mut to_resubmit = VecDeque::new();
         if let Some(record) = &mut record {
-            // A lost page reads as zeros, and an index of zero would erase the marks of requests in flight.
+            // A lost page reads as zeros, and a used index of zero would erase the marks of requests in flight.
             if view.is_lost() || record.is_lost() {
                 let what = "a page of the guest's memory cannot be had";
                 return Err(Error::new(ErrorKind::Io, what));
@@ -106,13 +107,13 @@ impl Virtqueue {
             broken: None,
             record,
             to_resubmit,
-            // The current count would be wrong here, since a page of this queue's memory may be lost already.
+            // The current loss count would be wrong here, since a page of this queue's memory may be lost already.
             losses_seen: 0,
         })
     }
 
-    /// Returns whether a page of the guest's memory or of the in-flight record is lost. As long as no page of any
-    /// mapping is lost, this takes one load and one comparison.
+    /// Returns whether a page of the guest's memory or of the in-flight record is lost. While the loss count is
+    /// unchanged, the check costs one load and one comparison.
     #[inline]
     fn is_memory_lost(&mut self) -> bool {
         let losses = sigbus::loss_count();
@@ -125,7 +126,7 @@ impl Virtqueue {
         if lost {
             self.broken = Some(RingError::MemoryLost);
         } else {
-            // The losses were in the memory of other guests.
+            // The lost pages belong to the memory of other guests.
             self.losses_seen = losses;
         }
         lost
@@ -147,14 +148,14 @@ impl Virtqueue {
     }
 
     /// Publishes all completed chains to the driver. Returns whether the driver requires an interrupt. Publishes
-    /// nothing once memory is lost, since the data of a write may have been read as zeros.
+    /// nothing if memory is lost, since the data of a write may then have been read as zeros.
     pub fn publish(&mut self) -> bool {
         if self.is_memory_lost() {
             return false;
         }
         let wanted = self.ring.publish();
-        // If the used index was stored to a lost page, the driver cannot see it, and the record must not count it as published.
-        // A record that lags is harmless.
+        // If `used.idx` was stored to a lost page, the driver cannot see the store, and the record must not count the
+        // chains as published. A record that lags is harmless.
         compiler_fence(Ordering::SeqCst);
         if self.is_memory_lost() {
             return false;
@@ -165,18 +166,19 @@ impl Virtqueue {
         wanted
     }
 
-    /// The reason for which the ring is broken, if it is.
+    /// Returns the reason for which the ring is broken, or `None` if it is not broken.
     pub fn broken(&self) -> Option<RingError> {
         self.broken
     }
 
-    /// Number of chains that the driver has added and that were not popped.
+    /// Number of chains that the driver has made available and that were not popped. Zero if `avail.idx` is not valid.
     pub fn available_chains(&self) -> u16 {
         self.ring.available().unwrap_or(0)
     }
 
-    /// Pops the chains of a batch and passes their requests to `push`. `room` is the number of requests that may be pushed; `push`
-    /// returns how many more may follow. Requests that need no disk are completed at once.
+    /// Pops the chains of a batch and passes their requests to `push`. `room` is the number of requests that may be
+    /// pushed; `push` returns the number of requests that may be pushed after it. Requests that need no disk are
+    /// completed at once.
     pub fn pop_chains(
         &mut self,
         rules: &RequestRules<'_>,
@@ -187,7 +189,8 @@ impl Virtqueue {
             return PopResult::Broken;
         }
         self.try_pop_chains(rules, room, push).unwrap_or_else(|broken| {
-            // A lost page reads as zeros, which can look like an error of the driver.
+            // A lost page reads as zeros, which can look like an error of the driver. Then the reason stays
+            // `MemoryLost`.
             if !self.is_memory_lost() {
                 self.broken = Some(broken);
             }
@@ -195,8 +198,8 @@ impl Virtqueue {
         })
     }
 
-    /// Resubmits chains of the previous daemon, at most [`MAX_BATCH`] chains or [`MAX_BATCH_BYTES`]. Otherwise like
-    /// [`Virtqueue::pop_chains`].
+    /// Resubmits chains of the previous daemon, until [`MAX_BATCH`] chains or [`MAX_BATCH_BYTES`] are reached. The
+    /// parameters have the same meaning as those of [`Virtqueue::pop_chains`].
     pub fn pop_resubmitted(
         &mut self,
         rules: &RequestRules<'_>,
@@ -253,8 +256,8 @@ impl Virtqueue {
         Ok(if available > batch { PopResult::BatchFull } else { PopResult::Empty })
     }
 
-    /// Prefetches the descriptors and headers of a batch together. Another processor wrote them, so each access would be a cache
-    /// miss (reads of 4 KiB, 16 layers: 798,000 a second without, 882,000 with).
+    /// Prefetches the descriptors and headers of a batch together. Another processor wrote them, so without the
+    /// prefetch each access is a cache miss (4 KiB reads, 16 layers: 798,000 a second without, 882,000 with).
     fn prefetch_batch(&self, count: u16) {
         if count > 1 {
             (0..count).for_each(|n| self.ring.prefetch_descriptor(n));
@@ -262,11 +265,11 @@ impl Virtqueue {
         }
     }
 
-    /// Parses a chain and starts its request. Returns false, and leaves the chain in the ring, if the bytes in flight are at
-    /// their limit. `resubmitted`: the chain is one of the previous daemon.
+    /// Parses a chain and starts its request. Returns false, and has no effect, if the number of bytes in flight is at
+    /// its limit. `resubmitted` is true for a chain of the previous daemon.
     ///
     /// # Errors
-    /// `MemoryLost`: the request may consist of zeros in place of lost pages, and has no effect.
+    /// - [`RingError::MemoryLost`]: the request may consist of zeros read from lost pages, and has no effect.
     fn start_chain(
         &mut self,
         head: u16,
@@ -293,7 +296,7 @@ impl Virtqueue {
             ParsedChain::Submit { work, status_at, written } => {
                 let bytes = data_len(&work);
                 if self.bytes_in_flight + u64::from(bytes) > MAX_BYTES_IN_FLIGHT {
-                    // Answers make room; then the chain is parsed again.
+                    // Answers free capacity. Then the chain is parsed again.
                     self.recycle(data_memory(work));
                     return Ok(false);
                 }
@@ -314,8 +317,8 @@ impl Virtqueue {
         Ok(true)
     }
 
-    /// Records a new chain as in flight and advances the ring: from now on, if this daemon is killed, its successor resubmits the
-    /// chain. A resubmitted chain is recorded already.
+    /// Records a new chain as in flight and advances the ring. If this daemon is killed later, the next daemon
+    /// resubmits the chain. A resubmitted chain is in the record already.
     fn record_taken(&mut self, head: u16, resubmitted: bool) {
         if resubmitted {
             return;
@@ -326,7 +329,7 @@ impl Virtqueue {
         self.ring.advance();
     }
 
-    /// Puts a chain into the used ring. The driver sees it at the next [`Virtqueue::publish`].
+    /// Puts a chain into the used ring. The driver sees the chain after the next [`Virtqueue::publish`].
     fn return_chain(&mut self, head: u16, written: u32) {
         self.ring.put_used(head, written);
         if let Some(record) = &mut self.record {
@@ -334,20 +337,21 @@ impl Virtqueue {
         }
     }
 
-    /// Completes the chain of an answered request. The driver sees it at the next [`Virtqueue::publish`].
+    /// Completes the chain of an answered request. The driver sees the chain after the next [`Virtqueue::publish`].
     pub fn complete(&mut self, answer: Answer) {
         let head = u16::try_from(answer.tag).expect("a tag is a head");
         let chain = std::mem::take(&mut self.heads[usize::from(head)]);
         assert!(chain.in_flight, "every request is answered once");
         self.bytes_in_flight -= u64::from(chain.bytes);
         if let (Outcome::Failed, Some(memory)) = (answer.outcome, &answer.memory) {
-            // If the kernel met a lost page, it only reported a failure. An access by this process marks the memory as lost.
+            // If the kernel accessed a lost page, it only reported a failure. An access by this process marks the
+            // memory as lost.
             memory.touch_pages();
         }
         self.recycle(answer.memory);
         let (status, written) = match answer.outcome {
             Outcome::Done => (Status::Ok, chain.written),
-            // V14: bytes that a failed read left in the buffers do not count.
+            // V14: bytes that a failed read left in the buffers are not part of the used length.
             Outcome::Failed => (Status::IoErr, 1),
             Outcome::Unsupported => (Status::Unsupp, 1),
         };
@@ -362,7 +366,7 @@ impl Virtqueue {
     }
 
     fn recycle(&mut self, memory: Option<GuestIovecs>) {
-        // The iovecs keep guest memory mapped, but not longer than `view` does.
+        // The iovecs keep guest memory mapped, but `self.view` keeps the same memory mapped at least as long.
         if let Some(iovecs) = memory {
             self.iovec_pool.push(iovecs);
         }

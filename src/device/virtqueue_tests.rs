@@ -31,7 +31,7 @@ impl TestVirtqueue {
         })
     }
 
-    /// Adds a request of three descriptors, from descriptor `3 * i` on.
+    /// Adds a request of three descriptors, beginning with descriptor `3 * i`.
     fn ask(&mut self, i: u16, kind: u32, len: u32) {
         let header = self.d.header(i, kind, u64::from(i));
         let flag = if kind == kind::IN { WRITE } else { 0 };
@@ -56,7 +56,7 @@ impl TestVirtqueue {
         self.d.get(STATUS + u64::from(i), 1)[0]
     }
 
-    /// Checks that the ring still works, with a read.
+    /// Checks by a read that the ring still works.
     fn works(&mut self, i: u16) {
         self.ask(i, kind::IN, 512);
         assert_eq!(self.take(), PopResult::Empty);
@@ -141,7 +141,7 @@ fn a_returned_head_may_be_added_again() {
     for _ in 0..100 {
         b.works(0);
     }
-    // A head may occur twice in one batch, if its first request was never in flight.
+    // A head may occur twice in one batch if its first request needs no disk and so is never in flight.
     b.ask(0, kind::GET_ID, 0);
     b.ask(0, kind::GET_ID, 0);
     assert_eq!(b.take(), PopResult::Empty);
@@ -222,7 +222,7 @@ fn bytes_in_flight_are_bounded() {
 #[test]
 fn overlapping_buffers_harm_only_the_guest() {
     let mut b = TestVirtqueue::new(64);
-    // The status lies in the header, the data covers the descriptor table.
+    // The status lies in the header, and the data buffer covers the descriptor table.
     let header = b.d.header(0, kind::IN, 0);
     b.d.chain(TABLE, 0, &[(header, 16, 0), (TABLE, 512, WRITE), (header, 1, WRITE)]);
     b.d.add(0);

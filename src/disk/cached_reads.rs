@@ -1,12 +1,13 @@
 //! Reads from the page cache: copies that need neither a task nor a system call.
 //!
-//! A lane collects the reads of a batch. Before it submits, it plans them; a read whose bytes are all known to be resident becomes
-//! a list of copies, any other read becomes a task (`stages.rs`). After the submit all copies are made. A read whose copy fails
-//! becomes a task, too.
+//! A lane collects the reads of a batch. Before the submit it plans them: a read whose bytes are all known to be
+//! resident becomes a list of copies, any other read becomes a task (`stages.rs`). After the submit it makes all
+//! copies. A read whose copy fails becomes a task, too.
 //!
-//! A page of a large file is in none of the processor's caches, and neither is its page table entry. So all pages of a batch are
-//! prefetched together before the first copy, and the next part while one is copied. The invariants are in `docs/page-cache.md`,
-//! the figures in `docs/performance.md`, section 3.
+//! Neither the data of a page in a large file nor its page table entry is likely to be in the processor's caches. So
+//! the pages of all reads in a batch are prefetched before the first copy, and each part is prefetched while the part
+//! before it is copied. `docs/page-cache.md` states the invariants, and `docs/performance.md`, section 3, has the
+//! figures.
 
 use std::collections::VecDeque;
 
@@ -15,12 +16,12 @@ use crate::chain::{PlanBuffer, Source, Version};
 use crate::storage::{CachedRange, Engine, GuestIovecs, MAX_COPY};
 use crate::units::SectorRange;
 
-/// The reads of a batch that may need copies only.
+/// The reads of a batch that copies alone may answer.
 #[derive(Default)]
 pub(super) struct CachedReads {
     /// Reads that are not planned yet.
     candidates: VecDeque<CachedRead>,
-    /// Reads to copy, with the number of their parts.
+    /// Reads to copy, each with its number of parts.
     planned: Vec<(CachedRead, usize)>,
     /// Parts of all planned reads, in the order of the reads.
     parts: Vec<CachedPart>,
@@ -28,14 +29,14 @@ pub(super) struct CachedReads {
     failed: VecDeque<CachedRead>,
 }
 
-/// A read that may need copies only.
+/// A read that copies alone may answer.
 pub(super) struct CachedRead {
     pub(super) tag: u64,
     pub(super) range: SectorRange,
     pub(super) into: GuestIovecs,
 }
 
-/// A part of a read: `len` bytes to copy, or zeros if `cached` is `None`.
+/// A part of a read: `len` bytes to copy from `cached`, or `len` zeros if `cached` is `None`.
 struct CachedPart {
     cached: Option<CachedRange>,
     len: usize,
@@ -48,7 +49,10 @@ impl CachedReads {
         self.candidates.len() + self.planned.len()
     }
 
-    /// Queues a read for the next batch. Returns its memory if the read is too large to be copied.
+    /// Queues a read for the next batch.
+    ///
+    /// # Errors
+    /// Returns `into` if the read is larger than `MAX_COPY`.
     #[inline]
     pub(super) fn queue(&mut self, tag: u64, range: SectorRange, into: GuestIovecs) -> Result<(), GuestIovecs> {
         if range.bytes() > MAX_COPY as u64 {
@@ -58,7 +62,7 @@ impl CachedReads {
         Ok(())
     }
 
-    /// Prefetches into the processor's cache the memory that the planning of the queued reads accesses.
+    /// Prefetches, into the processor's caches, the memory that planning the queued reads accesses.
     pub(super) fn prefetch_plans(&self, version: &Version, plan: &mut PlanBuffer) {
         for read in &self.candidates {
             version.prefetch(read.range, plan);
@@ -70,7 +74,10 @@ impl CachedReads {
         self.candidates.pop_front()
     }
 
-    /// Plans a read as copies. Returns the read if some of its bytes are not known to be resident; `plan` then holds its plan.
+    /// Plans a read as copies.
+    ///
+    /// # Errors
+    /// Returns the read if not all of its bytes are known to be resident. Then `plan` contains the plan of the read.
     #[inline]
     pub(super) fn plan(
         &mut self,
@@ -87,8 +94,8 @@ impl CachedReads {
                 let cached = match extent.source {
                     Source::Zero => None,
                     Source::File { slot, offset } => {
-                        // The engine counts how often each part is requested, so parts after one that is not resident
-                        // are looked up, too.
+                        // `find_cached` also counts how often a part is requested. So the parts after one that is not
+                        // resident are looked up, too.
                         let cached = engine.find_cached(slot, offset, len);
                         whole &= cached.is_some();
                         cached
@@ -106,8 +113,8 @@ impl CachedReads {
         Ok(())
     }
 
-    /// Makes all planned copies and appends the answers. Returns false if nothing was planned. Reads whose copy failed are
-    /// returned by [`CachedReads::next_failed`].
+    /// Makes all planned copies and appends the answers. Returns false if no copies were planned.
+    /// [`CachedReads::next_failed`] returns the reads whose copy failed.
     pub(super) fn copy_all(&mut self, engine: &mut dyn Engine, answers: &mut Vec<Answer>) -> bool {
         let CachedReads { planned, parts, failed, .. } = self;
         if planned.is_empty() {
@@ -141,7 +148,8 @@ impl CachedReads {
         true
     }
 
-    /// Takes a read whose copy failed: the copy took too long, or a page could not be read. An operation finds out why.
+    /// Takes a read whose copy failed: the copy took too long, or a page could not be read. The caller must start the
+    /// read as a task, whose operation reports the error if there is one.
     pub(super) fn next_failed(&mut self) -> Option<CachedRead> {
         self.failed.pop_front()
     }

@@ -1,15 +1,15 @@
 //! Early writeback: the kernel starts to write data before the guest flushes.
 //!
-//! A guest that flushes after every few writes waits for the disk twice: first for its data, then for the metadata that
-//! points to the data. While the guest still writes, the kernel can begin with the data ([`Action::StartWriteback`]).
+//! A guest that flushes after every few writes waits for the disk twice: for its data, and then for the metadata that
+//! points to the data. The kernel can write the data while the guest still adds writes ([`Action::StartWriteback`]).
 //!
-//! The operation is a hint: no request waits for it, and only a sync makes data durable. The kernel reports failed
-//! writes to that sync, with one exception: if it cannot even allocate space for the data (ext4: no space, or damaged
-//! metadata), it reports that to the hint only and drops the data. So a hint that fails in this way counts as a failed
-//! sync.
+//! The operation is a hint: no request waits for it, and only a sync makes data durable. A later sync reports the
+//! writes that fail after the hint was accepted. If the kernel cannot allocate space for the data (ext4: no space, or
+//! damaged metadata), it reports the error to the hint only and drops the data. So an error of a hint counts as a
+//! failed sync, unless it is known to be harmless.
 //!
-//! No hint is given if the guest flushes rarely (the kernel writes faster if it has all data at once), or after every write
-//! (no time is left to win), or with the blocking engine (its queue would wait for the hint).
+//! No hint is given if the guest flushes rarely (the kernel writes faster if it has all data at once) or after every
+//! write (nothing overlaps), or if the engine is blocking (the queue would wait for the hint).
 //!
 //! [`Action::StartWriteback`]: crate::storage::Action::StartWriteback
 
@@ -19,14 +19,14 @@ use super::op_queue::OpQueue;
 use super::task::Token;
 use crate::storage::{FileSlot, Op};
 
-/// Range of the number of writes between two commits for which hints are given. With fewer there is nothing to overlap; more
-/// are written in a better order by the kernel itself.
+/// Minimum and maximum number of writes between two commits for which hints are given. With fewer writes there is
+/// nothing to overlap. With more writes the kernel orders the writeback better without hints.
 const MIN_WRITES: u32 = 16;
 const MAX_WRITES: u32 = 512;
-/// Writes per hint. With 4 a flush after every 32 writes is no faster, with 16 it gains less.
+/// Writes per hint. With a flush after every 32 writes, 4 writes per hint gain nothing, and 16 gain less than 8.
 const WRITES_PER_HINT: u32 = 8;
 
-/// The writes of a queue between commits.
+/// The writes of one queue since the last commit, and whether hints are worthwhile.
 #[derive(Default)]
 pub(super) struct EarlyWriteback {
     /// The number of commits that have ended.
@@ -57,7 +57,7 @@ impl EarlyWriteback {
         self.in_flight
     }
 
-    /// Pushes a hint for the file in `slot` if one is due. Returns whether it did.
+    /// Pushes a hint for the file in `slot` if one is due. Returns whether it pushed one.
     pub(super) fn push_hint(&mut self, slot: FileSlot, ops: &mut OpQueue) -> bool {
         let due = self.take_due();
         if due {
@@ -66,7 +66,10 @@ impl EarlyWriteback {
         due
     }
 
-    /// Records the completion of a hint. Returns the error if written data may be lost.
+    /// Records the completion of a hint.
+    ///
+    /// # Errors
+    /// The error of the hint, if the kernel may have dropped written data.
     pub(super) fn hint_completed(&mut self, result: io::Result<()>) -> io::Result<()> {
         self.in_flight = false;
         match result {
@@ -75,7 +78,7 @@ impl EarlyWriteback {
         }
     }
 
-    /// Whether a hint is due. If so, the caller must push it.
+    /// Returns whether a hint is due, and then counts it as in flight: the caller must push it.
     fn take_due(&mut self) -> bool {
         let due = self.worthwhile && self.unhinted >= WRITES_PER_HINT && self.writes <= MAX_WRITES && !self.in_flight;
         if due {
@@ -85,8 +88,8 @@ impl EarlyWriteback {
     }
 }
 
-/// Whether a failed hint left the data in the page cache: the hint is not supported, was interrupted, or the kernel had no memory
-/// to begin. Errors that are not listed count as harmful.
+/// Returns whether a failed hint left the data in the page cache: the kernel does not support the hint, was
+/// interrupted, or had no memory to begin. Errors that are not listed count as lost data.
 fn is_harmless(failure: &io::Error) -> bool {
     let harmless = [
         libc::EINVAL,
@@ -114,7 +117,8 @@ mod tests {
         assert!(!is_harmless(&io::ErrorKind::Other.into()));
     }
 
-    /// Number of hints in ten rounds of `writes` writes and a commit, after a first round that is not counted.
+    /// Returns the number of hints in ten commit intervals of `writes` writes each. The hints of the interval before
+    /// them are not counted.
     fn hints(writes: u32) -> u32 {
         let mut early = EarlyWriteback::default();
         let mut count = 0;

@@ -1,4 +1,4 @@
-//! The files of a served chain with their attributes, by file slot.
+//! The attributes of the files of a served chain, by file slot.
 
 use super::readahead::ReadaheadPolicy;
 use crate::chain::Version;
@@ -21,12 +21,12 @@ impl ServedFile {
     }
 }
 
-/// Attributes of all files of a chain.
+/// The attributes of all files of a chain.
 pub(super) struct FileTable(Vec<ServedFile>);
 
 impl FileTable {
-    /// Collects the attributes of a chain's files. With `direct`, first switches each file to O_DIRECT if its file system
-    /// allows that.
+    /// Collects the attributes of the files of `version`. If `direct` is true, first switches each file to O_DIRECT
+    /// whose file system supports it.
     pub(super) fn new(version: &Version, direct: bool) -> Result<FileTable> {
         let unused = ServedFile { memory_align: 1, readahead: ReadaheadPolicy::Off };
         let mut files = vec![unused; usize::from(FILE_SLOTS)];
@@ -48,7 +48,7 @@ impl FileTable {
         Ok(FileTable(files))
     }
 
-    /// The attributes of the file in a slot.
+    /// Returns the attributes of the file in `slot`.
     #[inline]
     pub(super) fn get(&self, slot: FileSlot) -> &ServedFile {
         &self.0[usize::from(slot.0)]

@@ -1,12 +1,13 @@
-//! The names of served files. A file that is removed, renamed or replaced while it is served stays open, so nothing fails
-//! until the daemon ends. Then its data is gone, or the next start opens another file. The log warns once for each file.
+//! Detection of served files whose names are lost. A file that is removed, renamed or replaced while it is served stays
+//! open, so nothing fails until the daemon ends. Then the data of a removed file is gone, or the next start opens
+//! another file under the same name. The log warns once for each file.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use crate::storage::{File, FileSlot, NameStatus};
 
-/// Files whose names no longer lead to them and that the log has reported.
+/// The files that the log has reported because their names no longer lead to them.
 #[derive(Debug, Default)]
 pub(super) struct LostNames(Mutex<BTreeSet<FileSlot>>);
 
@@ -24,7 +25,7 @@ impl LostNames {
                     lost.insert(slot);
                     log::warn!("{}: {}", file.path().display(), describe(status));
                 }
-                // The folder may be unreachable for a while; if its disk fails, reads of the file fail, too.
+                // The folder may be unreachable for a while. If its storage fails, reads of the file fail, too.
                 Err(e) => log::debug!("{}", e.line()),
             }
         }

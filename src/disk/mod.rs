@@ -1,29 +1,31 @@
 //! Floor 3: requests become operations.
 //!
-//! Owns: the disk that all queues share ([`Disk`]), the engine of one queue ([`Lane`]), requests in flight (`task`), group
-//! commit ([`group_commit`]). Leaves to others: where sectors are (`chain`), the order of durable writes (`image`),
-//! virtqueues (`device`).
+//! This floor owns the disk that all queues share ([`Disk`]), the state of one queue ([`Lane`]), the requests in flight
+//! (`task`), and group commit ([`group_commit`]). Other floors own the mapping of sectors to files (`chain`), the order
+//! of durable writes (`image`), and virtqueues (`device`).
 //!
 //! ```text
 //!   Request ──> Lane::push ── Plan ──┬── Load ──┐         reads bitmaps that are not in memory
 //!                              ^     │          │
 //!                              ├─────┼──────────┘
-//!                              └─────┼── AwaitGrowth      a new block for which the file has to grow, or a full file system
+//!                              └─────┼── AwaitGrowth      waits until the file grows or the file system has space
 //!                                    v
-//!                                  Move                   operations on parts of the request's own memory, then the marks
-//!                                    ├── LoadForMark      reads bitmaps that were evicted meanwhile, then marks again
-//!                                    ├── AwaitCommit      flushes; writes in write-through mode
+//!                                  Move                   moves bytes, then marks the written sectors
+//!                                    ├── LoadForMark      reads bitmaps that were evicted, then marks again
+//!                                    ├── AwaitCommit      only flushes, and writes that need a commit
 //!                                    v
 //!                                  Answer
 //! ```
 //!
-//! A read whose bytes are in the page cache is a copy and needs no task (`cached_reads`). Sequential reads that wait for the
-//! disk are prefetched (`readahead`). Discards and zeroing are cut into pieces; a disk punches one piece at a time (`punch`).
+//! A read whose bytes are in the page cache is answered by copies and needs no task (`cached_reads`). While reads wait
+//! for the disk, sequential reads are prefetched (`readahead`). Discards and zeroing are cut into pieces, and a disk
+//! punches one piece at a time (`punch`).
 //!
-//! A lane belongs to one thread. A read of known sectors writes no state that lanes share.
+//! A lane belongs to one thread. A read whose bitmaps are in memory takes no lock.
 //!
-//! Failures: `task_ops` evaluates a failed operation of a request, `lane` a failed commit or step of growth. If the host
-//! is full, `lane` tries again each second. `stages` fails writes to a poisoned image. [`DiskCounters`] is in `shared`.
+//! Failures: `task_ops` evaluates failed operations of requests; `lane` evaluates failed commits and failed steps of
+//! growth, and retries stalled writes and commits once a second while the file system is full; `stages` fails writes to
+//! a poisoned image. [`DiskCounters`] is in `shared`.
 
 mod cached_reads;
 mod early_writeback;

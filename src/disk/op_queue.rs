@@ -1,4 +1,4 @@
-//! Operations on their way to a lane's engine.
+//! The operations that a lane passes to its I/O engine.
 
 use std::collections::VecDeque;
 
@@ -6,9 +6,9 @@ use crate::storage::{Engine, Op};
 
 /// A lane's engine, and the operations for which the engine had no room.
 pub(super) struct OpQueue {
-    // Dropped first: its drop waits for the operations in flight.
+    // Declared first, so that it is dropped first: its drop waits for the operations in flight.
     pub(super) engine: Box<dyn Engine>,
-    /// Operations that the engine refused because `depth` others were in flight, in the order of their arrival.
+    /// Operations that did not fit into the engine because its maximum number was in flight, oldest first.
     backlog: VecDeque<Op>,
 }
 
@@ -17,7 +17,7 @@ impl OpQueue {
         OpQueue { engine, backlog: VecDeque::new() }
     }
 
-    /// Whether the engine accepted every operation that was pushed.
+    /// Whether the engine has accepted all operations that were pushed.
     #[inline]
     pub(super) fn has_no_backlog(&self) -> bool {
         self.backlog.is_empty()

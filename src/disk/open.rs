@@ -11,15 +11,17 @@ use crate::image;
 use crate::storage::Env;
 
 impl Disk {
-    /// Opens a chain. A writable image that was not closed cleanly is recovered.
+    /// Opens a chain. If the disk is writable, recovers images that were not closed.
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock on a file of the chain.
-    /// - `Refused` for writing, if an unfinished merge forbids it, or if other images have this one as their parent.
+    /// - `Refused` if the disk is writable, and an unfinished merge forbids changes, or other images have the top as
+    ///   their parent and `allow_writable_parent` is not set.
     /// - Any error of a file of the chain, with its path and offset.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { OpenMode::Read } else { OpenMode::Write };
-        // A read-only open fails if a live journal holds acknowledged writes; a writable open replays it, also for parents.
+        // If a live journal of an image of the chain holds acknowledged writes, a read-only open fails and a writable
+        // open replays the journal, also that of a parent.
         let runtime = options.keep.folders().to_vec();
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
         if options.discard_journal {
@@ -55,7 +57,7 @@ impl Disk {
     }
 }
 
-/// The serial, padded with zeros.
+/// Returns the serial that the guest reads: `given`, or the first 20 digits of the UUID, padded with zeros.
 fn serial(given: Option<&str>, uuid: uuid::Uuid) -> Result<[u8; 20]> {
     let text = given.map_or_else(|| uuid.simple().to_string()[..20].to_owned(), str::to_owned);
     let mut serial = [0; 20];

@@ -9,7 +9,7 @@ use crate::image::{Allocation, Durability};
 pub struct DiskOptions {
     /// Path of the youngest image of the chain.
     pub path: PathBuf,
-    /// Whether the disk refuses writes. No file is changed then.
+    /// Whether the disk refuses writes. Then no file is changed.
     pub read_only: bool,
     /// Serial that the guest can read, at most 20 bytes. Without one, the first 20 digits of the image's UUID.
     pub serial: Option<String>,
@@ -32,9 +32,9 @@ pub struct DiskOptions {
 }
 
 impl DiskOptions {
-    /// Options for a writable disk with default settings: buffered, parents only in the image's folder, writes durable
-    /// after the next flush and not kept if the process is killed before, and writes wait while the file system is
-    /// full.
+    /// Returns the options of a writable disk with default settings: files are buffered, parents lie in the image's
+    /// folder, a write is durable after the next flush and is lost if the process is killed before, and writes wait
+    /// while the file system is full.
     pub fn new(path: impl Into<PathBuf>) -> DiskOptions {
         DiskOptions {
             path: path.into(),
@@ -55,7 +55,7 @@ impl DiskOptions {
 /// Policy for a write or commit for which the file system has no space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum WhenFull {
-    /// The write or commit waits until there is space. Reads continue, and so do flushes for which there is space.
+    /// The write or commit waits until there is space. Reads continue, and so do flushes that need no space.
     #[default]
     Park,
     /// The write or commit fails.

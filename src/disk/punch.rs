@@ -1,12 +1,12 @@
-//! Discards and zeroing in pieces, one piece at a time on a disk.
+//! Discards and zeroing in pieces: a disk punches one piece at a time.
 //!
-//! A file system locks a file while it punches a hole into it, and all writes to the file wait. How long depends on the
+//! A file system locks a file while it punches a hole into it, and all writes to the file wait. The time depends on the
 //! number of extents that are freed, which can be hundreds of thousands. So a range is punched in pieces of
-//! [`PUNCH_SECTORS`], and the disk has one lock for all its queues: a request holds the lock for one piece and then queues
-//! again. Between two pieces the file is unlocked, and other requests of the same queue are served.
+//! [`PUNCH_SECTORS`], and all queues of a disk share one lock. A request holds the lock for one piece and then queues
+//! for the lock again. Between two pieces the file is unlocked, and other requests of the queue are served.
 //!
-//! Measured on ext4 (November 2026, two busy processors): a trim of 1 GiB, of which three quarters had every second 16 KiB
-//! punched before, with concurrent writes of 4 KiB, one in flight.
+//! Measured on ext4 (November 2026, two busy processors): a trim of 1 GiB, three quarters of which had every second 16
+//! KiB punched before, with concurrent 4 KiB writes at queue depth 1.
 //!
 //! | | longest write | trim | writes a second |
 //! | --- | --- | --- | --- |
@@ -23,7 +23,8 @@ use super::mailbox::{LaneEvent, Mailbox};
 /// Maximum number of sectors of a piece: 2 MiB, the default block size.
 pub(super) const PUNCH_SECTORS: u64 = 4096;
 
-/// The lock of a disk for punching. One lane holds it at a time; waiting lanes are granted it in the order of their requests.
+/// The lock of a disk for punching. One lane holds the lock at a time; waiting lanes get it in the order in which they
+/// requested it.
 #[derive(Debug, Default)]
 pub(super) struct PunchLock(Mutex<PunchLockState>);
 
@@ -34,8 +35,9 @@ struct PunchLockState {
 }
 
 impl PunchLock {
-    /// Acquires the lock if it is free. Otherwise the lane is queued, and [`LaneEvent::PunchLockGranted`] announces that it
-    /// holds the lock; the lane must not call this again before.
+    /// Acquires the lock if it is free, and returns whether it was. Otherwise queues the lane;
+    /// [`LaneEvent::PunchLockGranted`] announces that the lane holds the lock. The lane must not call this function
+    /// again before that event.
     fn acquire(&self, lane: &Arc<Mailbox>) -> bool {
         let mut state = self.lock();
         if state.holder.is_some() {
@@ -46,7 +48,7 @@ impl PunchLock {
         true
     }
 
-    /// Gives up the lock, or the place in the queue for it.
+    /// Releases the lock if the lane holds it. Otherwise removes the lane from the queue for the lock.
     pub(super) fn release(&self, lane: &Arc<Mailbox>) {
         let mut state = self.lock();
         if state.holder.as_ref().is_some_and(|holder| Arc::ptr_eq(holder, lane)) {
@@ -64,26 +66,26 @@ impl PunchLock {
     }
 }
 
-/// The requests of one lane that punch, and the lane's share in the lock.
+/// The requests of one lane that need the punch lock, and the lane's state with respect to the lock.
 #[derive(Debug, Default)]
 pub(super) struct PunchQueue {
     lock: LockShare,
-    /// Requests whose next piece waits for the lock.
+    /// Requests that wait to punch their next piece.
     queue: VecDeque<u32>,
 }
 
-/// A lane's share in the [`PunchLock`] of its disk.
+/// The state of a lane with respect to the [`PunchLock`] of its disk.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum LockShare {
     #[default]
     None,
     Waiting,
-    /// The lane holds the lock for this request.
+    /// The lane holds the lock for the request with this number.
     Held(u32),
 }
 
 impl PunchQueue {
-    /// Whether a request may punch its next piece now. If not, the request is queued: [`PunchQueue::granted`] or
+    /// Returns whether a request may punch its next piece now. If not, queues the request; [`PunchQueue::granted`] or
     /// [`PunchQueue::start_next`] returns its number later.
     pub(super) fn may_punch(&mut self, number: u32, lock: &PunchLock, lane: &Arc<Mailbox>) -> bool {
         if self.lock == LockShare::Held(number) {
@@ -102,13 +104,13 @@ impl PunchQueue {
         held
     }
 
-    /// Queues a request for its next piece, after all others of the lane.
+    /// Releases the lock if the request holds it, and queues the request after all others of the lane.
     pub(super) fn requeue(&mut self, number: u32, lock: &PunchLock, lane: &Arc<Mailbox>) {
         self.release(number, lock, lane);
         self.queue.push_back(number);
     }
 
-    /// Releases the lock if this request holds it: its piece is complete, or waits for something else.
+    /// Releases the lock if this request holds it: its piece is complete, or the request waits for another event.
     pub(super) fn release(&mut self, number: u32, lock: &PunchLock, lane: &Arc<Mailbox>) {
         if self.lock == LockShare::Held(number) {
             self.lock = LockShare::None;
@@ -116,14 +118,14 @@ impl PunchQueue {
         }
     }
 
-    /// Returns the request that holds the lock now that the lane was granted it.
+    /// Records that the lane was granted the lock. Returns the request that holds the lock now.
     pub(super) fn granted(&mut self) -> u32 {
         let number = self.queue.pop_front().expect("a lane waits for the lock only while a request of it is queued");
         self.lock = LockShare::Held(number);
         number
     }
 
-    /// Returns the next queued request if the lock is free; that request then holds the lock.
+    /// Acquires the lock for the next queued request if the lock is free. Returns that request.
     pub(super) fn start_next(&mut self, lock: &PunchLock, lane: &Arc<Mailbox>) -> Option<u32> {
         if !self.has_queued() {
             return None;

@@ -1,16 +1,18 @@
-//! Readahead across layers: a guest that reads sequentially reaches, at every border between layers, a file in which
-//! the kernel's own readahead has not seen the stream yet.
+//! Readahead across layers. A guest that reads sequentially reaches, at every border between two layers, a file in
+//! which the kernel's readahead has not detected the stream yet.
 //!
-//! A queue tracks the sequential streams among its reads. While reads wait for the disk, the next part of a stream is planned
-//! as any read is (missing bitmaps are loaded), and its extents are prefetched ([`Action::Prefetch`]). A prefetch is a hint: no
-//! request waits for it, and the guest does not notice it. Random reads cost a few comparisons.
+//! A lane detects sequential streams among its reads. While reads wait for the disk, the next part of a stream is
+//! planned like a read (missing bitmaps are loaded), and its extents are prefetched ([`Action::Prefetch`]). A prefetch
+//! is a hint: no request waits for it, and it changes no answer. A random read costs a few comparisons.
 //!
-//! - *Only while reads wait.* A read from the page cache is complete as soon as it was submitted. Any other read grants
-//!   the next [`STEPS_PER_WAIT`] steps. Without granted steps a stream is only tracked. The blocking engine completes
-//!   every read in `submit`, so nothing is prefetched with it.
-//! - *Only extents below [`LONG_EXTENT`] if the kernel itself reads [`WIDE_READAHEAD`] ahead.* In longer extents the kernel's
-//!   readahead finds the stream and is faster: it reads into large folios, a hint into single pages.
-//! - *At most a quarter of the engine's operations*, so that requests find room. The rest of a step is dropped.
+//! - *Only while reads wait.* A read that is complete right after the submit came from the page cache. Any other read
+//!   grants the next [`STEPS_PER_WAIT`] steps. While no steps are granted, a stream is only tracked. The blocking
+//!   engine completes every read in `submit`, so no steps are granted with it.
+//! - *Only extents shorter than [`LONG_EXTENT`] if the kernel's own readahead is at least [`WIDE_READAHEAD`].* In
+//!   longer extents the kernel's readahead detects the stream and is faster: it reads into large folios, whereas a hint
+//!   reads into single pages.
+//! - *At most a quarter of the operations that the engine can have in flight*, so that there is room for requests. The
+//!   rest of a step is dropped.
 //!
 //! `docs/performance.md`, section 4, has the figures and the variants that were dropped.
 
@@ -19,58 +21,58 @@ use crate::chain::{Extent, PlanBuffer, Source, Version};
 use crate::storage::{Action, File, FileSlot, Op};
 use crate::units::SectorRange;
 
-/// Streams that a queue tracks at once.
+/// Maximum number of streams that a lane tracks.
 const STREAMS: usize = 4;
-/// Reads outside of streams whose ends are remembered: each may be the first of a stream.
+/// Number of reads outside of streams whose ends are recorded, since each of them may be the first of a stream.
 const RECENT_ENDS: usize = 8;
-/// A read continues a stream if it begins less than this many sectors (128 KiB) after the stream's end. Other queues may have
-/// read the gap.
+/// A read continues a stream if it begins less than this number of sectors (128 KiB) after the stream's end. Other
+/// queues may have read the sectors in between.
 const MAX_GAP: u64 = 256;
-/// Initial window of a stream in sectors (512 KiB).
+/// Initial window of a stream, in sectors (512 KiB).
 const MIN_WINDOW: u64 = 1 << 10;
-/// Largest window of a stream in sectors (8 MiB).
+/// Maximum window of a stream, in sectors (8 MiB).
 const MAX_WINDOW: u64 = 16 << 10;
-/// A step prefetches at least this fraction of the window.
+/// A step prefetches at least the window divided by this number, except at the end of the disk.
 const STEPS_PER_WINDOW: u64 = 4;
-/// Steps that are granted when a read has waited for the disk (64 MiB with the largest window).
+/// Number of steps that are granted when a read waits for the disk (64 MiB with the maximum window).
 const STEPS_PER_WAIT: u32 = 32;
-/// Value of an unused end: no read begins after it.
+/// Value of an unused entry: no disk has a sector with this number.
 const NO_END: u64 = 1 << 62;
-/// Extents of at least this many bytes are left to a kernel with wide readahead.
+/// Minimum length in bytes of an extent that is not prefetched if the kernel has wide readahead.
 const LONG_EXTENT: u64 = 1 << 20;
-/// Readahead of the kernel, in bytes, from which it counts as wide.
+/// Minimum readahead of the kernel, in bytes, that counts as wide.
 const WIDE_READAHEAD: u64 = 2 << 20;
-/// Extents are planned for whole blocks of the default size, in sectors, so that the end of a step does not make an extent
-/// look short.
+/// Alignment of the ranges that are planned, in sectors: the default block size. Without it, an extent that a step cuts
+/// would look short.
 const BLOCK_SECTORS: u64 = 4096;
-/// Largest hint in bytes. The kernel cuts a hint at its own readahead or at the disk's largest request
-/// (force_page_cache_ra in mm/readahead.c).
+/// Maximum length of a hint in bytes. The kernel truncates a hint to the maximum of its own readahead and the largest
+/// request of the disk (force_page_cache_ra in mm/readahead.c).
 const HINT_BYTES: u64 = 256 << 10;
-/// The sequential streams of a queue.
+/// The sequential streams of a lane.
 pub(super) struct Readahead {
     streams: [ReadStream; STREAMS],
-    /// Ends of the last reads outside of streams.
+    /// Ends of the most recent reads outside of streams.
     recent_ends: [u64; RECENT_ENDS],
     /// Index of the oldest entry of `recent_ends`.
     oldest_end: usize,
     /// Number of reads that continued a stream.
     clock: u64,
-    /// Steps that are left until a read waits again.
+    /// Number of steps that are still granted.
     credit: u32,
-    /// Prefetch operations in flight.
+    /// Number of prefetch operations in flight.
     in_flight: usize,
 }
 
 /// A sequence of adjacent reads.
 #[derive(Clone, Copy)]
 struct ReadStream {
-    /// First sector after the last read.
+    /// First sector after the last read of the stream.
     next: u64,
-    /// First sector that was not prefetched.
+    /// First sector that is not prefetched yet.
     prefetched_to: u64,
-    /// Sectors to prefetch after `next`.
+    /// Number of sectors to prefetch after `next`.
     window: u64,
-    /// Value of `Readahead::clock` at the last read.
+    /// Value of `Readahead::clock` at the last read of the stream.
     last_used: u64,
 }
 
@@ -91,7 +93,7 @@ impl Readahead {
         self.credit = STEPS_PER_WAIT;
     }
 
-    /// Records a read on a disk of `sectors`. Returns the range to prefetch now, if a step is due.
+    /// Records a read on a disk of `sectors` sectors. Returns the range to prefetch now, or `None` if no step is due.
     #[inline]
     pub(super) fn record_read(&mut self, range: SectorRange, sectors: u64) -> Option<SectorRange> {
         let continues = |end: u64| range.start().wrapping_sub(end) < MAX_GAP;
@@ -125,7 +127,8 @@ impl Readahead {
         Some(SectorRange::between(from, to))
     }
 
-    /// Pushes the hints for a planned range, up to a quarter of the engine's depth. Returns their number and their bytes.
+    /// Pushes hints for the extents in `range`, as long as hints use at most a quarter of the engine's depth. Returns
+    /// the number of hints and the number of their bytes.
     pub(super) fn push_hints(
         &mut self,
         range: SectorRange,
@@ -151,12 +154,12 @@ impl Readahead {
     }
 }
 
-/// Plans the blocks that a range to prefetch touches.
+/// Plans all blocks that overlap a range to prefetch.
 pub(super) fn plan_blocks(range: SectorRange, version: &Version, plan: &mut PlanBuffer) {
     version.plan_read(whole_blocks(range, version.sectors()), plan);
 }
 
-/// A range, extended to whole blocks.
+/// Extends a range to whole blocks of the default size, up to the end of the disk.
 fn whole_blocks(range: SectorRange, sectors: u64) -> SectorRange {
     SectorRange::between(
         range.start() / BLOCK_SECTORS * BLOCK_SECTORS,
@@ -167,9 +170,9 @@ fn whole_blocks(range: SectorRange, sectors: u64) -> SectorRange {
 /// Policy that selects the extents of a file to prefetch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ReadaheadPolicy {
-    /// None: O_DIRECT does not read from the page cache.
+    /// No extents: O_DIRECT does not read from the page cache.
     Off,
-    /// Extents that are too short for the kernel's own readahead.
+    /// Extents shorter than [`LONG_EXTENT`], in which the kernel's own readahead does not detect the stream.
     ShortExtents,
     /// All extents.
     AllExtents,
@@ -186,7 +189,7 @@ impl ReadaheadPolicy {
     }
 }
 
-/// The hints that prefetch `range`, as slot, byte offset and length.
+/// Returns the hints that prefetch `range`, each as file slot, byte offset and length.
 fn prefetch_pieces(
     extents: &[Extent],
     range: SectorRange,

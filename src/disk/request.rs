@@ -8,11 +8,11 @@ use crate::units::SectorRange;
 pub struct ZeroRange {
     /// Sectors of the disk.
     pub range: SectorRange,
-    /// Whether their space on the file system may be deallocated.
+    /// Whether the space of the range on the file system may be deallocated.
     pub unmap: bool,
 }
 
-/// The action of a request. All ranges must lie inside the disk; the creator of a request checks that.
+/// The action of a request. All ranges must lie inside the disk: the creator of the request checks that.
 #[derive(Debug)]
 pub enum Work {
     /// Read from the disk into guest memory.
@@ -29,12 +29,12 @@ pub enum Work {
         /// Memory to write; as long as the range.
         from: GuestIovecs,
     },
-    /// Ask the kernel to read a range into the page cache. This is a hint, which gets no answer.
+    /// Read a range into the page cache. The request is a hint and gets no answer.
     Prefetch {
         /// Sectors to prefetch.
         range: SectorRange,
     },
-    /// Make all writes durable that were answered before this request.
+    /// Make all writes durable that were answered before this request was submitted.
     Flush,
     /// Discard ranges: deallocate their space in the top image, without exposing data of a parent.
     Discard {
@@ -75,6 +75,6 @@ pub struct Answer {
     pub tag: u64,
     /// Outcome of the request.
     pub outcome: Outcome,
-    /// Memory of a read or write, for reuse.
+    /// Memory of a read or write, returned for reuse.
     pub memory: Option<GuestIovecs>,
 }

@@ -1,6 +1,7 @@
-//! The stages of a request, from its plan to its answer. One `match` advances them; `mod.rs` has a drawing.
+//! The stages of a request, from its plan to its answer. One `match` executes them; `mod.rs` has a drawing.
 //!
-//! A stage always starts from its beginning. That is safe: look-ups can be repeated, and a repeated reservation finds the first.
+//! A stage can be repeated from its beginning: look-ups have no effect, and a reservation that is repeated returns the
+//! first one.
 
 use std::sync::atomic::Ordering;
 
@@ -15,21 +16,21 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Completion};
 use crate::units::SectorRange;
 
-/// Free tasks below which nothing is prefetched.
+/// Minimum number of free tasks for which a prefetch is started.
 const MIN_FREE_TASKS: usize = 64;
 
 /// The result of a stage.
 enum StageResult {
     /// The next stage begins now.
     Enter(TaskStage),
-    /// The next stage begins when the event for which the task waits has come.
+    /// The task waits for an event, and then begins the next stage.
     Wait(TaskStage),
     /// The request is answered.
     Finish(Outcome),
 }
 
 impl Lane {
-    /// Starts a request. Requires `push_capacity`.
+    /// Starts a request. Requires that [`Lane::push_capacity`] is not zero.
     pub(super) fn start_request(&mut self, Request { tag, work }: Request) {
         let (number, mut task) = self.tasks.start(tag, work);
         let first = self.run_stage(number, &mut task);
@@ -45,7 +46,8 @@ impl Lane {
         self.run(number, task, first);
     }
 
-    /// Plans the queued reads: a read becomes a list of copies if all of its bytes are known to be resident, and a task otherwise.
+    /// Plans the queued reads. A read becomes a list of copies if all of its bytes are known to be resident, and a task
+    /// otherwise.
     pub(super) fn plan_cached_reads(&mut self) {
         self.cached_reads.prefetch_plans(self.disk.version(), &mut self.plan);
         while let Some(read) = self.cached_reads.next_candidate() {
@@ -58,7 +60,8 @@ impl Lane {
         }
     }
 
-    /// Makes the planned copies. Returns whether some reads became tasks, whose operations are to be submitted.
+    /// Makes the planned copies. Returns whether a copy failed, so that its read became a task with operations to
+    /// submit.
     pub(super) fn copy_cached_reads(&mut self) -> bool {
         if !self.cached_reads.copy_all(&mut *self.ops.engine, &mut self.answers) {
             return false;
@@ -82,7 +85,7 @@ impl Lane {
         }
     }
 
-    /// Records the completion of an operation of a task, and advances the task if that was the last.
+    /// Records the completion of an operation of a task, and advances the task if no other operation is pending.
     pub(super) fn op_completed(&mut self, number: u32, detail: u32, completion: Completion) {
         let task = self.tasks.get_mut(number);
         if completion.op.action == Action::Prefetch {
@@ -100,7 +103,7 @@ impl Lane {
         }
     }
 
-    /// Advances tasks whose event has come; they fail if `ok` is false.
+    /// Advances tasks after the event for which they wait. The tasks fail if `ok` is false.
     pub(super) fn resume_tasks(&mut self, numbers: Vec<u32>, ok: bool) {
         for number in numbers {
             self.tasks.get_mut(number).failed |= !ok;
@@ -115,7 +118,7 @@ impl Lane {
         self.run(number, task, next);
     }
 
-    /// Advances a task after a stage with the result `next`. The only place where stages change.
+    /// Advances a task after a stage with the result `next`. Only this function changes the stage of a task.
     fn run(&mut self, number: u32, mut task: Box<Task>, mut next: StageResult) {
         let outcome = loop {
             match next {
@@ -209,19 +212,19 @@ impl Lane {
         next
     }
 
-    /// Waits until the file has room for the block that a plan could not reserve.
+    /// Waits until the file has room for the block that the plan could not reserve.
     fn await_growth(&mut self, number: u32) -> StageResult {
         if self.ensure_growth() {
             self.release_punch_lock(number);
             self.parked.push(number);
             StageResult::Wait(TaskStage::AwaitGrowth)
         } else {
-            // Another lane has made space since this plan was made.
+            // Another lane has made space since the plan was made.
             StageResult::Enter(TaskStage::Plan)
         }
     }
 
-    /// Pushes the operations of a plan: reads of the bitmaps that it misses, or else the transfers.
+    /// Pushes the operations of a plan: reads of missing bitmaps if there are any, the transfers otherwise.
     #[inline]
     fn carry_out(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) -> StageResult {
         if !plan.missing.is_empty() {
@@ -255,7 +258,7 @@ impl Lane {
         self.disk.counters().readahead_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Pushes reads of the bitmaps that a plan or a mark misses. `stage` is where the task continues.
+    /// Pushes reads of bitmaps that are missing for a plan or a mark. The task continues with `stage`.
     fn load_bitmaps(&mut self, number: u32, task: &mut Task, missing: &[Missing], stage: TaskStage) -> StageResult {
         let load = self.disk.version().load(missing);
         for (piece, (slot, at)) in (0..).zip(load.reads()) {
@@ -265,19 +268,19 @@ impl Lane {
         if task.pending_ops == 0 { StageResult::Enter(stage) } else { StageResult::Wait(stage) }
     }
 
-    /// Hands the bitmaps that a task has read to the chain.
+    /// Passes the bitmaps that a task has read to the chain.
     fn supply_bitmaps(&mut self, task: &mut Task) {
         let load = task.load.take().expect("a task that loads");
         self.disk.version().supply(&load, &mut task.pins);
     }
 
-    /// Marks the written sectors when all operations of a range are complete.
+    /// Marks the written sectors after all operations of a range have completed.
     fn transfer_completed(&mut self, number: u32, task: &mut Task) -> StageResult {
         if task.failed {
             return StageResult::Finish(Outcome::Failed);
         }
         if std::mem::take(&mut task.no_space) {
-            // No sector of the range was marked, so the next tick can repeat all operations of the range.
+            // No sector of the range was marked, so all operations of the range can be repeated at the next tick.
             self.release_punch_lock(number);
             self.parked.push(number);
             let first = !std::mem::replace(&mut task.stalled, true);
@@ -307,7 +310,7 @@ impl Lane {
             }
         }
         if !absent.is_empty() {
-            // These bitmap sectors were evicted while the bytes moved. The marks that were made may be repeated.
+            // These bitmap sectors were evicted while the bytes moved. Repeating the marks that were made is harmless.
             return self.load_bitmaps(number, task, &Missing::bitmap_sectors(&absent), TaskStage::LoadForMark);
         }
         task.pins.release();

@@ -1,7 +1,7 @@
-//! Writes and commits on a full file system: the count of those that wait for space, and the log lines about them.
+//! Writes and commits on a full file system: the number of writes that wait for space, and the log lines about them.
 //!
-//! Stalled writes are counted over all lanes of a disk. The log gets one line when the first write stalls, and one when the last
-//! stalled write has ended.
+//! Stalled writes are counted over all lanes of a disk. The log gets one line when the first write stalls, and one line
+//! when no write stalls any more.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::error::Error;
 use crate::storage::File;
 
-/// Free bytes from which the host no longer counts as full. A full file system may report a few free bytes.
+/// Minimum number of free bytes for which a file system counts as not full. A full file system may report a few free
+/// bytes.
 const MIN_FREE_BYTES: u64 = 4 << 20;
 
 /// The number of a disk's writes that wait for space on the file system.
@@ -17,7 +18,7 @@ const MIN_FREE_BYTES: u64 = 4 << 20;
 pub(super) struct StalledWrites(AtomicUsize);
 
 impl StalledWrites {
-    /// Counts `writes` to `image` that begin to wait, and logs the first.
+    /// Adds `writes` writes to `image` that begin to wait. Logs a warning if no write waited before.
     pub(super) fn stall(&self, writes: usize, image: &Path) {
         if self.add(writes) {
             let path = image.display();
@@ -27,38 +28,38 @@ impl StalledWrites {
         }
     }
 
-    /// Removes one write to `image` from the count. Logs that there is space again if the write succeeded and no other
-    /// write waits.
+    /// Removes one write to `image` from the count. If the write succeeded and no other write waits, logs that there is
+    /// space again.
     pub(super) fn end(&self, succeeded: bool, image: &Path) {
         if self.remove() && succeeded {
             log_space_available(image);
         }
     }
 
-    /// Adds to the count. Returns whether no other write waited.
+    /// Adds `writes` to the count. Returns whether the count was zero before and no longer is.
     fn add(&self, writes: usize) -> bool {
         writes > 0 && self.0.fetch_add(writes, Ordering::Relaxed) == 0
     }
 
-    /// Subtracts one write. Returns whether no other write waits.
+    /// Subtracts one write. Returns whether the count is zero now.
     fn remove(&self) -> bool {
         self.0.fetch_sub(1, Ordering::Relaxed) == 1
     }
 }
 
-/// Whether a lane logged that writes fail because the file system is full.
+/// Records whether a lane has logged that writes fail because the file system is full.
 #[derive(Debug, Default)]
 pub(super) struct NoSpaceLog(bool);
 
 impl NoSpaceLog {
-    /// Logs, once, that writes to `image` fail.
+    /// Logs that writes to `image` fail, unless that was logged since there last was space.
     pub(super) fn write_failed(&mut self, image: &Path) {
         if !std::mem::replace(&mut self.0, true) {
             log::error!("{}: the host is full: writes fail until there is space", image.display());
         }
     }
 
-    /// Logs, once, that the image could not grow and that writes fail.
+    /// Logs that the image could not grow and that writes fail, unless failing writes were logged already.
     pub(super) fn growth_failed(&mut self, error: &Error) {
         if !std::mem::replace(&mut self.0, true) {
             log::error!("{}; writes fail until then", error.line());
@@ -89,7 +90,7 @@ pub(super) struct StalledCommit {
 }
 
 impl StalledCommit {
-    /// Keeps the round open, and logs that once until a commit ends.
+    /// Keeps the round open. Logs this at the first stall after a commit.
     pub(super) fn stall(&mut self, image: &Path) {
         self.stalled = true;
         if !std::mem::replace(&mut self.logged, true) {
@@ -103,12 +104,12 @@ impl StalledCommit {
         self.stalled
     }
 
-    /// Ends the stall. Returns whether a round was open, which the caller then has to retry or fail.
+    /// Ends the stall. Returns whether a round was open; if so, the caller must retry or fail the round.
     pub(super) fn take(&mut self) -> bool {
         std::mem::take(&mut self.stalled)
     }
 
-    /// Allows the next stall to be logged: a commit ended.
+    /// Records that a commit has ended, so that the next stall is logged.
     pub(super) fn commit_ended(&mut self) {
         self.logged = false;
     }

@@ -1,4 +1,4 @@
-//! A request in flight: its state between two stages. `stages.rs` advances it.
+//! A request in flight: the state that it keeps between two stages. `stages.rs` executes the stages.
 
 use super::punch::PUNCH_SECTORS;
 use super::request::Work;
@@ -9,15 +9,15 @@ use crate::units::SectorRange;
 /// The stage of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum TaskStage {
-    /// Looks up where the sectors are.
+    /// Looks up where the sectors are, and reserves space for writes.
     Plan,
-    /// Reads bitmaps that the plan needs. Then plans again.
+    /// Reads bitmaps that are missing for the plan. Then plans again.
     Load,
     /// Waits until the file has grown, or until the file system has space. Then plans again.
     AwaitGrowth,
-    /// Moves bytes. Then marks written sectors.
+    /// Moves bytes. Then marks the written sectors.
     Move,
-    /// Reads bitmaps that were evicted while bytes moved. Then marks written sectors.
+    /// Reads bitmaps that were evicted while bytes moved. Then marks the written sectors.
     LoadForMark,
     /// Waits for the commit that makes the request durable.
     AwaitCommit,
@@ -28,17 +28,17 @@ pub(super) struct Task {
     pub(super) tag: u64,
     pub(super) work: Work,
     pub(super) stage: TaskStage,
-    /// Operations in flight.
+    /// Number of operations in flight.
     pub(super) pending_ops: u32,
     /// Whether an operation failed.
     pub(super) failed: bool,
-    /// Whether an operation found the file system full.
+    /// Whether an operation failed because the file system is full, so that the operations have to be repeated.
     pub(super) no_space: bool,
     /// Whether the request is counted in `StalledWrites`.
     pub(super) stalled: bool,
     /// Index of the range that is being discarded or zeroed.
     pub(super) range_index: usize,
-    /// Sectors of this range that are already discarded or zeroed.
+    /// Number of sectors of the current range that are discarded or zeroed already.
     pub(super) sectors_done: u64,
     /// The commit round that makes the request durable.
     pub(super) commit_round: u64,
@@ -46,9 +46,10 @@ pub(super) struct Task {
     pub(super) needs_commit: bool,
     /// The bitmaps that are being read.
     pub(super) load: Option<Box<Load>>,
-    /// Bitmap sectors that must stay in memory until the request is planned (reads) or its sectors are marked (writes).
+    /// References to bitmap sectors that must stay in memory until the request is planned (reads, discards) or its
+    /// sectors are marked (writes, zeroing).
     pub(super) pins: Pins,
-    /// Sectors to mark when the current piece is zeroed.
+    /// Sectors to mark after the current piece is zeroed.
     pub(super) marks: Vec<SectorRange>,
 }
 
@@ -72,7 +73,7 @@ impl Task {
         }
     }
 
-    /// Prepares a finished task for another request. Its vectors keep their memory.
+    /// Prepares a finished task for another request. The vectors keep their memory.
     pub(super) fn reset(&mut self, tag: u64, work: Work) {
         (self.tag, self.work, self.stage) = (tag, work, TaskStage::Plan);
         (self.pending_ops, self.failed, self.no_space, self.range_index) = (0, false, false, 0);
@@ -85,7 +86,7 @@ impl Task {
         matches!(self.work, Work::Discard { .. } | Work::WriteZeroes { .. })
     }
 
-    /// The current range of a discard or zeroing, and the number of its ranges.
+    /// Returns the current range of a discard or zeroing, and the number of its ranges. `None` for other requests.
     fn range(&self) -> Option<(SectorRange, usize)> {
         match &self.work {
             Work::Discard { ranges } => Some((ranges[self.range_index], ranges.len())),
@@ -94,7 +95,7 @@ impl Task {
         }
     }
 
-    /// The current piece of a discard or zeroing.
+    /// Returns the current piece of a discard or zeroing: the part that is punched next.
     pub(super) fn piece(&self) -> SectorRange {
         let (range, _) = self.range().expect("only discards and zeroing have pieces");
         let left = range.skip(self.sectors_done);
@@ -112,7 +113,7 @@ impl Task {
         self.range_index < ranges
     }
 
-    /// Takes the work, with the guest memory that it names, and releases pins and loaded bitmaps.
+    /// Takes the work with its guest memory, and releases pins and loaded bitmaps.
     pub(super) fn take_work(&mut self) -> Work {
         self.pins.release();
         self.load = None;
@@ -123,7 +124,7 @@ impl Task {
 /// The owner of an operation, packed into its token.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Token {
-    /// A task. `detail` is the byte offset in the request's memory, or the number of the bitmap sector that is loaded.
+    /// A task. `detail` is a byte offset in the memory of the request, or the index of a bitmap sector in `Task::load`.
     Task { task: u32, detail: u32 },
     /// The commit that this lane leads.
     Commit,

@@ -1,4 +1,4 @@
-//! The operations of a task: created from its plan, and evaluated when they complete.
+//! Creates the operations of a task from its plan, and evaluates them when they complete.
 
 use std::io;
 use std::path::Path;
@@ -10,10 +10,10 @@ use super::task::{Task, TaskStage, Token};
 use crate::chain::{Extent, Source};
 use crate::storage::{Action, Buffer, Completion, FileSlot, GuestIovecs, Op, Payload};
 
-/// Bytes of zeros per write if a file system cannot punch.
+/// Maximum number of zero bytes per write, if the file system supports no range operation for zeroing.
 const ZERO_CHUNK: u64 = 1 << 20;
 
-/// The next action of the lane after an operation completed.
+/// The action that the lane must take after an operation has completed.
 pub(super) enum OpEffect {
     /// Nothing.
     None,
@@ -26,12 +26,12 @@ pub(super) enum OpEffect {
 /// Creates and evaluates the operations of tasks.
 #[derive(Default)]
 pub(super) struct TaskOps {
-    /// Iovecs of completed operations, kept for their memory. They hold no reference to guest memory.
+    /// Iovecs of completed operations, kept so that their memory is reused. They hold no reference to guest memory.
     iovec_pool: Vec<GuestIovecs>,
 }
 
 impl TaskOps {
-    /// Pushes the operations that move the bytes of a plan.
+    /// Pushes the operations for the extents of a plan.
     #[inline]
     pub(super) fn push(&mut self, number: u32, task: &mut Task, extents: &[Extent], disk: &Disk, ops: &mut OpQueue) {
         let mut at = 0;
@@ -71,8 +71,8 @@ impl TaskOps {
         }
     }
 
-    /// The part of a request's memory that an operation moves, or a bounce buffer if its alignment does not suit O_DIRECT.
-    /// With `copy`, the bounce buffer gets the part's bytes.
+    /// Returns the part of a request's memory that an operation moves, or a bounce buffer if the alignment of the part
+    /// does not suit O_DIRECT. If `copy` is true, the bounce buffer contains the bytes of the part.
     fn payload(&mut self, memory: &GuestIovecs, at: usize, len: usize, align: usize, copy: bool) -> Payload {
         let mut iovecs = self.iovec_pool.pop().unwrap_or_else(|| GuestIovecs::with_capacity(8));
         memory.slice_into(at, len, &mut iovecs);
@@ -100,7 +100,8 @@ impl TaskOps {
         ops.push(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, offset, sector));
     }
 
-    /// Evaluates a completed operation: takes its bytes and records its failure. The caller counts the operation down.
+    /// Evaluates a completed operation: stores the bytes that it read and records its failure. The caller decrements
+    /// `pending_ops`.
     #[inline]
     pub(super) fn complete(&mut self, task: &mut Task, detail: u32, completion: Completion, disk: &Disk) -> OpEffect {
         let Completion { op, result } = completion;
@@ -118,7 +119,7 @@ impl TaskOps {
                 task.no_space = true;
                 self.recycle(iovecs);
             }
-            // Zeroing a range may allocate space, too.
+            // Zeroing a range, and a write from a bounce buffer, may allocate space, too.
             (Payload::Own(_) | Payload::None, Err(e)) if disk.parks_when_full() && is_full(op.action, &e) => {
                 task.no_space = true;
             }
@@ -139,7 +140,8 @@ impl TaskOps {
         OpEffect::None
     }
 
-    /// Replaces a range operation that the file system does not support: zeroing writes zeros, a discard does nothing.
+    /// Replaces a range operation that the file system does not support. Writes of zeros replace a zeroing; a discard
+    /// is dropped.
     pub(super) fn replace_unsupported(&mut self, task: &mut Task, op: &Op, ops: &mut OpQueue) {
         if !matches!(task.work, Work::WriteZeroes { .. }) {
             return;
@@ -154,8 +156,8 @@ impl TaskOps {
         }
     }
 
-    /// Keeps the iovecs of an operation for their memory. Drops their reference to guest memory, so that the memory can be unmapped
-    /// when the front-end removes it.
+    /// Keeps the iovecs of an operation so that their memory is reused. Drops the reference to guest memory, so that
+    /// guest memory can be unmapped when the front-end removes it.
     fn recycle(&mut self, mut iovecs: GuestIovecs) {
         iovecs.clear();
         self.iovec_pool.push(iovecs);
@@ -168,12 +170,13 @@ fn is_full(action: Action, e: &io::Error) -> bool {
     action != Action::Read && matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-/// Whether an operation failed; logs the failure. `path` is called for failures only, since its cost grows with the depth of the
-/// chain.
+/// Returns whether an operation failed, and logs the failure. Calls `path` only for a failure, since the cost of the
+/// call grows with the depth of the chain.
 fn log_if_failed<'a>(result: io::Result<()>, action: Action, offset: u64, path: impl FnOnce() -> &'a Path) -> bool {
     let Err(e) = result else { return false };
     if e.raw_os_error() == Some(libc::EFAULT) {
-        // EFAULT is no failure of the file: a page of guest memory is lost, which is logged once for the disk.
+        // EFAULT is no failure of the file: a page of guest memory is lost. The loss is logged elsewhere, once for the
+        // disk.
         return true;
     }
     log::warn!("{}: {action:?} failed at byte {offset}: {e}", path().display());

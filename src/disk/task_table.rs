@@ -3,12 +3,12 @@
 use super::request::Work;
 use super::task::Task;
 
-/// Tasks that a lane can have at once.
+/// Maximum number of tasks of a lane.
 pub(super) const MAX_TASKS: usize = 1024;
 
-/// The tasks of a lane. A task is boxed (it has a few hundred bytes); boxes of finished tasks are reused.
+/// The tasks of a lane. A task has a few hundred bytes, so tasks are boxed, and boxes of finished tasks are reused.
 pub(super) struct TaskTable {
-    /// Tasks that wait, by number. A task that is being advanced is not in the table.
+    /// Waiting tasks, by number. A task that is being advanced is not in the table.
     tasks: Vec<Option<Box<Task>>>,
     free_numbers: Vec<u32>,
     #[expect(clippy::vec_box, reason = "the boxes move between `tasks` and here")]
@@ -35,7 +35,7 @@ impl TaskTable {
         self.free_numbers.len() == MAX_TASKS
     }
 
-    /// Creates a task and assigns its number. The task enters the table with [`TaskTable::put`].
+    /// Creates a task and assigns it a number. [`TaskTable::put`] adds the task to the table.
     #[inline]
     pub(super) fn start(&mut self, tag: u64, work: Work) -> (u32, Box<Task>) {
         let number = self.free_numbers.pop().expect("the caller checked Lane::push_capacity");
@@ -49,12 +49,12 @@ impl TaskTable {
         (number, task)
     }
 
-    /// The waiting task of a number, if there is one.
+    /// Returns the waiting task with a number, or `None` if there is none.
     pub(super) fn get(&self, number: u32) -> Option<&Task> {
         self.tasks[number as usize].as_deref()
     }
 
-    /// The waiting task of a number.
+    /// Returns the waiting task with a number.
     #[inline]
     pub(super) fn get_mut(&mut self, number: u32) -> &mut Task {
         self.tasks[number as usize].as_deref_mut().expect("completions and wait lists name tasks in the table")
@@ -66,13 +66,13 @@ impl TaskTable {
         self.tasks[number as usize].take().expect("only a waiting task is advanced")
     }
 
-    /// Puts a task into the table until the event for which it waits.
+    /// Puts a task that waits for an event into the table.
     #[inline]
     pub(super) fn put(&mut self, number: u32, task: Box<Task>) {
         self.tasks[number as usize] = Some(task);
     }
 
-    /// Frees the number of a finished task and keeps its box.
+    /// Frees the number of a finished task and keeps its box for reuse.
     #[inline]
     pub(super) fn finish(&mut self, number: u32, task: Box<Task>) {
         self.free_numbers.push(number);

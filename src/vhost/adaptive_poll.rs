@@ -1,12 +1,13 @@
-//! Adaptive busy polling of one virtqueue (as poll-max-ns in QEMU).
+//! Adaptive busy polling of one virtqueue, like poll-max-ns in QEMU.
 //!
-//! To sleep and be woken costs tens of microseconds, much more than a read from the page cache. Polling saves that time only
-//! if work arrives while the thread polls. So the polling window follows the gaps between work: a gap within the maximum sets
-//! the window to at least twice the gap, a longer gap halves the window. The window of an idle or slow queue shrinks to zero.
+//! To sleep and to be woken costs tens of microseconds, much more than a read from the page cache. Polling saves this
+//! time only if work arrives while the thread polls. So the polling window follows the gaps between work. A gap of at
+//! most the maximum window raises the window to twice the gap, limited by the maximum. A longer gap halves the window.
+//! The window of an idle or slow queue shrinks to zero.
 
 use std::time::{Duration, Instant};
 
-/// Smallest window; a smaller one is rounded to zero.
+/// Minimum window. A window that shrinks below the minimum becomes zero.
 const MIN_WINDOW: Duration = Duration::from_micros(4);
 
 /// The polling window of one queue.
@@ -14,17 +15,17 @@ const MIN_WINDOW: Duration = Duration::from_micros(4);
 pub(super) struct AdaptivePoll {
     max_window: Duration,
     window: Duration,
-    /// Time since which the queue has no work.
+    /// Time since which the queue has had no work.
     idle_since: Option<Instant>,
 }
 
 impl AdaptivePoll {
-    /// Creates a window of at most `max_window`; zero disables polling.
+    /// Creates a window that begins at its maximum, `max_window`. Zero disables polling.
     pub(super) fn new(max_window: Duration) -> AdaptivePoll {
         AdaptivePoll { max_window, window: max_window, idle_since: None }
     }
 
-    /// Records that there was work at `now`, and adapts the window to the gap before it.
+    /// Records work at `now`, and adapts the window to the gap before the work.
     pub(super) fn record_work(&mut self, now: Instant) {
         let Some(since) = self.idle_since.take() else { return };
         let gap = now.saturating_duration_since(since);
@@ -38,7 +39,7 @@ impl AdaptivePoll {
         }
     }
 
-    /// Records that there is no work at `now`. Returns whether to poll again instead of sleeping.
+    /// Records that the queue has no work at `now`. Returns whether to poll again instead of sleeping.
     pub(super) fn should_poll(&mut self, now: Instant) -> bool {
         let since = *self.idle_since.get_or_insert(now);
         now.saturating_duration_since(since) < self.window
@@ -51,7 +52,8 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// Simulates a gap of `gap` microseconds and then work. Returns whether the queue was still polled at the end of the gap.
+    /// Simulates a gap of `gap` microseconds, followed by work. Returns whether the queue was still polled at the end
+    /// of the gap.
     fn polls(poll: &mut AdaptivePoll, start: &mut Instant, gap: u32) -> bool {
         let mut polled = true;
         for us in 0..=gap {

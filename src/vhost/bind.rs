@@ -1,12 +1,13 @@
-//! Making a listening socket under its final name.
+//! Creates a listening socket under its final name.
 //!
 //! ```text
 //!   lock NAME.lock ─> is NAME in use? ─> bind, listen ─> group ─> mode
 //! ```
 //!
-//! The lock makes the sequence atomic for other daemons. If two daemons are started on one path, one of them is refused, even
-//! while the socket of the other is bound but not listening, and so looks stale. The socket is bound with mode 0600 and gets
-//! its group before its mode, so it never admits a user whom its final group and mode do not admit.
+//! The lock makes the sequence atomic with respect to other daemons. If two daemons are started with one path, one of
+//! them is refused, even while the socket of the other is bound but does not listen yet, and so looks stale. The socket
+//! is bound with mode 0600, and its group is set before its mode. So it never admits a user whom its final group and
+//! mode do not admit.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -23,13 +24,13 @@ use crate::image::{file_name, folder_of};
 
 /// Maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 16;
-/// Maximum bytes of a path in a socket address, without the final zero.
+/// Maximum length in bytes of a path in a socket address, without the terminating zero.
 const MAX_ADDRESS_PATH: usize = 107;
 
 /// Group and mode of a socket, which decide which users may connect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketAccess {
-    /// The group of the socket. `None` leaves the group of the process.
+    /// The group of the socket. `None` keeps the group of the process.
     pub group: Option<u32>,
     /// The permission bits of the socket.
     pub mode: u32,
@@ -49,13 +50,14 @@ struct SocketLocation<'a> {
     name: &'a OsStr,
 }
 
-/// Creates a listening socket at `path` that admits the users given by `access`.
+/// Creates a listening socket at `path` that admits the users given by `access`. Replaces the socket of a process that
+/// has ended.
 ///
 /// # Errors
-/// * `Busy`: another process listens at `path`, or is starting to.
-/// * `Refused`: `path` exists and is not a socket, or is a socket in use that is not a stream socket.
-/// * `NotFound`: the folder does not exist.
-/// * `Io`: a system call fails, for example because the process may not set the group.
+/// * `Busy` if another process listens at `path`, or is about to listen.
+/// * `Refused` if `path` exists and is not a socket, or is a socket in use that is not a stream socket.
+/// * `NotFound` if the folder does not exist.
+/// * `Io` if a system call fails, for example because the process may not set the group.
 pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, BoundName)> {
     let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(path);
     let name = file_name(path)?;
@@ -66,16 +68,16 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, B
     remove_stale(&place)?;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|e| failed("cannot make a socket", e))?;
-    // The name inherits the mode of the unbound socket (Linux), less the umask.
+    // On Linux the name gets the mode of the unbound socket, restricted by the umask.
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|e| failed("cannot set the mode of the socket", e))?;
     let address = place.address().map_err(|e| failed("cannot bind", e))?;
     rustix::net::bind(&socket, &address).map_err(|e| failed("cannot bind", e))?;
-    // The socket listens right after bind, since a front-end connects as soon as it sees the name.
+    // The socket listens right after bind, since a front-end may connect as soon as the name exists.
     let listens = rustix::net::listen(&socket, BACKLOG);
     let bound =
         rustix::fs::openat(&place.folder, place.name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| failed("cannot open the socket that was just made", e))?;
-    // From here on an early return drops the name, which removes it.
+    // From this line on, an early return drops `name`, which removes the name from the file system.
     let name = OwnedName::of(&bound, &place, name).map_err(|e| failed("cannot stat the socket", e))?;
     let listener = UnixListener::from(socket);
     let bound_name = BoundName { name, _lock: lock };
@@ -84,7 +86,8 @@ pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, B
         rustix::fs::chownat(&bound, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)
             .map_err(|e| failed(&format!("cannot give the socket to group {group}"), e))?;
     }
-    // The mode is set through /proc, since fchmod refuses O_PATH descriptors and the path may name another file by now.
+    // The mode is set through /proc, since fchmod refuses O_PATH descriptors, and `path` may lead to another file by
+    // now.
     rustix::fs::chmod(proc_fd_path(&bound), Mode::from_raw_mode(access.mode as RawMode))
         .map_err(|e| failed("cannot set the mode of the socket", e))?;
     Ok((listener, bound_name))
@@ -95,8 +98,8 @@ fn proc_fd_path(fd: &OwnedFd) -> String {
 }
 
 impl SocketLocation<'_> {
-    /// Returns the address of the socket: its path as given, which tools such as `ss` show. If that path is too long for an
-    /// address, returns a path through the open folder.
+    /// Returns the address of the socket: the path as given, which tools such as `ss` show, or a path through the open
+    /// folder if the given path is too long for an address.
     fn address(&self) -> rustix::io::Result<SocketAddrUnix> {
         if self.path.as_os_str().len() <= MAX_ADDRESS_PATH {
             return SocketAddrUnix::new(self.path);
@@ -105,7 +108,7 @@ impl SocketLocation<'_> {
     }
 }
 
-/// Removes the socket of a process that has ended. The caller holds the lock of the name.
+/// Removes the socket of a process that has ended. The caller must hold the lock of the name.
 fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
     let refuse = |kind, why: &str| Err(Error::new(kind, why).at_path(place.path));
     let failed = |what: &str, e: Errno| Err(Error::io(what, e.into()).at_path(place.path));
@@ -117,7 +120,7 @@ fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
         }
         Ok(_) => {}
     }
-    // Non-blocking: a blocking connect would wait if the queue of the listener is full.
+    // The socket is non-blocking, since a blocking connect would wait if the backlog of the listener is full.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let probe = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
     match probe.and_then(|probe| rustix::net::connect(&probe, &place.address()?)) {
@@ -135,26 +138,26 @@ fn remove_stale(place: &SocketLocation<'_>) -> Result<()> {
 /// The name of a socket that this process created, with its lock.
 #[derive(Debug)]
 pub(super) struct BoundName {
-    // Dropped first, so that the name is removed while it is locked.
+    // Declared before the lock, so that the name is removed while it is locked.
     name: OwnedName,
     _lock: NameLock,
 }
 
 impl BoundName {
-    /// Returns the path under which the name was created.
+    /// Returns the path at which the socket was created.
     pub(super) fn path(&self) -> &Path {
         &self.name.path
     }
 }
 
-/// A name in the file system that this process created. Dropping it removes the name, unless it refers to another file by
-/// then.
+/// A name in the file system that this process created. Dropping an `OwnedName` removes the name, unless the name leads
+/// to another file by then.
 #[derive(Debug)]
 struct OwnedName {
     path: PathBuf,
     folder: Arc<OwnedFd>,
     name: OsString,
-    /// Device and inode of the file that was given the name.
+    /// Device and inode of the file that this process created under the name.
     id: (u64, u64),
 }
 
@@ -185,11 +188,12 @@ impl Drop for OwnedName {
     }
 }
 
-/// A lock on the name of a socket: the file `NAME.lock`, locked by `flock`. The holder removes the file. If the holder is
-/// killed, the kernel releases the lock, the file stays, and the next holder uses it again.
+/// A lock on the name of a socket: the file `NAME.lock`, locked by `flock`. The holder removes the file when it drops
+/// the lock. If the holder is killed, the kernel releases the lock, the file stays, and the next holder locks the same
+/// file.
 #[derive(Debug)]
 struct NameLock {
-    // Dropped first, so that the file is removed while it is locked.
+    // Declared before the descriptor, so that the file is removed while it is locked.
     _name: OwnedName,
     _file: OwnedFd,
 }
@@ -214,7 +218,7 @@ impl NameLock {
                 Err(e) => return Err(failed(e)),
             }
             let own = OwnedName::of(&file, place, &name).map_err(failed)?;
-            // The previous holder may have removed the file after it was opened here.
+            // The previous holder may have removed the file after it was opened by this process.
             if own.is_still_ours().map_err(failed)? {
                 return Ok(NameLock { _name: own, _file: file });
             }

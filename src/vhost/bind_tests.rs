@@ -1,4 +1,4 @@
-//! Tests of making a listening socket.
+//! Tests of `bind.rs`.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -126,7 +126,7 @@ fn group_and_mode_are_as_given() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
     let own = rustix::process::getegid().as_raw();
-    // Root may set any group, other users only a group of their own.
+    // Root may set any group, other users only one of their own groups.
     let group = if rustix::process::geteuid().is_root() { own + 7 } else { own };
     let _socket = Socket::bind(&path, SocketAccess { group: Some(group), mode: 0o660 }).unwrap();
     let found = fs::metadata(&path).unwrap();

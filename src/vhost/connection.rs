@@ -1,4 +1,5 @@
-//! One connection of a front-end: handles its messages, replies to refused ones, and warns if guest memory is not shared.
+//! One connection of a front-end. Handles its messages, replies to refused messages, and warns if guest memory is
+//! missing.
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,9 +13,9 @@ use super::handler::Handler;
 use super::memory_sharing::SHARE_HINT;
 use crate::error::{Error, Result};
 
-/// Time from the moment that a ring lacks nothing but guest memory to the warning in the log.
+/// Time for which a ring may lack nothing but guest memory before a warning is logged.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(3);
-/// Refused messages that are logged per connection, so that a front-end cannot fill the log.
+/// Maximum number of refused messages that are logged per connection, so that a front-end cannot fill the log.
 const MAX_LOGGED_REFUSALS: u32 = 32;
 
 /// Reason for which a connection ended.
@@ -32,16 +33,16 @@ pub(super) struct Connection<'a> {
     requests: BackendReqHandler<Mutex<Handler<'a>>>,
     pub(super) handler: Arc<Mutex<Handler<'a>>>,
     refusals: u32,
-    /// Number of the last request.
+    /// Request code of the last message.
     pub(super) last_request: Option<u32>,
-    /// Time since which a ring lacks nothing but guest memory.
+    /// Time since which at least one ring lacks nothing but guest memory.
     no_memory_since: Option<Instant>,
     /// Whether the warning about missing guest memory was logged.
     has_warned_no_memory: bool,
 }
 
 impl<'a> Connection<'a> {
-    /// Creates a connection from a stream of which nothing has been read.
+    /// Creates a connection on a stream from which nothing has been read.
     pub(super) fn new(name: &'a str, stream: UnixStream, handler: Handler<'a>) -> Connection<'a> {
         let handler = Arc::new(Mutex::new(handler));
         let requests = BackendReqHandler::from_stream(stream, handler.clone());
@@ -56,8 +57,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Returns whether an access to shared memory failed (the file was truncated, or the host is out of memory). The daemon
-    /// then reads zeros in place of the rings.
+    /// Returns whether an access to shared memory failed: the file was truncated, or the host is out of memory. Then
+    /// the daemon reads zeros from the lost pages.
     pub(super) fn is_memory_lost(&self) -> bool {
         self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_memory_lost()
     }
@@ -67,7 +68,8 @@ impl<'a> Connection<'a> {
         self.handler.lock().unwrap_or_else(PoisonError::into_inner).is_stuck()
     }
 
-    /// Warns if a ring lacks nothing but guest memory for [`MEMORY_TIMEOUT`]. Returns whether to check again soon.
+    /// Logs a warning if a ring has lacked nothing but guest memory for [`MEMORY_TIMEOUT`]. Returns whether the caller
+    /// must call this function again soon.
     pub(super) fn check_memory(&mut self) -> bool {
         if self.has_warned_no_memory || !self.handler.lock().unwrap_or_else(PoisonError::into_inner).waits_for_memory()
         {
@@ -85,8 +87,11 @@ impl<'a> Connection<'a> {
         false
     }
 
-    /// Handles the next message. A refused message does not end the connection, unless the front-end waits for a reply and
-    /// the protocol defines no error reply for the request.
+    /// Handles the next message. A refused message does not end the connection, unless its request requires a reply for
+    /// which the protocol defines no error.
+    ///
+    /// # Errors
+    /// `Io` if the connection fails, or must be closed because a refusal cannot be reported.
     pub(super) fn handle(&mut self, frame: MessageFrame, socket: &UnixStream) -> Result<Option<ConnectionEnd>> {
         self.last_request = Some(frame.request());
         let broken = |e| Error::io("I/O on the connection failed", e);

@@ -1,8 +1,8 @@
-//! The control thread of a served disk: starts the workers, serves one front-end after another, closes the disk.
+//! The control thread of a served disk. It starts the workers, serves one front-end after another, and closes the disk.
 //!
-//! The control thread waits in one `poll` for the stop signal, the listening socket and the front-end. It reads a message
-//! only when the whole message has arrived, and handles it only if the socket has space for the reply. So no front-end can
-//! keep the thread from accepting or refusing connections, or from ending.
+//! The control thread waits in one `poll` for the stop signal, the listening socket and the front-end. It reads a
+//! message only when the whole message has arrived, and handles the message only if the socket has space for the reply.
+//! So no front-end can keep the thread from accepting or refusing connections, or from ending.
 
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,29 +28,29 @@ use crate::storage::{EngineKind, Notifier};
 
 /// Time within which a front-end must complete a message that it began to send.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time that idle workers have to exit, even if draining the rings took longer than [`EXIT_TIMEOUT`].
+/// Minimum time that workers have to exit, even if draining the rings took longer than [`EXIT_TIMEOUT`].
 const IDLE_EXIT_TIMEOUT: Duration = Duration::from_millis(500);
-/// Interval at which an incomplete message is checked again.
+/// Interval at which the control thread checks whether the rest of an incomplete message has arrived.
 const PARTIAL_MESSAGE_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
-/// Interval at which rings that lack only guest memory are checked again.
+/// Interval at which the control thread checks rings that lack only guest memory.
 const NO_MEMORY_POLL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
-/// Interval at which the names of the served files are checked.
+/// Interval at which the control thread checks the names of the served files.
 const NAME_CHECK_PERIOD: Duration = Duration::from_secs(5);
 
-/// Options with which a disk is served.
+/// Options for serving a disk.
 #[derive(Clone, Debug)]
 pub struct ServeOptions {
     /// The name of the disk in the log.
     pub name: String,
-    /// Number of queues offered, 1 to [`MAX_QUEUES`].
+    /// Number of queues that are offered, 1 to [`MAX_QUEUES`].
     pub queues: u16,
-    /// Expected size of a queue, a power of two up to [`MAX_QUEUE_SIZE`]. Larger rings are served, too.
+    /// Expected size of a queue: a power of two, at most [`MAX_QUEUE_SIZE`]. Larger rings are served, too.
     pub queue_size: u16,
     /// The I/O engine.
     pub engine: EngineKind,
-    /// Longest time for which the thread of a queue polls before it sleeps.
+    /// Maximum time for which the thread of a queue polls before it sleeps.
     pub poll: Duration,
-    /// Whether the device offers the guest a write cache, which the guest has to flush.
+    /// Whether the device offers the guest a write cache, which the guest must flush for durability.
     pub write_back: bool,
 }
 
@@ -64,9 +64,9 @@ pub struct DiskServer {
     memory_lost: Arc<Notifier>,
     /// Whether the last front-end seems to have disconnected because it uses more queues than are offered.
     queue_shortage_suspected: Cell<bool>,
-    /// Time of the next check of file names.
+    /// Time at which the next check of file names is due.
     name_check_due: Cell<Instant>,
-    /// The thread of the check that runs, if any.
+    /// The thread of the last check of file names, if it may still run.
     name_check: Cell<Option<JoinHandle<()>>>,
     /// Time at which the stop signal was seen.
     stop_seen: Cell<Option<Instant>>,
@@ -109,7 +109,8 @@ impl DiskServer {
 
     /// Checks the names of the served files if a check is due. Returns the time until the next check.
     ///
-    /// The check runs in a thread of its own, because a file system that does not respond would block the control thread.
+    /// The check runs in a thread of its own, because a file system that does not respond would block the control
+    /// thread.
     fn check_names_if_due(&self) -> Timespec {
         if Instant::now() >= self.name_check_due.get() {
             let last = self.name_check.take();
@@ -129,12 +130,13 @@ impl DiskServer {
         thread.inspect_err(|e| warn!("disk {}: cannot check the names of its files: {e}", self.name)).ok()
     }
 
-    /// Serves front-ends, one at a time, until `stop` is readable. If the socket was handed over connected, serves that one
-    /// front-end until it disconnects. Then drains the queues, commits and closes the disk.
+    /// Serves front-ends, one at a time, until `stop` is readable. If the socket is a connection that was handed over,
+    /// serves only that front-end, until it disconnects. Then drains the queues, commits, and closes the disk.
     ///
     /// # Errors
-    /// * `Io`: requests in flight do not complete, so the image is not closed; or waiting on the sockets fails.
-    /// * Any error of closing the disk. Writes that were not flushed may then be lost.
+    /// * `Io` if requests in flight do not complete, so that the image is not closed, or if waiting on the sockets
+    ///   fails.
+    /// * Any error of closing the disk. Then writes that were not flushed may be lost.
     pub fn run(mut self, stop: impl AsFd) -> Result<()> {
         let served = match self.socket {
             Socket::Listening(ref listener) => self.accept_loop(listener, stop.as_fd()),
@@ -145,7 +147,7 @@ impl DiskServer {
                 })
             }
         };
-        // The time limit includes the time that draining the rings took, but idle threads always get IDLE_EXIT_TIMEOUT.
+        // The time limit includes the time that draining the rings took, but the threads always get IDLE_EXIT_TIMEOUT.
         let now = Instant::now();
         let by = (self.stop_seen.get().unwrap_or(now) + EXIT_TIMEOUT).max(now + IDLE_EXIT_TIMEOUT);
         self.workers.iter().for_each(|worker| worker.request_exit(by));
@@ -230,9 +232,9 @@ impl DiskServer {
             if connection.is_stuck() {
                 return Ok(ConnectionEnd::Disconnected);
             }
-            // The order matters, since poll checks the listener before the connection: if it finds the new connection of a
-            // front-end that reconnected, it also finds the hang-up of the old one. So the new connection is not taken
-            // for that of a second front-end.
+            // `poll` checks the listener before the connection, so the order of `fds` matters. If a front-end has
+            // reconnected, a `poll` that finds its new connection also finds the hang-up of its old connection. So the
+            // new connection is not mistaken for that of a second front-end.
             let mut fds =
                 vec![PollFd::from_borrowed_fd(stop, PollFlags::IN), PollFd::new(&*self.memory_lost, PollFlags::IN)];
             fds.extend(listener.map(|l| PollFd::new(l, PollFlags::IN)));
@@ -247,7 +249,8 @@ impl DiskServer {
                 return Ok(ConnectionEnd::Shutdown);
             }
             if !fds[1].revents().is_empty() {
-                // The notification may concern the memory of an earlier front-end; the loop checks is_memory_lost() itself.
+                // The notification may concern the memory of an earlier front-end, so the loop calls is_memory_lost()
+                // itself.
                 self.memory_lost.drain();
             }
             let from_front_end = fds.last().expect("pushed above").revents();
@@ -289,8 +292,8 @@ impl DiskServer {
         }
     }
 
-    /// Warns if the front-end seems to have disconnected because it uses more queues than are offered. A front-end
-    /// disconnects right after GET_QUEUE_NUM in that case, and connects again, so the warning is given once.
+    /// Warns if the front-end seems to have disconnected because it uses more queues than are offered. Such a front-end
+    /// disconnects right after GET_QUEUE_NUM. It may connect again and again, so the warning is logged once.
     fn warn_of_queue_shortage(&self, connection: &Connection<'_>) {
         let offered = self.workers.len();
         let has_rings = connection.handler.lock().unwrap_or_else(PoisonError::into_inner).has_rings();
@@ -323,7 +326,7 @@ impl DiskServer {
     }
 }
 
-/// Waits until one of the descriptors is ready, at most for `at_most` if given.
+/// Waits until one of the descriptors is ready, or until `at_most`, if given, has passed.
 fn wait(fds: &mut [PollFd<'_>], at_most: Option<&Timespec>) -> Result<()> {
     match poll(fds, at_most) {
         Ok(_) => Ok(()),
@@ -335,7 +338,7 @@ fn wait(fds: &mut [PollFd<'_>], at_most: Option<&Timespec>) -> Result<()> {
     }
 }
 
-/// Waits 100 ms or until the stop signal, so that a lasting failure does not make the thread spin.
+/// Waits 100 ms or until the stop signal, so that the thread does not spin while a failure lasts.
 fn back_off(stop: BorrowedFd<'_>) -> Result<()> {
     let little = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
     wait(&mut [PollFd::from_borrowed_fd(stop, PollFlags::IN)], Some(&little))

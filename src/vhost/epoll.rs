@@ -1,4 +1,4 @@
-//! Edge-triggered epoll: an eventfd reports each write to it, although it is never read.
+//! Edge-triggered epoll, which reports each write to an eventfd although the eventfd is never read.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
@@ -21,7 +21,7 @@ impl Epoll {
         epoll::create(true).map(Epoll)
     }
 
-    /// Adds `fd`. The kernel removes a descriptor when it is closed.
+    /// Adds `fd`. The kernel removes `fd` from the instance when the last descriptor of its open file is closed.
     pub(super) fn add(&self, fd: BorrowedFd<'_>, source: WakeSource) -> io::Result<()> {
         let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, source as u64);
         epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), event)
@@ -29,11 +29,12 @@ impl Epoll {
 
     pub(super) fn remove(&self, fd: BorrowedFd<'_>) {
         let none = epoll::Event::new(epoll::Events::empty(), 0);
-        // Ignored, since the kick of a broken ring was removed already.
+        // The error is ignored, since the kick of a broken ring was removed already.
         let _ = epoll::ctl(self.0, epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_raw_fd(), none);
     }
 
-    /// Waits for an event, at most for `at_most`; may return earlier. Returns whether one of the events was a kick.
+    /// Waits for an event, for at most `at_most`. May return earlier without an event. Returns whether one of the
+    /// events was a kick.
     pub(super) fn wait(&self, at_most: Duration) -> bool {
         let at_most = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
         let mut events = [epoll::Event::new(epoll::Events::empty(), 0); 8];
@@ -58,7 +59,7 @@ mod tests {
     use super::*;
     use crate::storage::Notifier;
 
-    /// The event loop of a queue relies on this: each write to an eventfd is one event, although the eventfd is never read.
+    /// The event loop of a queue depends on this property of the kernel.
     #[test]
     fn each_write_to_an_eventfd_is_one_event() {
         let notifier = Notifier::new().unwrap();

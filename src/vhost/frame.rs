@@ -1,8 +1,9 @@
-//! Peeks at the header of the next message before the vhost crate reads the message from the socket.
+//! Peeks at the header of the next message, before the vhost crate reads the message from the socket.
 //!
-//! The vhost crate reads with blocking calls, and leaves the body unread if it rejects a header. With the header known
-//! beforehand, the control thread never waits for the rest of a message, skips a message that the crate would leave half
-//! read, closes a connection whose stream is out of step, and replies to a request that the crate left without a reply.
+//! The vhost crate reads with blocking calls, and leaves the body unread if it rejects a header. With the header, the
+//! control thread avoids four faults. It never waits for the rest of a message. It skips a message whose body the crate
+//! would leave unread. It closes a connection on which the beginning of the next message cannot be found. It replies to
+//! a refused request if the crate does not.
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::AsFd;
@@ -12,7 +13,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, recv, 
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// Bits of `flags`: the protocol version (1), "this is a reply", "a reply is requested".
+/// Parts of `flags`: the protocol version, which must be 1; the message is a reply; the front-end requests a reply.
 const VERSION_MASK: u32 = 0x3;
 const REPLY: u32 = 0x4;
 const NEED_REPLY: u32 = 0x8;
@@ -28,7 +29,7 @@ struct MessageHeader {
 
 const HEADER_LEN: usize = size_of::<MessageHeader>();
 
-/// A message that waits on the socket as a whole.
+/// A message that is complete on the socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct MessageFrame {
     header: MessageHeader,
@@ -40,15 +41,15 @@ pub(super) struct MessageFrame {
 pub(super) enum PeekedMessage {
     /// The front-end closed the connection.
     Closed,
-    /// The beginning of a message.
+    /// Only a part of the next message has arrived.
     Partial,
-    /// A whole message.
+    /// The next message has arrived completely.
     Whole(MessageFrame),
-    /// Bytes that are no message, so the beginning of the next message cannot be found.
+    /// The bytes on the socket are no message, so the beginning of the next message cannot be found.
     Malformed,
 }
 
-/// Peeks at the next message and leaves it on the socket. The caller has found the socket readable.
+/// Peeks at the next message and leaves the message on the socket. Requires that the socket is readable.
 ///
 /// # Errors
 /// Any error of recvmsg(2) or of the FIONREAD request.
@@ -67,20 +68,20 @@ pub(super) fn peek(socket: impl AsFd) -> io::Result<PeekedMessage> {
     if flags & !(REPLY | NEED_REPLY) != 1 || flags & VERSION_MASK != 1 || size as usize > MAX_MSG_SIZE {
         return Ok(PeekedMessage::Malformed);
     }
-    // FIONREAD counts all bytes on the socket. The length of a peek would be too small, since a peek ends at a buffer
+    // FIONREAD counts all bytes on the socket. The length of a peek could be too small, since a peek ends at a buffer
     // with file descriptors.
     let whole = HEADER_LEN + size as usize;
     if rustix::io::ioctl_fionread(&socket)? < whole as u64 {
         return Ok(PeekedMessage::Partial);
     }
-    // Linux also reports descriptors that are attached to the buffer after the peeked bytes. A peek ends at the end of the
-    // first buffer with descriptors. So if a peek returns bytes of the next message, the descriptors belong to that
-    // message.
+    // Linux also reports file descriptors that are attached to the buffer after the peeked bytes. A peek never
+    // continues after the first buffer with descriptors. So if a longer peek returns bytes of the next message, the
+    // descriptors belong to the next message.
     let has_files = files_seen && peek_bytes(&socket, &mut vec![0; whole + 1])?.0 <= whole;
     Ok(PeekedMessage::Whole(MessageFrame { header, has_files }))
 }
 
-/// Peeks into `into`. Returns the number of bytes, and whether file descriptors are attached.
+/// Peeks at bytes and copies them to `into`. Returns the number of bytes, and whether file descriptors are attached.
 fn peek_bytes(socket: impl AsFd, into: &mut [u8]) -> rustix::io::Result<(usize, bool)> {
     let mut no_files = RecvAncillaryBuffer::default();
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -89,7 +90,7 @@ fn peek_bytes(socket: impl AsFd, into: &mut [u8]) -> rustix::io::Result<(usize, 
 }
 
 impl MessageFrame {
-    /// Returns the number of the request.
+    /// Returns the request code of the message.
     pub(super) fn request(self) -> u32 {
         self.header.request
     }
@@ -98,8 +99,8 @@ impl MessageFrame {
         FrontendReq::try_from(self.header.request).ok()
     }
 
-    /// Returns whether the vhost crate reads the whole message: the request is known, and descriptors are attached only if
-    /// the request may have them.
+    /// Returns whether the vhost crate reads the whole message: the request is known, the message is no reply, and file
+    /// descriptors are attached only if the request may have them.
     pub(super) fn is_readable(self) -> bool {
         use FrontendReq as R;
         let may_have_files = [
@@ -120,8 +121,8 @@ impl MessageFrame {
         self.header.flags & REPLY == 0 && (!self.has_files || may_have_files.contains(&code))
     }
 
-    /// Returns whether the request requires a reply that has no way to report an error. If such a request fails, the
-    /// connection must be closed.
+    /// Returns whether the request requires a reply for which the protocol defines no error. If such a request fails,
+    /// the connection must be closed, unless the vhost crate replies with an error of its own.
     pub(super) fn has_no_error_reply(self) -> bool {
         use FrontendReq as R;
         let asks = [
@@ -156,15 +157,17 @@ impl MessageFrame {
         self.code().is_some_and(|code| always.contains(&code))
     }
 
-    /// Returns whether the front-end requests an acknowledgement (honoured if REPLY_ACK was negotiated).
+    /// Returns whether the front-end requests an acknowledgement. The daemon sends one only if REPLY_ACK was
+    /// negotiated.
     pub(super) fn needs_reply(self) -> bool {
         self.header.flags & NEED_REPLY != 0
     }
 
-    /// Reads and discards the message. The kernel closes the descriptors that are attached.
+    /// Reads and discards the message. The kernel closes the file descriptors that are attached.
     ///
     /// # Errors
-    /// Any error of recv(2); `UnexpectedEof` if the front-end closes the connection.
+    /// * `UnexpectedEof` if the front-end closes the connection.
+    /// * Any error of recv(2).
     pub(super) fn skip(self, socket: impl AsFd) -> io::Result<()> {
         let mut left = HEADER_LEN + self.header.size as usize;
         let mut sink = [0; 512];
@@ -178,10 +181,11 @@ impl MessageFrame {
         Ok(())
     }
 
-    /// Replies that the request failed.
+    /// Sends a reply that reports failure.
     ///
     /// # Errors
-    /// Any error of send(2); `WriteZero` if the socket does not take the whole reply.
+    /// * `WriteZero` if the socket does not accept the whole reply.
+    /// * Any error of send(2).
     pub(super) fn refuse(self, socket: impl AsFd) -> io::Result<()> {
         let header = MessageHeader { request: self.header.request, flags: 1 | REPLY, size: 8 };
         let message = [header.as_bytes(), 1u64.as_bytes()].concat();
@@ -192,7 +196,7 @@ impl MessageFrame {
     }
 }
 
-/// Returns whether a reply can be written without blocking. A front-end that reads none of its replies fills the socket.
+/// Returns whether a reply can be sent without blocking. A front-end that reads none of its replies fills the socket.
 pub(super) fn can_send_reply(socket: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&socket, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

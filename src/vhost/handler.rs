@@ -1,7 +1,7 @@
 //! Handles the vhost-user messages of one connection, which set up, start and stop the rings.
 //!
-//! Messages may supply the parts of a ring in any order. After each message the rings that are complete are started
-//! (`rings`). Dropping the handler at the end of its connection drains the rings.
+//! Messages may set the parts of a ring in any order. After each message, the rings that have become complete are
+//! started (`rings`). The handler is dropped at the end of its connection, which drains the rings.
 
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -23,7 +23,7 @@ use super::rings::{Kick, RingAddresses, RingSetup, Rings, refusal};
 use super::worker::Worker;
 use crate::device::Device;
 
-/// The feature bit that this floor adds to those of the device: protocol features can be negotiated.
+/// The feature bit that this floor adds to the features of the device: protocol features can be negotiated.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// State of one connection: the negotiated features and the rings.
@@ -47,8 +47,8 @@ fn not_offered<T>() -> VhostResult<T> {
 }
 
 impl<'a> Handler<'a> {
-    /// Creates the handler of a new connection, and resets the features and the cache mode that an earlier front-end
-    /// set. `stop` becomes readable with the stop signal.
+    /// Creates the handler of a new connection, and resets the features and the write cache mode that an earlier
+    /// front-end set. `stop` is readable after the stop signal.
     pub(super) fn new(
         device: &'a Arc<Device>,
         workers: &'a [Worker],
@@ -59,12 +59,12 @@ impl<'a> Handler<'a> {
         Handler { device, rings: Rings::new(workers, name, stop), protocol_features: 0, handled_requests: 0 }
     }
 
-    /// Returns whether an access to memory of the front-end failed, as [`Rings::is_memory_lost`].
+    /// Returns whether an access to guest memory or to the in-flight region failed.
     pub(super) fn is_memory_lost(&self) -> bool {
         self.rings.is_memory_lost()
     }
 
-    /// Returns whether the connection must be closed, as [`Rings::is_stuck`].
+    /// Returns whether the connection must be closed because requests in flight do not complete.
     pub(super) fn is_stuck(&self) -> bool {
         self.rings.is_stuck()
     }
@@ -74,12 +74,12 @@ impl<'a> Handler<'a> {
         self.handled_requests
     }
 
-    /// Returns whether a ring lacks nothing but guest memory.
+    /// Returns whether at least one ring lacks nothing but guest memory.
     pub(super) fn waits_for_memory(&self) -> bool {
         self.rings.waits_for_memory()
     }
 
-    /// Returns whether the front-end has set the size of a ring.
+    /// Returns whether the front-end has set the size of at least one ring.
     pub(super) fn has_rings(&self) -> bool {
         self.rings.setups.iter().any(|ring| ring.size > 0)
     }
@@ -158,7 +158,8 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
         let (index, _) = self.ring(index)?;
-        // Larger than the expected size is fine: no message reports that size to the front-end, and the guest may choose.
+        // A size larger than the expected one is accepted: no message reports the expected size to the front-end, and
+        // the guest may choose the size of a ring.
         let size = u16::try_from(num).ok().filter(|n| n.is_power_of_two() && *n <= MAX_QUEUE_SIZE);
         let most = MAX_QUEUE_SIZE;
         let size = size.ok_or_else(|| refusal(format!("queue size {num} is not a power of two up to {most}")))?;

@@ -1,8 +1,8 @@
-//! The in-flight region: created for the front-end, which keeps it and passes it to the next daemon that serves its rings.
+//! The in-flight region. The daemon creates it for the front-end, which keeps it and passes it to the next daemon that
+//! serves its rings.
 //!
-//! The daemon keeps the region for one connection only. After a reset of the guest, the front-end discards its region
-//! and requests a new one. After a kill of the daemon, the region is the only record of the requests that were in
-//! flight.
+//! The daemon keeps the region for one connection only. When the guest is reset, the front-end discards its region and
+//! requests a new one. After a kill of the daemon, the region is the only record of the requests that were in flight.
 
 #![allow(unsafe_code)]
 
@@ -32,9 +32,12 @@ fn refuse(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
-/// Returns the length of a region in bytes: at most 64 queues of 32768 descriptors, 32 MiB. The numbers may be larger than
-/// those of the disk: a front-end sends the numbers that its user configured, and a refusal would leave the guest
-/// without its disk.
+/// Returns the length of a region in bytes: at most 32 MiB, for 64 queues of 32768 descriptors. The region may have
+/// more or larger queues than the disk. A front-end sends the numbers that its user configured, and a refusal would
+/// leave the guest without its disk.
+///
+/// # Errors
+/// `InvalidInput` if the number or the size of the queues is out of range.
 fn region_len(shape: &VhostUserInflight) -> io::Result<usize> {
     let (queues, entries) = (shape.num_queues, shape.queue_size);
     if queues == 0 || queues > MAX_QUEUES || entries == 0 || entries > MAX_QUEUE_SIZE {
@@ -46,16 +49,17 @@ fn region_len(shape: &VhostUserInflight) -> io::Result<usize> {
     Ok(usize::from(queues) * InFlightRecord::len(entries))
 }
 
-/// Creates a region for the number and size of queues in `shape`. Returns its description for the front-end, and its file.
+/// Creates a region for the number and size of queues in `shape`. Returns the description of the region for the
+/// front-end, and its file.
 ///
 /// # Errors
-/// * `InvalidInput`: the numbers are out of range.
+/// * `InvalidInput` if the number or the size of the queues is out of range.
 /// * Any error of memfd_create(2), ftruncate(2) or sealing.
 pub(super) fn create(shape: &VhostUserInflight) -> io::Result<(VhostUserInflight, File)> {
     let len = region_len(shape)? as u64;
     let file = File::from(memfd_create("diffdisk-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?);
     file.set_len(len)?;
-    // Seals keep the front-end from truncating the file: an access beyond its end would raise SIGBUS.
+    // The seals prevent the front-end from truncating the file. After a truncation, an access would raise SIGBUS.
     fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok((VhostUserInflight::new(len, 0, shape.num_queues, shape.queue_size), file))
 }
@@ -64,8 +68,9 @@ impl InflightRecords {
     /// Maps a region that a front-end passes.
     ///
     /// # Errors
-    /// * `InvalidInput`: a number is out of range, the size does not match the numbers, the region does not lie inside the
-    ///   file, or the file is not memory that is sealed against shrinking.
+    /// * `InvalidInput` if the number or the size of the queues is out of range, the length of the region does not
+    ///   match these numbers, the region does not lie inside the file, or the file is not memory that is sealed against
+    ///   shrinking.
     /// * Any error of mapping the file.
     pub(super) fn map(shape: &VhostUserInflight, file: File) -> io::Result<InflightRecords> {
         let len = region_len(shape)?;
@@ -73,8 +78,8 @@ impl InflightRecords {
         if size != len as u64 {
             return Err(refuse(format!("in-flight region of {size} bytes, but its queues need {len}")));
         }
-        // The kind of file is checked first, since the file system of any other file could block the thread in a later
-        // call.
+        // The kind of file is checked first, since the file system of any other kind of file could block the thread in
+        // a later call.
         let page = check_memory_file(&file)?;
         let file_len = u64::try_from(fstat(&file)?.st_size).unwrap_or(0);
         if offset.checked_add(size).is_none_or(|end| end > file_len) {
@@ -87,10 +92,10 @@ impl InflightRecords {
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), len)
             .map_err(|e| io::Error::other(format!("cannot map the in-flight region: {e}")))?;
-        // SAFETY: the range is exactly the mapping `map`, which this function created readable and writable and owns. Its
-        // start is page-aligned, since the kernel chose it. Guard and mapping move into one `InFlightRegion`, which drops
-        // the guard before it unmaps. The front-end may change these bytes at any time; all accesses are atomic, so there
-        // is no reference to them.
+        // SAFETY: the range is exactly the mapping `map`, which this function created readable and writable and owns.
+        // Its start is page-aligned, since the kernel chose it. Guard and mapping move into one `InFlightRegion`, which
+        // drops the guard before it unmaps. The front-end may change these bytes at any time; all accesses are atomic,
+        // and no Rust reference to the bytes exists.
         let guard = unsafe { Guard::new(map.as_ptr(), map.size(), page) };
         let guard = guard.ok_or_else(no_sigbus_handler)?;
         Ok(InflightRecords {
@@ -100,12 +105,12 @@ impl InflightRecords {
         })
     }
 
-    /// Returns whether an access to the memory failed.
+    /// Returns whether an access to the region failed, so that a page of it is lost.
     pub(super) fn is_lost(&self) -> bool {
         self.map.is_lost()
     }
 
-    /// Returns the record of a queue; `None` if the region has fewer queues.
+    /// Returns the record of a queue, or `None` if the region has fewer queues.
     pub(super) fn record(&self, index: usize) -> Option<InFlightRecord> {
         let at = index * InFlightRecord::len(self.queue_size);
         (index < usize::from(self.queues)).then(|| InFlightRecord::new(self.map.clone(), at, self.queue_size))

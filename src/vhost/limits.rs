@@ -2,16 +2,16 @@
 
 /// Maximum number of queues of a disk.
 pub const MAX_QUEUES: u16 = 64;
-/// Maximum size of a queue (that of a split ring).
+/// Maximum number of descriptors of a queue, the limit of a split ring.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
-/// Descriptors per queue: the engine's io_uring, the epoll instance, two eventfds, and the descriptors that a front-end
-/// passes (kick, call, error).
+/// File descriptors per queue: the engine's io_uring, the epoll instance, two eventfds, and the descriptors that a
+/// front-end passes (kick, call, error).
 const PER_QUEUE: u64 = 10;
-/// Descriptors per disk: its socket, the lock of the socket's name, a connection with its duplicates, a connection that is
-/// refused, and the descriptors of one message (32 memory regions).
+/// File descriptors per disk: the socket, the lock of the socket's name, a connection with its duplicates, a connection
+/// that is refused, and the descriptors of one message (32 memory regions).
 const PER_DISK: u64 = 48;
-/// Descriptors per file of a chain: the file, and one more while it is opened or registered.
+/// File descriptors per file of a chain: that of the file, and one more while the file is opened or registered.
 const PER_FILE: u64 = 2;
 
 /// Returns the maximum number of file descriptors that a disk with `queues` queues and `files` files needs.

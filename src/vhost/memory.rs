@@ -1,7 +1,8 @@
-//! The table of guest memory regions: checks and maps the regions that the front-end shares, and translates its addresses.
+//! The table of guest memory regions. Checks and maps the regions that a front-end shares, and translates the
+//! front-end's addresses.
 //!
-//! A table is immutable: each message creates a new table that shares the mappings that remain. A region is unmapped when the
-//! last table and the last request that use it are dropped.
+//! A table is immutable. Each message that changes the memory creates a new table, which shares the mappings that
+//! remain. A region is unmapped when the last table and the last request that use the region are dropped.
 
 #![allow(unsafe_code)]
 
@@ -17,7 +18,7 @@ use super::passed_fd::{check_memory_file, no_sigbus_handler};
 use crate::device::{MemoryRegions, SharedMemory};
 use crate::storage::sigbus::Guard;
 
-/// Maximum number of regions (QEMU: memory slots), the same as in KVM.
+/// Maximum number of regions, the same as in KVM (QEMU calls them memory slots).
 pub(super) const MAX_REGIONS: usize = 509;
 
 /// The regions of a guest's memory. Cloning is cheap.
@@ -31,7 +32,7 @@ pub(super) struct MemoryTable {
 struct MappedRegion {
     guest: u64,
     size: u64,
-    /// Address of the region in the front-end's address space, in which ring addresses are given.
+    /// Address of the region in the front-end's address space. Front-ends send ring addresses in this address space.
     user: u64,
     // Declared before the mapping, so that the guard is dropped before the memory is unmapped.
     guard: Arc<Guard>,
@@ -43,10 +44,11 @@ fn refuse(why: String) -> io::Error {
 }
 
 impl MemoryTable {
-    /// Creates a table of `regions`; `files[i]` backs `regions[i]`.
+    /// Creates a table of `regions`. `files[i]` backs `regions[i]`.
     ///
     /// # Errors
-    /// * `InvalidInput`: a region breaks a rule of docs/virtio.md, section 5.
+    /// * `InvalidInput` if a region breaks a rule of docs/virtio.md, section 5, or the numbers of regions and files
+    ///   differ.
     /// * Any error of mapping a file.
     pub(super) fn from_regions(regions: &[VhostUserMemoryRegion], files: Vec<File>) -> io::Result<MemoryTable> {
         if regions.len() != files.len() {
@@ -59,7 +61,8 @@ impl MemoryTable {
     /// Returns a table with one more region.
     ///
     /// # Errors
-    /// As [`from_regions`](Self::from_regions).
+    /// * `InvalidInput` if the region breaks a rule of docs/virtio.md, section 5.
+    /// * Any error of mapping the file.
     pub(super) fn with_region(&self, region: &VhostUserMemoryRegion, file: File) -> io::Result<MemoryTable> {
         let (guest, size, user) = (region.guest_phys_addr, region.memory_size, region.user_addr);
         let offset = region.mmap_offset;
@@ -78,8 +81,8 @@ impl MemoryTable {
         if let Some(other) = self.regions.iter().find(|r| guest < r.guest + r.size && r.guest < guest_end) {
             return Err(refuse(format!("{shown} overlaps the one at {:#x}", other.guest)));
         }
-        // The kind of file is checked first, since the file system of any other file could block the thread in a later
-        // call.
+        // The kind of file is checked first, since the file system of any other kind of file could block the thread in
+        // a later call.
         let page = check_memory_file(&file).map_err(|e| refuse(format!("{shown}: {e}")))?;
         let stat = fstat(&file)?;
         let length = u64::try_from(stat.st_size).unwrap_or(0).next_multiple_of(page as u64);
@@ -91,10 +94,10 @@ impl MemoryTable {
             .ok_or_else(|| refuse(format!("{shown} ends beyond 2^64")))?;
         let mapping = Arc::new(mapping);
         let (start, len) = (mapping.get_mmap().as_ptr(), mapping.get_mmap().size());
-        // SAFETY: the range is exactly the mapping `mapping`, which this function created readable and writable. Its start
-        // is page-aligned, since the kernel chose it. Each owner of the guard also owns the mapping and drops the guard
-        // first: this function, `MappedRegion` and `SharedMemory`. The guest may change these bytes at any time; all
-        // accesses are by raw pointers and atomics, so no reference is invalidated.
+        // SAFETY: the range is exactly the mapping `mapping`, which this function created readable and writable. Its
+        // start is page-aligned, since the kernel chose it. Each owner of the guard also owns the mapping and drops the
+        // guard first: this function, `MappedRegion` and `SharedMemory`. The guest may change these bytes at any time;
+        // all accesses are by raw pointers and atomics, and no Rust reference to the bytes exists.
         let guard = unsafe { Guard::new(start, len, page) };
         let guard = Arc::new(guard.ok_or_else(no_sigbus_handler)?);
         let mut regions = self.regions.clone();
@@ -103,7 +106,7 @@ impl MemoryTable {
         Ok(MemoryTable { regions })
     }
 
-    /// Returns a table without the region of the same addresses and size.
+    /// Returns a table without the region that has the addresses and the size of `region`.
     ///
     /// # Errors
     /// `InvalidInput` if there is no such region.
@@ -122,20 +125,20 @@ impl MemoryTable {
         self.regions.is_empty()
     }
 
-    /// Translates the front-end's address `user` of `len` bytes to a guest address; `None` unless one region contains all
-    /// bytes.
+    /// Translates the range of `len` bytes at the front-end's address `user` to a guest address. Returns `None` unless
+    /// one region contains the whole range.
     pub(super) fn guest_address(&self, user: u64, len: u64) -> Option<u64> {
         let region = self.regions.iter().find(|r| user >= r.user && user - r.user < r.size)?;
         let within = user - region.user;
         (len <= region.size - within).then(|| region.guest + within)
     }
 
-    /// Returns whether an access to the memory failed.
+    /// Returns whether an access to the memory failed, so that a page of it is lost.
     pub(super) fn is_lost(&self) -> bool {
         self.regions.iter().any(|region| region.guard.is_lost())
     }
 
-    /// Returns the memory in the form that rings and requests access.
+    /// Returns the memory in the form that rings and requests use.
     pub(super) fn shared_memory(&self) -> Arc<SharedMemory> {
         let mappings: Vec<_> = self.regions.iter().map(|r| r.mapping.clone()).collect();
         let memory = match mappings.is_empty() {

@@ -1,34 +1,35 @@
-//! Finds guests whose memory is not shared with the daemon.
+//! Detects guest memory that is not shared with the daemon.
 //!
-//! If a front-end maps the guest's memory privately (QEMU without `share=on`), the daemon maps the same file but sees none
-//! of the guest's stores: kicks arrive, the rings stay blank, and the guest waits without an error. One blank ring proves
-//! nothing, since a front-end may kick empty rings. But if every ring of a connection is still blank seconds after a kick,
-//! the guest cannot have sent the kick for any request that the daemon can see.
+//! If a front-end maps the guest's memory privately (QEMU without `share=on`), the daemon maps the same file but sees
+//! none of the guest's stores: kicks arrive, the rings stay blank, and the guest waits without an error. One blank ring
+//! proves nothing, since a front-end may kick empty rings. But if all rings of a connection are still blank seconds
+//! after a kick, the daemon does not see the request for which the guest sent the kick.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time from a kick to the warning: several ticks of the workers, each of which may find that memory is shared.
+/// Time from a kick to the warning. It contains several ticks of the workers, each of which may find that memory is
+/// shared.
 const WARN_AFTER: Duration = Duration::from_secs(3);
 
 /// Advice for the user.
 pub(super) const SHARE_HINT: &str = "Share it by share=on of the memory backend in QEMU, shared=on of --memory in \
      cloud-hypervisor, <access mode='shared'/> in libvirt";
 
-/// The check of one connection, shared by its rings. A clone refers to the same check.
+/// The check of one connection. Its rings share it: a clone refers to the same state.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SharingCheck(Arc<SharingState>);
 
 #[derive(Debug, Default)]
 struct SharingState {
-    /// A ring was not blank, so memory is shared; or the warning was given.
+    /// Whether the check is complete: a ring was not blank, so memory is shared, or the warning was logged.
     settled: AtomicBool,
 }
 
 impl SharingCheck {
-    /// Records the state of a ring at `now`: the time of its first kick, and whether it is blank. Returns true once per
-    /// connection, if the guest's memory does not seem to be shared.
+    /// Records the state of a ring at `now`: the time of its first kick, and whether the ring is blank. Returns true at
+    /// most once per connection, if the guest's memory does not seem to be shared.
     pub(super) fn should_warn(&self, kicked: Option<Instant>, now: Instant, is_blank: impl FnOnce() -> bool) -> bool {
         if self.0.settled.load(Ordering::Relaxed) {
             return false;

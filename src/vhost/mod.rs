@@ -4,20 +4,21 @@
 //! contents of the rings belong to `device`, the execution of requests to `disk`.
 //!
 //! ```text
-//!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory          the guest's regions, mapped and checked
-//!                           │                                        ├── inflight        in-flight records in shared memory
-//!                           │                                        ├── memory_sharing  warns if guest memory is private
-//!                           │                                        └── worker          one per queue: queue_thread, epoll,
+//!  front-end ── socket ── frame ── vhost crate ── handler ── rings ──┬── memory          guest memory regions
+//!                           │                                        ├── inflight        in-flight records
+//!                           │                                        ├── memory_sharing  detects private memory
+//!                           │                                        └── worker          queue_thread, epoll,
 //!                           │                                                            adaptive_poll, device::Queue, lane
 //!            bind ─ disk_server ─ connection: accepts, refuses a second front-end, ends on the stop signal
 //! ```
 //!
-//! * The **control thread** (one per disk, `disk_server`) reads messages and never accesses a running ring. It stops a ring,
-//!   changes its setup, and starts it again; a command passes everything that the ring needs to the worker.
-//! * A **worker** (one per queue) exists as long as the disk is served. When a front-end disconnects, its rings are drained
-//!   and its memory is unmapped; the workers then wait for the next front-end.
+//! * The **control thread** (one per disk, `disk_server`) reads messages and never accesses a running ring. To change
+//!   the setup of a ring, it stops the ring, changes the setup, and starts the ring again. The command that starts a
+//!   ring passes everything that the ring needs to the worker.
+//! * A **worker** (one per queue) exists as long as the disk is served. When a front-end disconnects, its rings are
+//!   drained and its memory is unmapped. The workers then wait for the next front-end.
 //! * No descriptor of a front-end can block a thread (`passed_fd`), and every wait for a worker has a time limit.
-//! * A handler exists as long as its connection: no state of a front-end is kept for the next one.
+//! * A handler exists as long as its connection, so the next front-end inherits no state.
 //! * If guest memory is lost, the worker notifies the control thread, which ends the connection (virtio 6).
 //!
 //! Protocol features offered (`handler`): MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.

@@ -1,7 +1,8 @@
-//! Checks of descriptors that a front-end passes, by calls that cannot block.
+//! Checks of descriptors that a front-end passes, by system calls that cannot block.
 //!
-//! A call on a FUSE file, a full pipe or a socket can block a thread for as long as the peer likes, and not even SIGKILL
-//! interrupts the wait for a FUSE server. So the first call on any descriptor is one that the kernel completes by itself.
+//! A system call on a FUSE file, a full pipe or a socket can block a thread for as long as the peer likes, and not even
+//! SIGKILL interrupts the wait for a FUSE server. So the first system call on a passed descriptor is one that the
+//! kernel completes without the peer.
 
 use std::fs::File;
 use std::io;
@@ -27,7 +28,8 @@ pub(super) fn no_sigbus_handler() -> io::Error {
 /// Checks that a file is memory (a memfd, or a file on tmpfs or hugetlbfs), and returns its page size.
 ///
 /// # Errors
-/// `InvalidInput` for any other file: its file system may be slow, full or hostile.
+/// * `InvalidInput` if the file is not memory, since its file system may be slow, full or hostile.
+/// * Any error of fstatfs(2).
 pub(super) fn check_memory_file(file: &File) -> io::Result<usize> {
     // Only files in memory have seals. The kernel completes F_GET_SEALS without calling the file system.
     fcntl_get_seals(file).map_err(|_| {
@@ -48,14 +50,15 @@ pub(super) fn check_memory_file(file: &File) -> io::Result<usize> {
 /// Checks that a descriptor is an eventfd.
 ///
 /// # Errors
-/// `InvalidInput` for any other descriptor, since a call on it may block.
+/// * `InvalidInput` if the descriptor is not an eventfd, since a call on it may block.
+/// * Any error of statx(2), which is called if /proc is not available.
 pub(super) fn check_eventfd(file: &File) -> io::Result<()> {
-    // The kernel names an open file without calling its file system. Without /proc, the file type is the best evidence:
-    // anonymous inodes have none.
+    // The kernel returns this link without a call to the file system of the open file. Without /proc, the file type is
+    // the best evidence: only anonymous inodes have no type.
     let is_counter = match readlinkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), []) {
         Ok(name) => name.as_bytes() == b"anon_inode:[eventfd]",
         Err(_) => {
-            // With DONT_SYNC, FUSE returns cached attributes.
+            // With DONT_SYNC, FUSE returns cached attributes and does not wait for its server.
             let stat = statx(file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
             FileType::from_raw_mode(stat.stx_mode.into()) == FileType::Unknown
         }
@@ -63,11 +66,12 @@ pub(super) fn check_eventfd(file: &File) -> io::Result<()> {
     if is_counter { Ok(()) } else { Err(refuse("not an eventfd")) }
 }
 
-/// Checks that a descriptor is an eventfd, and makes it non-blocking for the daemon and the front-end. A write to an eventfd
-/// at its limit would otherwise block until the front-end reads it.
+/// Checks that a descriptor is an eventfd, and makes it non-blocking for the daemon and the front-end. Otherwise a
+/// write to an eventfd whose counter is at its limit would block until the front-end reads the eventfd.
 ///
 /// # Errors
-/// As [`check_eventfd`].
+/// * `InvalidInput` if the descriptor is not an eventfd, since a call on it may block.
+/// * Any error of statx(2), which is called if /proc is not available, or of fcntl(2).
 pub(super) fn check_writable_eventfd(file: &File) -> io::Result<()> {
     check_eventfd(file)?;
     Ok(fcntl_setfl(file, fcntl_getfl(file)? | OFlags::NONBLOCK)?)

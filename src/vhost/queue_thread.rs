@@ -1,8 +1,8 @@
 //! The thread of one queue, the only one that accesses the queue's ring while the ring runs.
 //!
-//! The thread waits in one edge-triggered `epoll_wait` for commands, the kick of the ring and the descriptors of the lane. An
-//! edge-triggered eventfd reports each write to it although it is never read, so a kick costs no further system call. And a
-//! front-end that reads its own kick eventfd cannot block the thread.
+//! The thread waits in one edge-triggered `epoll_wait` for commands, the kick of the ring, and the descriptors of the
+//! lane. An edge-triggered eventfd reports each write to it although it is never read. So a kick costs no system call
+//! in addition, and a front-end that reads its own kick eventfd cannot block the thread.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -23,19 +23,19 @@ use crate::device::{InFlightRecord, Queue, ServeResult, SharedMemory, Vring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Notifier;
 
-/// A ring that is ready to run.
+/// Everything that the thread needs to run a ring.
 pub(super) struct ReadyRing {
     pub(super) vring: Vring,
     pub(super) memory: Arc<SharedMemory>,
-    /// The in-flight record, which outlives the daemon.
+    /// The in-flight record, in memory that survives a kill of the daemon.
     pub(super) record: Option<InFlightRecord>,
     /// The kick eventfd, by which the guest announces requests. `None` if the ring must be polled.
     pub(super) kick: Option<Arc<File>>,
-    /// The error eventfd, written when the ring breaks.
+    /// The error eventfd, which the thread writes when the ring breaks.
     pub(super) err: Option<File>,
-    /// Index of the first available entry to take.
+    /// Index of the first available entry to pop.
     pub(super) base: u16,
-    /// The check whether guest memory is shared.
+    /// The check that guest memory is shared.
     pub(super) sharing: SharingCheck,
 }
 
@@ -48,21 +48,22 @@ pub(super) enum QueueCommand {
     Exit,
 }
 
-/// State of the queue.
+/// State of a queue.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum QueueState {
-    /// No ring.
+    /// The queue has no ring.
     Stopped,
     Running,
-    /// The ring broke a rule: no more requests are taken, those in flight are completed. The next start ends this state.
+    /// The ring is out of service: the driver broke a rule, memory is lost, or the engine failed. No more requests are
+    /// popped, and those in flight complete. The next start of a ring ends this state.
     Broken,
-    /// The thread panicked while it served the ring. The queue is not used again.
+    /// The thread panicked while it served the ring. The queue is not used any more.
     Failed,
 }
 
-/// Interval of the lane's ticks, at which stalled writes are retried and background commits are started.
+/// Interval of the lane's ticks. A tick retries stalled writes and starts background commits.
 const TICK: Duration = Duration::from_secs(1);
-/// Polling interval of a ring without a kick.
+/// Interval at which a ring without a kick is polled.
 const NO_KICK_POLL: Duration = Duration::from_millis(1);
 
 /// The state of the thread of one queue.
@@ -73,7 +74,7 @@ pub(super) struct QueueThread {
     first_kick: Option<Instant>,
     state: QueueState,
     commands: Receiver<QueueCommand>,
-    /// Notified when an access to guest memory failed.
+    /// Notified when an access to guest memory fails.
     memory_lost: Arc<Notifier>,
     epoll: Epoll,
     adaptive_poll: AdaptivePoll,
@@ -81,8 +82,8 @@ pub(super) struct QueueThread {
 }
 
 impl QueueThread {
-    /// Creates the thread's state for `queue`, without a ring. The second notifier is notified when an access to guest memory
-    /// failed.
+    /// Creates the thread's state for `queue`, without a ring. The first notifier announces commands to the thread. The
+    /// thread notifies the second one when an access to guest memory fails.
     pub(super) fn new(
         queue: Queue,
         commands: Receiver<QueueCommand>,
@@ -127,11 +128,11 @@ impl QueueThread {
             let now = Instant::now();
             if now >= tick_at {
                 tick_at = now + TICK;
-                // The lane of a broken ring may lead a stalled commit.
+                // The lane of a broken ring still ticks, since it may lead a stalled commit.
                 if matches!(self.state, QueueState::Running | QueueState::Broken) {
                     self.queue.lane().tick();
                     self.check_sharing(now);
-                    continue; // the next call of `serve` carries on with what the tick started
+                    continue; // the next call of `serve` continues the work that the tick started
                 }
             }
             match result {
@@ -153,7 +154,7 @@ impl QueueThread {
         }
     }
 
-    /// Warns if the guest kicks but its stores to the rings do not arrive.
+    /// Logs a warning if the guest sends kicks but none of its stores to the rings arrive.
     fn check_sharing(&self, now: Instant) {
         let Some(ring) = &self.ring else { return };
         if ring.sharing.should_warn(self.first_kick, now, || self.queue.is_unused()) {
@@ -165,13 +166,13 @@ impl QueueThread {
         }
     }
 
-    /// Enables kicks before the thread sleeps. Returns whether requests arrived meanwhile.
+    /// Enables kicks, before the thread sleeps. Returns whether requests arrived in the meantime.
     fn enable_kicks(&mut self) -> bool {
         let (QueueState::Running, Some(ring)) = (self.state, self.ring.as_ref()) else { return false };
         self.queue.enable_kicks(&ring.vring)
     }
 
-    /// Serves one batch of the ring, if it runs.
+    /// Serves one batch of the ring, if there is a ring that runs or is broken.
     fn serve(&mut self) -> ServeResult {
         let (QueueState::Running | QueueState::Broken, Some(ring)) = (self.state, self.ring.as_ref()) else {
             return ServeResult::Idle;
@@ -201,7 +202,7 @@ impl QueueThread {
         result
     }
 
-    /// Stops watching the kick, and writes the error eventfd if there is one.
+    /// Removes the kick from epoll, and writes the error eventfd if there is one.
     fn report_broken(&self) {
         let Some(ring) = &self.ring else { return };
         self.unwatch_kick(ring);
@@ -229,7 +230,7 @@ impl QueueThread {
                     && let Some(ring) = &self.ring
                 {
                     ring.vring.set_call(call);
-                    // Completions before the change were signalled on the old eventfd, and the guest may have missed them.
+                    // Earlier completions were signalled on the old eventfd, and the guest may have missed them.
                     if let Err(e) = ring.vring.signal_used_queue() {
                         warn!("{}: cannot write the call eventfd: {e}", self.name);
                     }

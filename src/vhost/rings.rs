@@ -1,9 +1,9 @@
-//! The rings of one connection: their setup as the front-end sent it, and starting and stopping them.
+//! The rings of one connection: their setup as the front-end sent it, and the commands that start and stop them.
 //!
-//! A ring runs when it is complete: features, memory, size, addresses and a kick are set, and the ring is enabled. Before a
-//! part of a running ring is changed, the ring is drained and stopped; it resumes at the same index. Ring addresses are
-//! translated when a ring starts, so a front-end may send them before the memory that contains them. Dropping the rings
-//! drains them.
+//! A ring is complete when features, memory, size, addresses and a kick are set, and the ring is enabled. A complete
+//! ring runs. Before a part of its setup is changed, a running ring is drained and stopped; it resumes at the same
+//! index. Ring addresses are translated when a ring starts, so a front-end may send them before the memory that
+//! contains the ring. Dropping [`Rings`] drains all rings.
 
 use std::fs::File;
 use std::io;
@@ -25,26 +25,27 @@ use super::queue_thread::ReadyRing;
 use super::worker::{EXIT_TIMEOUT, WaitOutcome, Worker, wait_for_reply};
 use crate::device::{AtomicMemory, InFlightRecord, Vring};
 
-/// Time to wait for the requests in flight: longer than a disk takes to spin up or a multipath device to fail over.
+/// Maximum time to wait for requests in flight: longer than a disk takes to spin up or a multipath device to fail over.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The rings of one connection.
 pub(super) struct Rings<'a> {
-    /// Readable after the stop signal.
+    /// A descriptor that is readable after the stop signal.
     stop: BorrowedFd<'a>,
     pub(super) workers: &'a [Worker],
     /// Name of the disk, for the log.
     pub(super) name: &'a str,
     pub(super) memory: MemoryTable,
-    /// The in-flight region of the front-end, if it has one.
+    /// The in-flight region of the front-end, or `None` if the front-end has not set one.
     pub(super) inflight: Option<InflightRecords>,
     /// The features that the front-end accepted; `None` before SET_FEATURES.
     pub(super) features: Option<u64>,
     pub(super) setups: Vec<RingSetup>,
     sharing: SharingCheck,
-    /// Whether the warning about a ring without an in-flight record was logged.
+    /// Whether the warning about a ring that is served without its in-flight record was logged.
     has_warned_no_record: bool,
-    /// Requests did not complete in time, so the index of a ring is unknown and the connection must be closed.
+    /// Whether requests did not complete in time. Then the index of a ring is unknown, and the connection must be
+    /// closed.
     is_stuck: bool,
 }
 
@@ -53,7 +54,7 @@ pub(super) struct Rings<'a> {
 pub(super) struct RingSetup {
     pub(super) size: u16,
     pub(super) addresses: Option<RingAddresses>,
-    /// Index of the next available entry: where the ring starts, or where it stopped.
+    /// Index of the next available entry, at which the ring starts. Updated when the ring stops.
     pub(super) base: u16,
     pub(super) kick: Option<Kick>,
     pub(super) call: Option<File>,
@@ -62,16 +63,17 @@ pub(super) struct RingSetup {
     pub(super) running: bool,
 }
 
-/// Way in which the guest announces requests.
+/// The way in which the guest announces requests.
 #[derive(Clone)]
 pub(super) enum Kick {
-    /// The guest writes this eventfd.
+    /// The guest writes to this eventfd.
     EventFd(Arc<File>),
-    /// The guest announces nothing: the ring must be polled.
+    /// The guest announces nothing, so the ring must be polled.
     Polled,
 }
 
-/// Addresses of the three parts of a ring: in the front-end's address space, or after translation in the guest's.
+/// Addresses of the three parts of a ring: in the front-end's address space before translation, guest addresses after
+/// it.
 #[derive(Clone, Copy)]
 pub(super) struct RingAddresses {
     pub(super) descriptors: u64,
@@ -79,7 +81,7 @@ pub(super) struct RingAddresses {
     pub(super) used: u64,
 }
 
-/// Returns the error that refuses a request, with the reason for the log.
+/// Returns the error that refuses a message, with the reason for the log.
 pub(super) fn refusal(why: impl Into<String>) -> VhostError {
     VhostError::ReqHandlerError(io::Error::other(why.into()))
 }
@@ -105,7 +107,9 @@ impl<'a> Rings<'a> {
     /// Starts the ring if it is complete and does not run.
     ///
     /// # Errors
-    /// A refusal if the ring cannot be started, or if requests of an earlier ring are still in flight.
+    /// * A refusal if requests of an earlier ring are still in flight.
+    /// * A refusal if a part of the ring does not lie in one memory region, or the worker cannot start the ring.
+    /// * Any error of duplicating the call or error eventfd.
     pub(super) fn start_if_complete(&mut self, index: usize) -> VhostResult<()> {
         let ring = &self.setups[index];
         let (Some(features), Some(addresses), Some(kick)) = (self.features, ring.addresses, &ring.kick) else {
@@ -114,7 +118,7 @@ impl<'a> Rings<'a> {
         if ring.running || !ring.enabled || ring.size == 0 || self.memory.is_empty() {
             return Ok(());
         }
-        // A write of any queue that is still in flight could overwrite a later write of this ring.
+        // A write that is still in flight in any queue could overwrite a later write of this ring.
         if self.workers.iter().any(Worker::has_unanswered_stop) {
             self.is_stuck = true;
             return Err(refusal("the storage does not respond: requests of an earlier ring are still in flight"));
@@ -143,8 +147,9 @@ impl<'a> Rings<'a> {
         Ok(())
     }
 
-    /// Returns the in-flight record of a ring, if the front-end keeps one that is large enough. A guest may choose a larger
-    /// ring than the front-end expects (virtio-mmio allows it). Such a ring is served without a record.
+    /// Returns the in-flight record of a ring if the front-end has one that is large enough. A guest may choose a
+    /// larger ring than the front-end expects (virtio-mmio allows this). A ring that is larger than its record is
+    /// served without the record.
     fn inflight_record(&mut self, index: usize) -> Option<InFlightRecord> {
         let size = self.setups[index].size;
         let record = self.inflight.as_ref()?.record(index);
@@ -163,14 +168,17 @@ impl<'a> Rings<'a> {
         None
     }
 
-    /// Returns whether a ring lacks nothing but guest memory.
+    /// Returns whether at least one ring lacks nothing but guest memory.
     pub(super) fn waits_for_memory(&self) -> bool {
         let complete =
             |ring: &RingSetup| ring.enabled && ring.size > 0 && ring.addresses.is_some() && ring.kick.is_some();
         self.memory.is_empty() && self.features.is_some() && self.setups.iter().any(complete)
     }
 
-    /// Builds the ring that the device serves.
+    /// Builds the vring that the device serves.
+    ///
+    /// # Errors
+    /// A refusal if a part of the ring does not lie in one memory region, or the vhost crates reject the ring.
     fn build_vring(&self, ring: &RingSetup, at: RingAddresses, features: u64) -> VhostResult<Vring> {
         let at = self.guest_addresses(at, ring.size)?;
         let refused = |e| refusal(format!("cannot set up the ring: {e}"));
@@ -192,8 +200,9 @@ impl<'a> Rings<'a> {
     /// A refusal if a part of the ring does not lie in one memory region.
     pub(super) fn guest_addresses(&self, at: RingAddresses, size: u16) -> VhostResult<RingAddresses> {
         let size = u64::from(size);
-        // Split ring: 16 bytes per descriptor; available ring: flags, index, 2 bytes per entry, event index; used ring:
-        // flags, index, 8 bytes per entry, event index.
+        // Layout of a split ring. The descriptor table has 16 bytes per descriptor. The available ring has flags,
+        // index, 2 bytes per entry, and event index. The used ring has flags, index, 8 bytes per entry, and event
+        // index.
         let place = |what: &str, user, len| {
             let guest = self.memory.guest_address(user, len);
             guest.ok_or_else(|| {
@@ -209,10 +218,12 @@ impl<'a> Rings<'a> {
         })
     }
 
-    /// Stops the running rings of `range`, and waits until all are drained. Each setup then has the index to resume from.
+    /// Stops the running rings of `range`, and waits until all are drained. Then each setup contains the index at which
+    /// its ring resumes; if the thread of a ring has ended, the index stays as it was.
     ///
     /// # Errors
-    /// A refusal if the requests of a queue do not complete in time. The ring then counts as stopped, at an unknown index.
+    /// A refusal if the requests of a queue do not complete in time. The ring then counts as stopped, and its index is
+    /// unknown.
     pub(super) fn stop(&mut self, range: Range<usize>) -> VhostResult<()> {
         let running: Vec<usize> = range.filter(|i| self.setups[*i].running).collect();
         let answers: Vec<_> = running.iter().map(|i| self.workers[*i].stop_ring()).collect();
@@ -239,8 +250,8 @@ impl<'a> Rings<'a> {
         self.stop(0..self.setups.len())
     }
 
-    /// Returns whether the connection must be closed because requests in flight do not complete. The front-end may connect
-    /// again, and is served when they have completed.
+    /// Returns whether the connection must be closed because requests in flight do not complete. The front-end may
+    /// connect again, and is served after the requests have completed.
     pub(super) fn is_stuck(&self) -> bool {
         self.is_stuck
     }
@@ -259,10 +270,10 @@ impl<'a> Rings<'a> {
         }
     }
 
-    /// Replaces the memory table while no ring runs.
+    /// Stops all rings, replaces the memory table, and starts the complete rings again.
     ///
     /// # Errors
-    /// As [`Rings::stop`].
+    /// A refusal if requests in flight do not complete in time. Then the table is not replaced.
     pub(super) fn change_memory(&mut self, table: MemoryTable) -> VhostResult<()> {
         self.stop_all()?;
         self.memory = table;
@@ -270,10 +281,11 @@ impl<'a> Rings<'a> {
         Ok(())
     }
 
-    /// Changes the setup of a ring while the ring does not run.
+    /// Stops a ring, changes its setup, and starts the ring again if it is complete.
     ///
     /// # Errors
-    /// As [`Rings::stop`] and [`Rings::start_if_complete`].
+    /// * A refusal if requests in flight do not complete in time. Then the setup is not changed.
+    /// * Any error of [`Rings::start_if_complete`].
     pub(super) fn change_ring(&mut self, index: usize, change: impl FnOnce(&mut RingSetup)) -> VhostResult<()> {
         self.stop(index..index + 1)?;
         change(&mut self.setups[index]);
@@ -283,12 +295,13 @@ impl<'a> Rings<'a> {
 
 impl Drop for Rings<'_> {
     fn drop(&mut self) {
-        // A timeout was logged by `stop`.
+        // `stop` has logged the timeout, if there was one.
         let _ = self.stop_all();
     }
 }
 
-/// Returns whether a drain that has taken `waited` is overdue; after the stop signal the limit is shorter.
+/// Returns whether a drain that has taken `waited` is overdue. After the stop signal, the limit is [`EXIT_TIMEOUT`]
+/// instead of [`DRAIN_TIMEOUT`].
 fn is_drain_overdue(stop: BorrowedFd<'_>, waited: Duration) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let is_stopping = || poll(&mut [PollFd::from_borrowed_fd(stop, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0);

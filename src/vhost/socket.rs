@@ -1,4 +1,5 @@
-//! The sockets of a served disk: listening ones that it creates or is handed, and connected ones that it is handed.
+//! The socket of a served disk: a listening socket, created by this process or handed over, or a connection that was
+//! handed over.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,30 +23,30 @@ pub enum Socket {
 /// A listening socket. Dropping it removes its name from the file system if this process created the name.
 #[derive(Debug)]
 pub struct Listener {
-    // Dropped first, so that the name is removed before the socket stops listening.
+    // Declared first, so that the name is removed before the socket stops listening.
     bound_name: Option<BoundName>,
     socket: UnixListener,
 }
 
 impl Socket {
-    /// Creates a listening socket at `path` that admits the users given by `access`. Replaces the socket of a process that
-    /// has ended.
+    /// Creates a listening socket at `path` that admits the users given by `access`. Replaces the socket of a process
+    /// that has ended.
     ///
     /// # Errors
-    /// * `Busy`: another process listens at `path`, or is starting to.
-    /// * `Refused`: `path` exists and is not a socket, or is a socket in use that is not a stream socket.
-    /// * `NotFound`: the folder does not exist.
-    /// * `Io`: a system call fails, for example because the process may not set the group.
+    /// * `Busy` if another process listens at `path`, or is about to listen.
+    /// * `Refused` if `path` exists and is not a socket, or is a socket in use that is not a stream socket.
+    /// * `NotFound` if the folder does not exist.
+    /// * `Io` if a system call fails, for example because the process may not set the group.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Socket> {
         let (socket, bound_name) = bind(path, access)?;
         Ok(Socket::Listening(Listener { bound_name: Some(bound_name), socket }))
     }
 
-    /// Takes over a socket of the starting process: listening, or connected to a front-end.
+    /// Takes over a socket that the starting process has opened: a listening socket, or a connection to a front-end.
     ///
     /// # Errors
-    /// * `Refused`: the socket is not a Unix stream socket.
-    /// * `Io`: the descriptor is not a socket.
+    /// * `Refused` if the socket is not a Unix stream socket.
+    /// * `Io` if the descriptor is not a socket.
     pub fn from_fd(fd: OwnedFd) -> Result<Socket> {
         let not_ours = |e: rustix::io::Errno| Error::io("the file descriptor handed over is not a socket", e.into());
         let domain = sockopt::socket_domain(&fd).map_err(not_ours)?;

@@ -1,7 +1,8 @@
-//! The control thread's handle of the thread of a queue (`queue_thread.rs`).
+//! The handle by which the control thread controls the thread of a queue (`queue_thread.rs`).
 //!
-//! A worker exists as long as the disk is served. The control thread sends commands through a channel, and then notifies the
-//! thread's eventfd. Every wait for a worker has a time limit, because the storage may never complete the requests in flight.
+//! A worker exists as long as the disk is served. The control thread sends commands through a channel, and then
+//! notifies the thread's eventfd. Every wait for a worker has a time limit, because the storage may never complete the
+//! requests in flight.
 
 use std::fs::File;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -20,13 +21,14 @@ use crate::storage::{EngineKind, Notifier};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WorkerSettings {
     pub(super) engine: EngineKind,
-    /// Longest time for which a queue polls before its thread sleeps.
+    /// Maximum time for which a queue is polled before its thread sleeps.
     pub(super) poll: Duration,
 }
 
-/// Time that a thread has to exit: it waits for the requests in flight, and the storage may not respond.
+/// Time that the thread of a queue has to exit. The thread waits for the requests in flight, and the storage may not
+/// respond.
 pub(super) const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Interval at which a thread is checked for its exit.
+/// Interval at which the control thread checks whether the thread of a queue has ended.
 const EXIT_CHECK_PERIOD: Duration = Duration::from_millis(2);
 
 /// Handle of the thread of a queue. Dropping it drains the queue and ends the thread; if the requests in flight do not
@@ -39,7 +41,7 @@ pub(super) struct Worker {
     pub(super) engine: &'static str,
     /// Reply channel of a stop whose wait timed out.
     unanswered_stop: Mutex<Option<Receiver<u16>>>,
-    /// Deadline for the exit of the thread, once exit was requested.
+    /// Deadline for the exit of the thread. Not set until exit is requested.
     exit_deadline: OnceLock<Instant>,
 }
 
@@ -48,15 +50,15 @@ pub(super) struct Worker {
 pub(super) enum WaitOutcome<T> {
     /// The thread replied.
     Answer(T),
-    /// The thread did not reply in time. Its requests are still in flight.
+    /// The thread did not reply in time. Requests may still be in flight.
     TimedOut,
     /// The thread has ended.
     ThreadLost,
 }
 
 impl Worker {
-    /// Starts the thread of queue `index` of `device`, and returns when its lane has been created. The thread notifies
-    /// `memory_lost` when an access to guest memory failed.
+    /// Starts the thread of queue `index` of `device`, and returns when the lane of the thread has been created. The
+    /// thread notifies `memory_lost` when an access to guest memory fails.
     ///
     /// # Errors
     /// `Io` if the thread, its lane or its event loop cannot be created.
@@ -74,7 +76,7 @@ impl Worker {
         let (ready, is_ready) = mpsc::sync_channel(1);
         let (device, name) = (device.clone(), format!("disk {disk}, queue {index}"));
         let body = move || {
-            // Created by the thread that uses it: an io_uring may be limited to one thread.
+            // The lane is created by the thread that uses it, since an io_uring may be limited to one thread.
             let lane = device.disk().lane(settings.engine, usize::from(device.queue_size()));
             let engine = lane.as_ref().map_or("", |lane| lane.engine().name());
             let created = lane.and_then(|lane| {
@@ -103,11 +105,12 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Starts a ring on the stopped queue. `is_late` returns whether the wait for the thread has become too long.
+    /// Starts a ring on a queue that is stopped. `is_late` returns whether the wait for the thread has become too long.
     ///
     /// # Errors
-    /// * `Busy`: requests of an earlier ring are still in flight, or the thread does not reply in time.
-    /// * `Io`: the queue is out of service, or the ring cannot be started.
+    /// * `Busy` if requests of an earlier ring are still in flight, or the thread does not reply in time.
+    /// * `Invalid` if the ring violates V1, or its in-flight record is not valid.
+    /// * `Io` if the queue is out of service, guest memory is lost, or the kick cannot be added to epoll.
     pub(super) fn start_ring(&self, ring: ReadyRing, is_late: impl Fn() -> bool) -> Result<()> {
         if self.has_unanswered_stop() {
             let what = "the storage does not respond: requests of an earlier ring are still in flight";
@@ -119,7 +122,7 @@ impl Worker {
             WaitOutcome::Answer(outcome) => outcome,
             WaitOutcome::ThreadLost => Err(Worker::thread_lost()),
             WaitOutcome::TimedOut => {
-                // If the thread starts the ring later, it processes this stop next.
+                // The thread may start the ring later. Then it processes this stop command next.
                 self.keep_unanswered_stop(self.stop_ring());
                 Err(Error::new(
                     ErrorKind::Busy,
@@ -143,7 +146,8 @@ impl Worker {
         *self.unanswered_stop.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
     }
 
-    /// Requests the exit of the thread without waiting. The deadline is `by`, or that of the first call.
+    /// Requests the exit of the thread and does not wait. The deadline is `by` at the first call; later calls do not
+    /// change it.
     pub(super) fn request_exit(&self, by: Instant) {
         self.exit_deadline.get_or_init(|| {
             self.send(QueueCommand::Exit);
@@ -174,8 +178,8 @@ impl Worker {
         self.send(QueueCommand::SetErr(err));
     }
 
-    /// Stops the ring: the thread takes no more requests, and replies when those in flight have completed. The reply is the
-    /// index of the next available entry. The channel is closed without a reply if the thread has ended.
+    /// Stops the ring. The thread pops no more requests, and replies with the index of the next available entry when
+    /// the requests in flight have completed. If the thread has ended, the channel is closed without a reply.
     pub(super) fn stop_ring(&self) -> Receiver<u16> {
         let (reply, answer) = mpsc::sync_channel(1);
         self.send(QueueCommand::Stop(reply));
@@ -183,7 +187,8 @@ impl Worker {
     }
 
     fn send(&self, command: QueueCommand) {
-        // If the thread has ended, the command is dropped with its reply channel, which the caller notices.
+        // If the thread has ended, the command is dropped together with its reply channel, and the caller detects the
+        // closed channel.
         let _ = self.commands.send(command);
         self.wakeup.notify();
     }
