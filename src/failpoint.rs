@@ -4,7 +4,8 @@
 //! The name of a failpoint has the form `verb.step` and occurs once in the sources. `tests/verbs` collects the names from the
 //! sources, so that each failpoint is tested.
 
-/// Environment variable that selects a failpoint: `NAME`, or `NAME:COUNT` for the COUNT-th time that it is reached.
+/// Environment variable that selects a failpoint: `NAME`, or `NAME:COUNT` for the COUNT-th time that a thread reaches the
+/// failpoint.
 #[cfg(feature = "mutants")]
 const VARIABLE: &str = "DIFFDISK_KILL_AT";
 
