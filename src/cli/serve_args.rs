@@ -159,7 +159,7 @@ impl DaemonArgs {
         self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
     }
 
-    /// Applies `--socket-group` and `--socket-mode` to the disks whose sockets are created and that have no key of their own.
+    /// Applies `--socket-group` and `--socket-mode` to each disk whose socket is created and that does not set the same key.
     fn add_socket_access(&self, disks: &mut [DiskArgs]) -> Result<()> {
         if self.socket_group.is_none() && self.socket_mode.is_none() {
             return Ok(());

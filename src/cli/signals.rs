@@ -1,4 +1,4 @@
-//! Signals: those that stop the daemon, and SIGXFSZ, which must not kill a program.
+//! Signal handlers: for the signals that stop the daemon, and for SIGXFSZ, which must not kill a program.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 
 use crate::error::{Error, Result};
 
-/// Creates a socket that becomes and stays readable with the first SIGTERM, SIGINT or SIGHUP. The socket is never read, so
-/// each thread that polls it sees the signal. SIGHUP stays ignored if the process inherited that (`nohup`).
+/// Creates a socket that becomes readable at the first SIGTERM, SIGINT or SIGHUP. No thread reads the socket, so it stays
+/// readable for every thread that polls it. If the process inherited SIGHUP as ignored (`nohup`), SIGHUP stays ignored.
 ///
 /// # Errors
 /// `Io` if the sockets cannot be created or a handler cannot be installed.
