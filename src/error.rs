@@ -1,7 +1,7 @@
 //! The error type of the crate: a kind to match, a message, the file and offset that it concerns, and its cause.
 //!
-//! Callers branch on [`ErrorKind`]; users read the rest. A message states what failed, on which file, at which offset, why,
-//! and, if the user can do something about it, what to do.
+//! Callers branch on [`ErrorKind`]; users read the rest. A message states what failed, on which file, at which offset,
+//! why, and, if the user can do something about it, what to do.
 
 use std::path::{Path, PathBuf};
 use std::{error, fmt, io};
@@ -15,8 +15,8 @@ pub enum ErrorKind {
     NoSpace,
     /// An image breaks a rule of its format.
     Invalid,
-    /// A rule of diffdisk or an option forbids the operation (for example a parent outside the allowed folders, or a chain
-    /// that is too deep), or the user interrupted it.
+    /// A rule of diffdisk or an option forbids the operation (for example a parent outside the allowed folders, or a
+    /// chain that is too deep), or the user interrupted it.
     Refused,
     /// A file or a parent does not exist.
     NotFound,
@@ -119,8 +119,8 @@ impl Error {
         None
     }
 
-    /// Returns whether a system call failed because the process lacks a permission, or because the kernel or file system
-    /// does not support the call.
+    /// Returns whether a system call failed because the process lacks a permission, or because the kernel or file
+    /// system does not support the call.
     pub fn is_denied(&self) -> bool {
         matches!(self.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP))
     }

@@ -1,15 +1,16 @@
 //! diffdisk serves chains of differencing VHDs to virtual machines, and creates, inspects, checks and converts them.
 //!
-//! The disk of a guest is a chain of files: a fixed or dynamic root, and any number of differencing children. The youngest
-//! child (the *top*) receives the writes. The guest sees one disk. `diffdiskd` serves the disk over vhost-user-blk to QEMU,
-//! cloud-hypervisor, crosvm and other front-ends, and moves data directly between the files and guest memory. `diffdisk` is
-//! the tool for the files. Both programs are thin wrappers around [`cli`]. This page is the map of the crate.
+//! The disk of a guest is a chain of files: a fixed or dynamic root, and any number of differencing children. The
+//! youngest child (the *top*) receives the writes. The guest sees one disk. `diffdiskd` serves the disk over
+//! vhost-user-blk to QEMU, cloud-hypervisor, crosvm and other front-ends, and moves data directly between the files and
+//! guest memory. `diffdisk` is the tool for the files. Both programs are thin wrappers around [`cli`]. This page is the
+//! map of the crate.
 //!
 //! # Floors
 //!
-//! A module uses only modules of lower floors, itself, and the shared modules at the bottom. Modules on the same floor do
-//! not use each other, and the files of a floor have no import cycle. `tests/floors` checks these rules in the sources.
-//! The page of each floor begins with the responsibilities of the floor and a drawing.
+//! A module uses only modules of lower floors, itself, and the shared modules of the last row. Modules on the same
+//! floor do not use each other, and the files of a floor have no import cycle. `tests/floors` checks these rules in the
+//! sources. The page of each floor begins with the responsibilities of the floor and a drawing.
 //!
 //! ```text
 //!  7  cli                 command line: arguments, output, exit codes; starts the daemon
@@ -25,8 +26,8 @@
 //! # Three ideas
 //!
 //! 1. **A chain has two parts**, Top and Frozen, so a look-up costs the same at depth 1 and at depth 64 ([`chain`]).
-//! 2. **Plan, move, mark.** Planning is a look-up without side effects. Moving is a list of operations. Marking makes the
-//!    written sectors visible. No byte on disk changes its meaning before a commit ([`disk`]).
+//! 2. **Plan, move, mark.** Planning is a look-up without side effects. Moving is a list of operations. Marking makes
+//!    the written sectors visible. No byte on disk changes its meaning before a commit ([`disk`]).
 //! 3. **A commit has three steps**: sync the data, write the pointers (one sector each), sync the pointers. One file
 //!    implements this order (`image/write/commit.rs`). Writes that are acknowledged but not flushed survive a kill of
 //!    the daemon in the live journal (`image/write/journal.rs`).
@@ -36,10 +37,10 @@
 //! ```text
 //!  kick ─> vhost worker ─> device: pop chains, parse ─> disk: a task in the queue's lane
 //!                                                          │ plan     chain: look up Top, then Frozen
-//!                                                          │ (load    bitmap sectors that are not in memory; plan again)
+//!                                                          │ (load    missing bitmap sectors; plan again)
 //!                                                          │ (grow    the file, for a new block; plan again)
-//!                                                          │ move     storage: one submit for the whole batch, and copies
-//!                                                          │          of cached reads
+//!                                                          │ move     storage: one submit for the whole batch, and
+//!                                                          │          copies of cached reads
 //!                                                          │ mark     image: bits in memory, and in the live journal
 //!                                                          │ (commit  flushes; writes on a write-through disk)
 //!  call <─ one interrupt <── device: status, used ring <── outcome
@@ -73,7 +74,7 @@
 //! | sector | 512 bytes of the virtual disk |
 //! | block | the unit of allocation: a bitmap and its data sectors |
 //! | BAT | block allocation table: for each block the file sector where it begins, or "unused" |
-//! | footer, trailing footer | 512 bytes that identify an image, at the start and the end of the file; the one at the end |
+//! | footer, trailing footer | 512 bytes that identify an image, at the start and the end of the file; the last one |
 //! | header | the dynamic header: the position of the BAT, the block size, and the parent |
 //! | bitmap, bitmap sector | one bit per sector of a block, set if the sector is in this file; 512 bytes of a bitmap |
 //! | batmap | XenServer's extension: a map of the blocks whose bitmap is full |
@@ -89,7 +90,7 @@
 //! | extent, plan | a run of sectors with one source; the extents of a range, or the bitmap sectors to load first |
 //! | cell, frozen cache | 4096 sectors of the disk; the results of look-ups in frozen layers, by cell |
 //! | parent lookup | the search for a parent by its locators, with a check of its UUID |
-//! | masked parent | a parent whose data a child hides by zeros, because QEMU marked whole blocks of the child as present |
+//! | masked parent | a parent whose data a child hides by zeros, because QEMU marked whole blocks as present |
 //! | exposed sectors | sectors of lower layers that would become visible if a disk grew without masking them |
 //! | changed ranges | the sectors that were written since an ancestor got a child |
 //! | merge record, receiver | the file that describes an unfinished merge; the image into which it copies |
@@ -112,7 +113,7 @@
 //! | live journal, slot | a file on tmpfs with the marks since the last commit; an entry of it, for one bitmap sector |
 //! | session | the time during which an image has a live journal |
 //! | session stamp | the sector before the trailing footer that names the live journal |
-//! | generation | a random number in the session stamp and in the live journal, which distinguishes copies of an image |
+//! | generation | a random number in the session stamp and the live journal, which distinguishes copies of an image |
 //! | replay, settle | apply a live journal to its image; replay a live journal without serving the image |
 //! | recover | complete the footers and zero the free tail of an image when it is opened for writing |
 //! | durability | the mechanism by which acknowledged writes survive a kill: a live journal or commits |
@@ -132,10 +133,10 @@
 //! | front-end | the VMM process, which connects to the daemon |
 //! | virtqueue, split ring | a queue of requests; its layout in guest memory |
 //! | descriptor chain, head | the buffers of one request; the index of its first descriptor |
-//! | kick, call | the eventfd that announces requests to the daemon; the eventfd that announces completions to the guest |
+//! | kick, call | the eventfd that announces requests to the daemon; the eventfd that announces completions |
 //! | vring | the ring as the vhost crates represent it |
 //! | batch | the descriptor chains that are popped at once |
-//! | in-flight record, region | the heads of the requests in flight of one queue; the front-end's shared memory with all records |
+//! | in-flight record, region | the heads of one queue's requests in flight; the shared memory with all such records |
 //! | interrupt coalescing | delaying a call so that it announces several completions |
 //! | control thread, worker | the thread that handles the messages of a front-end; the thread of one queue |
 //! | adaptive poll | polling before a thread sleeps, for a time that follows the load |

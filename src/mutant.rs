@@ -1,5 +1,5 @@
-//! Mutants: deliberate mistakes in the order of durable writes, which the tests must find (feature `mutants`, never in a
-//! release). Without the feature [`enabled`] is `false` at compile time, and a mutant compiles to nothing.
+//! Mutants: deliberate mistakes in the order of durable writes, which the tests must find (feature `mutants`, never in
+//! a release). Without the feature [`enabled`] is `false` at compile time, and a mutant compiles to nothing.
 //!
 //! A mutant is enabled per thread, because tests run in parallel.
 
@@ -48,7 +48,8 @@ pub enum Mutant {
     EvictDirty,
     /// Bitmap sectors that are part of a running commit are evicted.
     EvictInCommit,
-    /// A bitmap sector that was read from the file is used, although another load and an eviction have made it out of date.
+    /// A bitmap sector that was read from the file is used, although another load and an eviction have made it out of
+    /// date.
     StaleBits,
     /// The end of a session removes the journal before it removes the stamp.
     RemoveJournalFirst,
@@ -60,8 +61,8 @@ pub enum Mutant {
     SplitPair,
     /// Growth does not move the stamp with the trailing footer.
     StampLeftBehind,
-    /// A growth that fails after its new footer is durable truncates the file to the previous length, which removes the valid
-    /// stamp.
+    /// A growth that fails after its new footer is durable truncates the file to the previous length, which removes the
+    /// valid stamp.
     UndoCutsStamp,
     /// Recovery overwrites the stamp with zeros.
     ScrubStamp,

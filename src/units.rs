@@ -1,7 +1,7 @@
 //! Units: sectors, ranges of sectors, block sizes, and the progress callback.
 //!
-//! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is always
-//! 512 bytes, regardless of the logical block size of the storage device.
+//! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is
+//! always 512 bytes, regardless of the logical block size of the storage device.
 
 use std::fmt;
 
@@ -14,8 +14,8 @@ pub const SECTOR_BYTES: usize = 512;
 /// Bits in a sector.
 pub const SECTOR_BITS: u32 = 4096;
 
-/// Progress callback of a long operation. It receives the number of processed bytes, since the last call or in total, as
-/// the operation documents. If the callback fails, the operation ends with the error of the callback.
+/// Progress callback of a long operation. It receives the number of processed bytes, since the last call or in total,
+/// as the operation documents. If the callback fails, the operation ends with the error of the callback.
 pub type OnProgress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// Converts sectors to bytes; `None` if the result does not fit in 64 bits.
@@ -31,7 +31,8 @@ pub struct SectorRange {
 }
 
 impl SectorRange {
-    /// Creates the range of `count` sectors from `start`; `None` if the end of the range in bytes does not fit in 64 bits.
+    /// Creates the range of `count` sectors from `start`; `None` if the end of the range in bytes does not fit in 64
+    /// bits.
     pub fn new(start: u64, count: u64) -> Option<SectorRange> {
         start.checked_add(count)?.checked_mul(SECTOR)?;
         Some(SectorRange { start, count })

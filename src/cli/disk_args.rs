@@ -13,8 +13,8 @@ use crate::vhost::{MAX_QUEUE_SIZE, MAX_QUEUES, SocketAccess};
 
 /// Default queue size: QEMU's maximum. (crosvm's default is 32768.)
 const DEFAULT_QUEUE_SIZE: u16 = 1024;
-/// Default number of queues. The number does not depend on the machine, because the configuration of a front-end contains
-/// it. The number is small, because crosvm uses all queues that are offered, and each queue has a thread.
+/// Default number of queues. The number does not depend on the machine, because the configuration of a front-end
+/// contains it. The number is small, because crosvm uses all queues that are offered, and each queue has a thread.
 const DEFAULT_QUEUES: u16 = 4;
 /// Maximum length of a virtio-blk serial number in bytes.
 const MAX_SERIAL_BYTES: usize = 20;

@@ -18,8 +18,8 @@ impl InheritedFds {
     /// Collects all open descriptors except the standard streams.
     ///
     /// # Safety
-    /// No value in this process may own one of these descriptors, now or later, unless the value came from this set. The
-    /// caller ensures this by calling `new` once, before any code of the process opens a descriptor.
+    /// No value in this process may own one of these descriptors, now or later, unless the value came from this set.
+    /// The caller ensures this by calling `new` once, before any code of the process opens a descriptor.
     pub unsafe fn new() -> InheritedFds {
         let numbers = match std::fs::read_dir("/proc/self/fd") {
             Ok(entries) => entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<_>>(),
@@ -47,10 +47,10 @@ impl InheritedFds {
         if !self.0.remove(&fd) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was not handed over, or is given twice"));
         }
-        // SAFETY: `from_raw_fd` requires an open descriptor without another owner. `new` has checked that `fd` was open, and
-        // the caller of `new` ensures that nothing else in this process owned `fd`. Since then `fd` was in the set and had
-        // no owner, so no safe code can have closed it, and `fd` is still the inherited descriptor. `fd` was removed from
-        // the set above, so no second call can take it, and `owned` becomes the only owner.
+        // SAFETY: `from_raw_fd` requires an open descriptor without another owner. `new` has checked that `fd` was
+        // open, and the caller of `new` ensures that nothing else in this process owned `fd`. Since then `fd` was in
+        // the set and had no owner, so no safe code can have closed it, and `fd` is still the inherited descriptor.
+        // `fd` was removed from the set above, so no second call can take it, and `owned` becomes the only owner.
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
         fcntl_setfd(&owned, FdFlags::CLOEXEC)?;
         Ok(owned)
@@ -58,8 +58,8 @@ impl InheritedFds {
 }
 
 fn is_open(fd: RawFd) -> bool {
-    // SAFETY: F_GETFD takes no pointer and changes no state, so the call has no requirement on `fd`. If `fd` is not open,
-    // the call fails with EBADF.
+    // SAFETY: F_GETFD takes no pointer and changes no state, so the call has no requirement on `fd`. If `fd` is not
+    // open, the call fails with EBADF.
     unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 

@@ -1,4 +1,5 @@
-//! Progress of a long operation, as a bar if standard error is a terminal, and interruption of the operation by a signal.
+//! Progress of a long operation, as a bar if standard error is a terminal, and interruption of the operation by a
+//! signal.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -15,8 +16,8 @@ pub(super) struct ProgressDisplay {
 }
 
 impl ProgressDisplay {
-    /// Shows the progress of an operation over `bytes`. From now on SIGINT and SIGTERM interrupt the operation at its next
-    /// call of [`ProgressDisplay::report`].
+    /// Shows the progress of an operation over `bytes`. From now on SIGINT and SIGTERM interrupt the operation at its
+    /// next call of [`ProgressDisplay::report`].
     ///
     /// # Errors
     /// `Io` if the signal handlers cannot be installed.

@@ -1,8 +1,8 @@
 //! The runtime folder, in which the daemon keeps live journals and the tool finds them.
 //!
-//! If `--runtime-dir` is given, only this folder is used. Otherwise there are default folders in a fixed order: the daemon
-//! creates journals in the first default folder with enough space, and both programs search all default folders for
-//! existing journals. Each folder is opened once and stays open.
+//! If `--runtime-dir` is given, only this folder is used. Otherwise there are default folders in a fixed order: the
+//! daemon creates journals in the first default folder with enough space, and both programs search all default folders
+//! for existing journals. Each folder is opened once and stays open.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -14,8 +14,8 @@ use crate::storage::{Env, RuntimeFolder};
 /// File system type of tmpfs in `statfs` (linux/magic.h).
 const TMPFS: i64 = 0x0102_1994;
 
-/// Opens the folders that may contain live journals: the folder `explicit` if it is given, otherwise the default folders
-/// that can be used. Returns no folder if `explicit` does not exist or is not on tmpfs.
+/// Opens the folders that may contain live journals: the folder `explicit` if it is given, otherwise the default
+/// folders that can be used. Returns no folder if `explicit` does not exist or is not on tmpfs.
 ///
 /// # Errors
 /// - `Refused` if `explicit` belongs to another user, or other users may write to it
@@ -34,9 +34,9 @@ pub(super) fn existing_folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFol
     }
 }
 
-/// Creates the folder for new live journals of `bytes` in total. Returns this folder first, and after it the other folders
-/// that may contain live journals. Returns no folder if none can be used. Logs one warning if a default folder, or the
-/// folder `explicit`, cannot be used.
+/// Creates the folder for new live journals of `bytes` in total. Returns this folder first, and after it the other
+/// folders that may contain live journals. Returns no folder if none can be used. Logs one warning if a default folder,
+/// or the folder `explicit`, cannot be used.
 ///
 /// # Errors
 /// - `Refused` if the folder `explicit` belongs to another user, or other users may write to it
@@ -83,8 +83,8 @@ fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
     chosen.into_iter().chain(passed).collect()
 }
 
-/// Returns the default folders that are on tmpfs: first `/run/diffdisk` for root, or `$XDG_RUNTIME_DIR/diffdisk` for other
-/// users, then a folder in `/dev/shm`.
+/// Returns the default folders that are on tmpfs: first `/run/diffdisk` for root, or `$XDG_RUNTIME_DIR/diffdisk` for
+/// other users, then a folder in `/dev/shm`.
 fn candidates() -> Vec<PathBuf> {
     let uid = rustix::process::geteuid();
     let own =
@@ -98,8 +98,8 @@ fn is_on_tmpfs(folder: &Path) -> bool {
     rustix::fs::statfs(folder).is_ok_and(|s| s.f_type == TMPFS)
 }
 
-/// Returns the number of free bytes in the file system of a folder, or `u64::MAX` for a tmpfs without a size limit, which
-/// reports zero blocks.
+/// Returns the number of free bytes in the file system of a folder, or `u64::MAX` for a tmpfs without a size limit,
+/// which reports zero blocks.
 fn free_bytes(folder: &Path) -> u64 {
     match rustix::fs::statvfs(folder) {
         Ok(s) if s.f_blocks > 0 => s.f_bavail.saturating_mul(s.f_frsize),

@@ -1,7 +1,7 @@
 //! The main function of `diffdiskd`: reads the arguments, starts the disks, serves them until a signal.
 //!
-//! All errors of the start are reported before `READY=1` (module `start`). Each disk has its own control thread. A signal
-//! makes one socket readable, which all control threads poll. No thread reads the socket, so it stays readable.
+//! All errors of the start are reported before `READY=1` (module `start`). Each disk has its own control thread. A
+//! signal makes one socket readable, which all control threads poll. No thread reads the socket, so it stays readable.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;

@@ -6,8 +6,9 @@ use std::sync::atomic::AtomicBool;
 
 use crate::error::{Error, Result};
 
-/// Creates a socket that becomes readable at the first SIGTERM, SIGINT or SIGHUP. No thread reads the socket, so it stays
-/// readable for every thread that polls it. If the process inherited SIGHUP as ignored (`nohup`), SIGHUP stays ignored.
+/// Creates a socket that becomes readable at the first SIGTERM, SIGINT or SIGHUP. No thread reads the socket, so it
+/// stays readable for every thread that polls it. If the process inherited SIGHUP as ignored (`nohup`), SIGHUP stays
+/// ignored.
 ///
 /// # Errors
 /// `Io` if the sockets cannot be created or a handler cannot be installed.
@@ -25,7 +26,8 @@ pub(super) fn stop_socket() -> Result<Arc<UnixStream>> {
     Ok(Arc::new(stop))
 }
 
-/// Catches SIGXFSZ, so that a write beyond the file size limit (`ulimit -f`) fails with EFBIG instead of killing the process.
+/// Catches SIGXFSZ, so that a write beyond the file size limit (`ulimit -f`) fails with EFBIG instead of killing the
+/// process.
 pub(super) fn survive_file_size_limit() {
     if let Err(e) = signal_hook::flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false))) {
         log::warn!("cannot catch SIGXFSZ, so a write beyond the file size limit will kill the process: {e}");

@@ -25,7 +25,8 @@ use crate::vhost::{DiskServer, ServeOptions, Socket, fds_of_disk};
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
 /// Maximum time to wait for the files of a disk. A killed daemon keeps its file locks until its last I/O has completed.
 const PREDECESSOR_IO_TIMEOUT: Duration = Duration::from_secs(30);
-/// Maximum time to wait for the socket of a disk. A killed daemon keeps its socket until the kernel has removed the process.
+/// Maximum time to wait for the socket of a disk. A killed daemon keeps its socket until the kernel has removed the
+/// process.
 const PREDECESSOR_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of file descriptors that belong to no disk: standard streams, signal sockets, the log, and temporary
 /// descriptors of libraries.
@@ -125,8 +126,8 @@ fn describe(options: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, e
     )
 }
 
-/// Chooses the mechanism by which acknowledged writes survive a kill of this process: live journals, or commits if there
-/// is no runtime folder. Removes stale live journals from the runtime folders.
+/// Chooses the mechanism by which acknowledged writes survive a kill of this process: live journals, or commits if
+/// there is no runtime folder. Removes stale live journals from the runtime folders.
 fn durability(args: &DaemonArgs, disks: &[DiskArgs], host: &dyn Env) -> Result<Durability> {
     let writable = disks.iter().filter(|disk| !disk.readonly).count() as u64;
     let folders = runtime_dir::prepare(args.runtime_dir.as_deref(), writable * JOURNAL_BYTES)?;
@@ -203,8 +204,8 @@ fn retry_while_busy<T>(
     }
 }
 
-/// Raises the soft limit of open files to the hard limit: a disk with 64 queues needs about 700 descriptors, and the usual
-/// soft limit is 1024.
+/// Raises the soft limit of open files to the hard limit: a disk with 64 queues needs about 700 descriptors, and the
+/// usual soft limit is 1024.
 fn raise_fd_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };

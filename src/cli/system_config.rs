@@ -1,7 +1,7 @@
 //! The system configuration `/etc/diffdisk/diffdisk.toml`, which both programs read: default values of options.
 //!
-//! The file determines the folders in which parents are accepted. For this reason the file is refused unless it belongs to
-//! root or to the user of the process, and only its owner may write to it.
+//! The file determines the folders in which parents are accepted. For this reason the file is refused unless it belongs
+//! to root or to the user of the process, and only its owner may write to it.
 
 use std::fs::File;
 use std::io::{ErrorKind as IoKind, Read};
@@ -32,8 +32,8 @@ impl SystemConfig {
     /// Reads the file. Returns the default values if the file does not exist, or if `skip` is set.
     ///
     /// # Errors
-    /// * `Refused`: the file is not a regular file, belongs to neither root nor the user of the process, or is writable for
-    ///   other users than its owner.
+    /// * `Refused`: the file is not a regular file, belongs to neither root nor the user of the process, or is writable
+    ///   for other users than its owner.
     /// * `Invalid`: the file is malformed, has an unknown key, or contains a relative path.
     /// * `Io`: the file cannot be read.
     pub(super) fn load(skip: bool) -> Result<SystemConfig> {

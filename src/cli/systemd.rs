@@ -18,7 +18,8 @@ const FIRST_FD: RawFd = 3;
 /// Takes the sockets in `LISTEN_FDS`, in order, with their names. Returns none if `LISTEN_PID` names another process.
 ///
 /// # Errors
-/// - `InvalidInput` if a descriptor was not inherited or was taken before, or if the numbers of names and sockets differ
+/// - `InvalidInput` if a descriptor was not inherited or was taken before, or if the numbers of names and sockets
+///   differ
 /// - any error of fcntl(2)
 pub(super) fn take_sockets(inherited: &mut InheritedFds) -> io::Result<Vec<(Option<String>, OwnedFd)>> {
     let read = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());

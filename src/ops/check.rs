@@ -1,5 +1,5 @@
-//! `check`: tests an image against every rule of the format. With `--repair`, defects are repaired if only one repair is
-//! possible.
+//! `check`: tests an image against every rule of the format. With `--repair`, defects are repaired if only one repair
+//! is possible.
 
 use std::path::Path;
 
@@ -100,8 +100,8 @@ pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u
 ///
 /// # Errors
 /// - `Busy` if another process has a file open for writing
-/// - `Refused` if `path` is no regular file, or if the image lacks writes that are in the live journal of a killed daemon;
-///   the message states whether the live journal is in one of the folders `runtime`
+/// - `Refused` if `path` is no regular file, or if the image lacks writes that are in the live journal of a killed
+///   daemon; the message states whether the live journal is in one of the folders `runtime`
 /// - `Io`; errors of `progress`
 pub fn check(
     env: &dyn Env,
@@ -117,14 +117,14 @@ pub fn check(
 /// Repairs the defects that have only one possible repair. Locks and repairs one file after another, then checks the
 /// files again and returns the result of the second check.
 ///
-/// `take` chooses one of two footers that contradict each other. The contents of the disk never change, unless the chosen
-/// footer belongs to another disk. A file that has lost sectors is not repaired. After the first check `progress` is not
-/// called again, so that an error of `progress` cannot prevent the report of a repair.
+/// `take` chooses one of two footers that contradict each other. The contents of the disk never change, unless the
+/// chosen footer belongs to another disk. A file that has lost sectors is not repaired. After the first check
+/// `progress` is not called again, so that an error of `progress` cannot prevent the report of a repair.
 ///
 /// # Errors
 /// - `Busy` if another process has a file open
-/// - `Refused` if `path` is no regular file, if an image lacks writes that are in the live journal of a killed daemon, if
-///   an unfinished merge forbids the repair, or if a file was replaced after the first check
+/// - `Refused` if `path` is no regular file, if an image lacks writes that are in the live journal of a killed daemon,
+///   if an unfinished merge forbids the repair, or if a file was replaced after the first check
 /// - `Io`, `NoSpace`; errors of `progress`
 pub fn repair(
     env: &dyn Env,

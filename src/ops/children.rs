@@ -12,10 +12,10 @@ use crate::storage::{Access, Env};
 /// An image that names another image as its parent.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct ChildImage {
-/// Absolute path of the child.
-pub path: String,
-/// UUID of the child.
-pub uuid: String,
+    /// Absolute path of the child.
+    pub path: String,
+    /// UUID of the child.
+    pub uuid: String,
 }
 
 /// Returns the children of the image at `path` in the folder of the image and in `folders`, sorted by path. Compares

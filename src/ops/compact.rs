@@ -22,9 +22,9 @@ pub struct Compacted {
     pub freed_bytes: u64,
 }
 
-/// Frees space that the image at `path` does not need: blocks with the same contents as the parents (in a root, blocks of
-/// zeros), runs of zeros in other blocks, gaps between blocks, and space after the last block. The contents of the disk
-/// and of the disks of its children never change.
+/// Frees space that the image at `path` does not need: blocks with the same contents as the parents (in a root, blocks
+/// of zeros), runs of zeros in other blocks, gaps between blocks, and space after the last block. The contents of the
+/// disk and of the disks of its children never change.
 ///
 /// # Errors
 /// After any error the image is valid. The same call completes the work.
@@ -91,8 +91,8 @@ impl<'a> BlockInspector<'a> {
         }
     }
 
-    /// Returns whether the disk would have the same contents without `block`. Appends runs of zeros in the block to `holes`,
-    /// as (file offset, length).
+    /// Returns whether the disk would have the same contents without `block`. Appends runs of zeros in the block to
+    /// `holes`, as (file offset, length).
     fn is_redundant(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
         let whole = self.block_size.sectors_of(block);
@@ -111,8 +111,8 @@ impl<'a> BlockInspector<'a> {
         Ok(idle)
     }
 
-    /// Returns whether a range of set bits has the same contents as the layers beneath. Appends runs of zeros in the whole
-    /// range to `holes`, even after a difference was found.
+    /// Returns whether a range of set bits has the same contents as the layers beneath. Appends runs of zeros in the
+    /// whole range to `holes`, even after a difference was found.
     fn matches_beneath(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let (_, data) = self.offline.block(block).expect("it has a place");
         let (mut rest, mut same) = (run, true);

@@ -38,8 +38,8 @@ pub struct Conversion {
     pub uuid: Option<Uuid>,
 }
 
-/// Checks that the file at `path` may be replaced. An image with an open session must not be replaced: acknowledged writes
-/// would be lost, and the live journal would remain.
+/// Checks that the file at `path` may be replaced. An image with an open session must not be replaced: acknowledged
+/// writes would be lost, and the live journal would remain.
 ///
 /// # Errors
 /// - `Refused`, with a message that contains the command to run, if the image has an open session
@@ -63,8 +63,8 @@ pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) 
 ///
 /// # Errors
 /// After any error no new file is left.
-/// - `Refused` if `path` exists and `how.replace` is not set, if a device is too small, or if a VHD would be written to a
-///   device
+/// - `Refused` if `path` exists and `how.replace` is not set, if a device is too small, or if a VHD would be written to
+///   a device
 /// - `Busy` if the file to replace or the device is in use
 /// - `Invalid` if the format does not allow the size
 /// - `Io`, `NoSpace`; errors of `progress`

@@ -3,11 +3,11 @@
 //! ```text
 //!   old parents   ──┐  same file, same offset: nothing is read or written
 //!                   ├─ both zero: nothing is read or written
-//!   new parents   ──┘  otherwise compared page by page: pages that differ are written into the child, zeros as bits only
+//!   new parents   ──┘  otherwise compared page by page: differing pages are written into the child, zeros as bits only
 //! ```
 //!
-//! The contents of the disk do not change during the copy, because each write into the child has the bytes that the disk
-//! already has at this place.
+//! The contents of the disk do not change during the copy, because each write into the child has the bytes that the
+//! disk already has at this place.
 
 use super::extents::{WINDOW_SECTORS, next_allocated};
 use super::image_writer::ImageWriter;

@@ -49,14 +49,14 @@ pub struct ChildSpec {
 /// Properties of a new child.
 #[derive(Clone, Debug)]
 pub struct CreatedChild {
-/// UUID of the child.
-pub uuid: Uuid,
-/// Virtual size in bytes.
-pub size: u64,
-/// Absolute path of the parent.
-pub parent: PathBuf,
-/// Folders of parents that are neither the folder of the child nor an allowed folder, nor below one of these. The
-/// child can be opened only with these folders allowed.
+    /// UUID of the child.
+    pub uuid: Uuid,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// Absolute path of the parent.
+    pub parent: PathBuf,
+    /// Folders of parents that are neither the folder of the child nor an allowed folder, nor below one of these. The
+    /// child can be opened only with these folders allowed.
     pub folders_not_allowed: Vec<PathBuf>,
 }
 
@@ -72,12 +72,12 @@ pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
     create_function(root.preallocate)(env, path, &spec)
 }
 
-/// Creates a child at `path`. The parent's chain is opened according to `policy`, and stays locked against writers until
-/// the child exists.
+/// Creates a child at `path`. The parent's chain is opened according to `policy`, and stays locked against writers
+/// until the child exists.
 ///
 /// # Errors
-/// - `Refused` if `path` exists, if the chain would be too deep, if the child would be smaller than its parent, or if an
-///   unfinished merge forbids a child of the parent
+/// - `Refused` if `path` exists, if the chain would be too deep, if the child would be smaller than its parent, or if
+///   an unfinished merge forbids a child of the parent
 /// - `Busy` if another process has an image of the parent's chain open for writing
 /// - `Invalid` if the format does not allow one of the sizes
 /// - `Invalid`, `NotFound`, `Io`, `NoSpace` for a file of the chain
@@ -102,7 +102,7 @@ pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> 
     // The parent records the child before the child exists, because a recorded child that does not exist is ignored.
     record_child(env, parent, path);
     let made = create_function(child.preallocate)(env, path, &spec);
-    drop(chain); // releases the locks on the parents
+    drop(chain); // unlocks the parents
     made.map(|uuid| CreatedChild { uuid, size, parent: absolute, folders_not_allowed: outside })
 }
 

@@ -17,8 +17,8 @@ pub struct ChangedRun {
 }
 
 /// Calls `found` for each range of the disk at `path` that was written since the ancestor at `since` (by default the
-/// parent) got a child. The ranges ascend and consist of whole sectors, and adjacent ranges are joined. Only bitmaps are
-/// read.
+/// parent) got a child. The ranges ascend and consist of whole sectors, and adjacent ranges are joined. Only bitmaps
+/// are read.
 ///
 /// # Errors
 /// - `Refused` if there is no such ancestor

@@ -37,8 +37,8 @@ impl<'a> Extents<'a> {
         Extents { version, at, next_allocated, plan: PlanBuffer::default(), next: 0, uncached: false }
     }
 
-    /// Converts the iterator to one that adds nothing to the frozen cache, for callers that make no other look-up in the
-    /// version. The version must have no top.
+    /// Converts the iterator to one that adds nothing to the frozen cache, for callers that make no other look-up in
+    /// the version. The version must have no top.
     pub(super) fn uncached(self) -> Extents<'a> {
         Extents { uncached: true, ..self }
     }
@@ -76,8 +76,8 @@ impl<'a> Extents<'a> {
         }
     }
 
-    /// Returns the first sector at or after `from` that is in an allocated block of any layer. During an iteration, each
-    /// block table is read once in total.
+    /// Returns the first sector at or after `from` that is in an allocated block of any layer. During an iteration,
+    /// each block table is read once in total.
     fn first_allocated(&mut self, from: u64) -> u64 {
         for (next, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
             if *next < from {
@@ -88,7 +88,8 @@ impl<'a> Extents<'a> {
     }
 }
 
-/// Returns the first sector at or after `from` that is in an allocated block of the layer, or `u64::MAX` if there is none.
+/// Returns the first sector at or after `from` that is in an allocated block of the layer, or `u64::MAX` if there is
+/// none.
 pub(super) fn next_allocated(layer: &Layer, from: u64) -> u64 {
     if from >= layer.image.size() / SECTOR {
         return u64::MAX;

@@ -46,8 +46,9 @@ impl<'a> FileSink<'a> {
     pub(super) fn new(env: &'a dyn Env, path: &Path, make: &NewFile<'_>, replace: bool) -> Result<FileSink<'a>> {
         let (folder, name, old) = match env.canonical(path) {
             Ok(found) if replace => {
-                // The old file stays locked until it is replaced. Otherwise a daemon could open the old file and serve it
-                // after the replacement, when the file has no name. If `path` is a symbolic link, its target is replaced.
+                // The old file stays locked until it is replaced. Otherwise a daemon could open the old file and serve
+                // it after the replacement, when the file has no name. If `path` is a symbolic link, its target is
+                // replaced.
                 let file = env.open(&found, Access::Write)?;
                 file.lock(Lock::Exclusive)?;
                 (file.folder(), file.name().to_os_string(), Some(file))

@@ -18,8 +18,8 @@ use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
 
 /// Copies data of the parents into the image at `path`. Without `keep`, the data of all parents is copied, and the link
-/// to the parent is removed. With `keep`, the data of the parents above `keep` is copied, and the link is set to `keep`.
-/// The contents of the disk never change. Returns the number of bytes that were copied.
+/// to the parent is removed. With `keep`, the data of the parents above `keep` is copied, and the link is set to
+/// `keep`. The contents of the disk never change. Returns the number of bytes that were copied.
 ///
 /// The same call completes an interrupted call. A fixed image is not changed.
 ///

@@ -1,5 +1,5 @@
-//! Search of folders for images. The result contains the UUIDs of each image and of its parent. Only footers and headers
-//! are read.
+//! Search of folders for images. The result contains the UUIDs of each image and of its parent. Only footers and
+//! headers are read.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;

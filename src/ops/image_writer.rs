@@ -31,7 +31,8 @@ impl<'a> ImageWriter<'a> {
     /// Makes the youngest image of a chain writable. The chain must have been opened for writing.
     ///
     /// # Errors
-    /// - `Refused` if the image must not be written, or if its live journal is not found or does not belong to the image
+    /// - `Refused` if the image must not be written, or if its live journal is not found or does not belong to the
+    ///   image
     /// - `Poisoned` if a sync of a killed daemon failed
     /// - `Busy` if another process has the live journal open
     /// - `NoSpace`, `Io`
@@ -48,7 +49,8 @@ impl<'a> ImageWriter<'a> {
         })
     }
 
-    /// Grows the file by the space of `blocks` blocks. If there is not enough space for all of them, the file does not grow.
+    /// Grows the file by the space of `blocks` blocks. If there is not enough space for all of them, the file does not
+    /// grow.
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -90,7 +92,8 @@ impl<'a> ImageWriter<'a> {
         self.write_with(range, |file, extent, offset| file.punch_hole(offset, extent.bytes()))
     }
 
-    /// Repeats `planner` until the plan is complete. Between two attempts, reads the missing bitmap sectors or grows the file.
+    /// Repeats `planner` until the plan is complete. Between two attempts, reads the missing bitmap sectors or grows
+    /// the file.
     fn plan_with(&mut self, planner: PlanChange, range: SectorRange) -> Result<()> {
         let mut pins = Pins::default();
         loop {
@@ -123,8 +126,8 @@ impl<'a> ImageWriter<'a> {
         Ok(())
     }
 
-    /// Makes a range read as zeros. Allocates blocks only for parts in which a parent has data. The change is durable after
-    /// the next [`ImageWriter::commit`].
+    /// Makes a range read as zeros. Allocates blocks only for parts in which a parent has data. The change is durable
+    /// after the next [`ImageWriter::commit`].
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.

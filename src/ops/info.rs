@@ -77,8 +77,8 @@ pub struct SpaceShortage {
 }
 
 impl ImageInfo {
-    /// Returns the shortage if the file system is nearly full: the free space is less than 5 %, less than 10 GiB, and less
-    /// than the number of bytes by which the image may still grow.
+    /// Returns the shortage if the file system is nearly full: the free space is less than 5 %, less than 10 GiB, and
+    /// less than the number of bytes by which the image may still grow.
     pub fn space_shortage(&self) -> Option<SpaceShortage> {
         let room = self.host_space?;
         let wanted = self.virtual_size.saturating_sub(self.allocated_bytes);
@@ -157,8 +157,8 @@ pub struct LocatorInfo {
     pub path: String,
 }
 
-/// Returns the properties of the image at `path`, and with a policy those of its parents. Takes no lock, so the image may
-/// be in use.
+/// Returns the properties of the image at `path`, and with a policy those of its parents. Takes no lock, so the image
+/// may be in use.
 ///
 /// Without a policy no file that the image names is opened. With a policy, if a parent is not found, the chain ends at
 /// the child of that parent, and a warning is logged.
@@ -170,8 +170,8 @@ pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Imag
     loop {
         let before = env.open(path, Access::Read)?.stat()?;
         match inspect(env, path, parents) {
-            // If another process wrote to the file during the inspection, the block table and the length of the file may
-            // not match. The image is inspected again.
+            // If another process wrote to the file during the inspection, the block table and the length of the file
+            // may not match. The image is inspected again.
             Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }

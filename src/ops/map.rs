@@ -30,8 +30,8 @@ pub struct FilePosition<'a> {
     pub offset: u64,
 }
 
-/// Calls `found` for each range of the disk at `path`. The ranges ascend without gaps. Adjacent ranges are joined if they
-/// are contiguous in one file.
+/// Calls `found` for each range of the disk at `path`. The ranges ascend without gaps. Adjacent ranges are joined if
+/// they are contiguous in one file.
 ///
 /// # Errors
 /// - `Busy` if another process has a file open for writing

@@ -1,5 +1,5 @@
-//! Opening an image for a verb that changes the image, under an exclusive lock. Opening is refused if a live journal has
-//! writes that the file lacks.
+//! Opening an image for a verb that changes the image, under an exclusive lock. Opening is refused if a live journal
+//! has writes that the file lacks.
 
 use std::path::Path;
 
@@ -27,7 +27,8 @@ pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Po
 ///   merge forbids the change
 /// - `Invalid`, `NotFound`, `Io`
 pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Image> {
-    // Symbolic links are resolved, because recorded paths to the parent are relative to the folder of the link's target.
+    // Symbolic links are resolved, because recorded paths to the parent are relative to the folder of the link's
+    // target.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     // This check precedes `open_reconciled`, which may write a footer.

@@ -52,8 +52,8 @@ pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image, fal
     parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
-/// Opens the chain of a new parent for the image at `child`, and locks the chain against writers. Parents are accepted in
-/// the folder of the child and in the allowed folders.
+/// Opens the chain of a new parent for the image at `child`, and locks the chain against writers. Parents are accepted
+/// in the folder of the child and in the allowed folders.
 ///
 /// # Errors
 /// - `Refused` if the child's chain would be too deep

@@ -70,8 +70,8 @@ pub fn rebase(
     }
     let copy = || {
         let new = new.into_frozen();
-        // If an interrupted call has set the link, the new parent is the current parent already. So the folder of the new
-        // parent is allowed when the current chain is opened.
+        // If an interrupted call has set the link, the new parent is the current parent already. So the folder of the
+        // new parent is allowed when the current chain is opened.
         let policy = &allowing_folder(policy, folder_of(parent));
         let mut writer =
             ImageWriter::open(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;

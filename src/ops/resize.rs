@@ -22,14 +22,15 @@ pub struct Resized {
 
 /// Changes the size of the disk at `path`. Added sectors read as zeros, and only zeros may be cut off.
 ///
-/// Children keep their own sizes and contents, since only zeros are added or cut off. A warning is logged for each child
-/// in the folder of the image, because other programs require equal sizes. The same call completes an interrupted call.
+/// Children keep their own sizes and contents, since only zeros are added or cut off. A warning is logged for each
+/// child in the folder of the image, because other programs require equal sizes. The same call completes an interrupted
+/// call.
 ///
 /// # Errors
 /// After any error the disk has its old or its new size.
 /// - `Invalid` if the format does not allow the size
-/// - `Refused` for a smaller size without `shrink`, if a byte that would be cut off is not zero, or if an unfinished merge
-///   forbids the change
+/// - `Refused` for a smaller size without `shrink`, if a byte that would be cut off is not zero, or if an unfinished
+///   merge forbids the change
 /// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `NoSpace`, `Io`; errors of `progress`
 pub fn resize(

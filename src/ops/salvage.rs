@@ -20,9 +20,9 @@ pub struct SalvageLoss {
     pub file: PathBuf,
 }
 
-/// Opens the disk at `path` even if sectors are lost. Returns the disk, and the ranges that a file has lost and no younger
-/// file hides: by file from the youngest, and ascending within a file. A lost sector reads as zeros, never as the old
-/// data of a parent. Files are opened read-only and are not recovered.
+/// Opens the disk at `path` even if sectors are lost. Returns the disk, and the ranges that a file has lost and no
+/// younger file hides: by file from the youngest, and ascending within a file. A lost sector reads as zeros, never as
+/// the old data of a parent. Files are opened read-only and are not recovered.
 ///
 /// # Errors
 /// - `Busy` if another process has a file open for writing

@@ -1,7 +1,7 @@
 //! Reading a disk for a verb: a chain of VHDs, or a raw file or device.
 //!
-//! [`DataRuns`] returns the ranges that may contain data. Ranges for which no layer has a block ([`Extents`]) and holes in
-//! the files are skipped.
+//! [`DataRuns`] returns the ranges that may contain data. Ranges for which no layer has a block ([`Extents`]) and holes
+//! in the files are skipped.
 
 use std::path::Path;
 

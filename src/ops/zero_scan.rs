@@ -27,8 +27,8 @@ pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item
     })
 }
 
-/// Appends to `holes` the runs of zero pages of `bytes` that have at least [`MIN_HOLE_BYTES`], as (file offset, length).
-/// `bytes` was read from offset `at` of the file.
+/// Appends to `holes` the runs of zero pages of `bytes` that have at least [`MIN_HOLE_BYTES`], as (file offset,
+/// length). `bytes` was read from offset `at` of the file.
 pub(super) fn collect_zero_runs(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
     let first = usize::try_from(at.next_multiple_of(PAGE_BYTES as u64) - at).expect("less than a page");
     let Some(pages) = bytes.get(first..) else { return };

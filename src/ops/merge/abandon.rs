@@ -4,11 +4,11 @@
 //! | --- | --- |
 //! | nothing | The merge record is removed. |
 //! | a part | The record and the mark are kept, so the ancestor is not opened by itself. The merge may be finished. |
-//! | everything, no layer is left between | The record and the mark are removed. CHILD and the ancestor have one disk. |
+//! | everything, no layer is left between | Record and mark are removed. CHILD and the ancestor have the same disk. |
 //! | everything, a layer is left between | The record and the mark are kept: the layer's disk is a mixture. |
 //!
-//! "Between" means between CHILD and the ancestor. The merge record is also removed if the ancestor no longer exists, or
-//! if CHILD no longer exists and the ancestor has no mark, because the ancestor was restored from a backup.
+//! "Between" means between CHILD and the ancestor. The merge record is also removed if the ancestor no longer exists,
+//! or if CHILD no longer exists and the ancestor has no mark, because the ancestor was restored from a backup.
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,8 @@ pub enum Abandoned {
     Partial(PathBuf),
 }
 
-/// Abandons an unfinished merge of the image at `child`. If `into` is given, the receiver of the merge must be that image.
+/// Abandons an unfinished merge of the image at `child`. If `into` is given, the receiver of the merge must be that
+/// image.
 ///
 /// # Errors
 /// - `Refused` if no such merge was begun, or if CHILD no longer exists and the ancestor is partly overwritten
@@ -92,8 +93,9 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     }
 }
 
-/// Opens the ancestor and locks it exclusively. Fails with `Busy` while the merge is running in another process, because a
-/// running merge has the ancestor locked. Returns `None` if the ancestor no longer exists or another image has its name.
+/// Opens the ancestor and locks it exclusively. Fails with `Busy` while the merge is running in another process,
+/// because a running merge has the ancestor locked. Returns `None` if the ancestor no longer exists or another image
+/// has its name.
 fn lock_receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
     let Some(file) = none_if_not_found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
@@ -157,8 +159,8 @@ fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
     Ok(false)
 }
 
-/// Builds a merge record to replace an unreadable one. The receiver is the ancestor whose mark names the image at `child`.
-/// Returns `None` if no ancestor has such a mark.
+/// Builds a merge record to replace an unreadable one. The receiver is the ancestor whose mark names the image at
+/// `child`. Returns `None` if no ancestor has such a mark.
 fn rebuild_record(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Option<MergeRecord>> {
     let image = Image::open(env.open(child, Access::Read)?)?;
     let own = image.uuid();
@@ -195,8 +197,8 @@ fn record_folder(env: &dyn Env, record: &MergeRecord) -> Result<Folder> {
     env.folder(&record.folder)
 }
 
-/// Removes the unreadable merge record at the path of the error `unreadable`, if CHILD of this merge is not in the folder
-/// of the record. Otherwise returns the error.
+/// Removes the unreadable merge record at the path of the error `unreadable`, if CHILD of this merge is not in the
+/// folder of the record. Otherwise returns the error.
 fn remove_orphan(env: &dyn Env, unreadable: Error) -> Result<Abandoned> {
     let Some(path) = unreadable.path().map(Path::to_path_buf) else { return Err(unreadable) };
     let images = folder_scan::scan(env, &[env.folder(folder_of(&path))?])?;

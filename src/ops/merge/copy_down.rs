@@ -53,8 +53,8 @@ impl LayerStack {
         self.version.frozen().layers().iter().map(|layer| &layer.image)
     }
 
-    /// Checks that the file system of the image `beneath` has space for the data of `blocks` new blocks. The data needs at
-    /// most the space that the layers occupy.
+    /// Checks that the file system of the image `beneath` has space for the data of `blocks` new blocks. The data needs
+    /// at most the space that the layers occupy.
     ///
     /// # Errors
     /// `NoSpace`, `Io`.
@@ -75,8 +75,8 @@ impl LayerStack {
         Err(Error::new(ErrorKind::NoSpace, what).at_path(beneath.file().path()))
     }
 
-    /// Returns an upper bound of the number of blocks that the data of the layers adds to the image `beneath`. (Zeros in the
-    /// layers may add a few more blocks, if they hide data of older images.)
+    /// Returns an upper bound of the number of blocks that the data of the layers adds to the image `beneath`. (Zeros
+    /// in the layers may add a few more blocks, if they hide data of older images.)
     ///
     /// # Errors
     /// `Io`.
@@ -105,8 +105,8 @@ impl LayerStack {
         Ok(is_needed.iter().filter(|needed| **needed).count() as u64)
     }
 
-    /// Copies the sectors of the layers at and after sector `from` into the image of `writer`. Returns the number of bytes of
-    /// data that were written.
+    /// Copies the sectors of the layers at and after sector `from` into the image of `writer`. Returns the number of
+    /// bytes of data that were written.
     ///
     /// # Errors
     /// `Io`, `NoSpace`, `Poisoned`; errors of `on_copied`.

@@ -35,8 +35,8 @@
 //! If CHILD no longer exists, the merge is refused. Copying changes the file stamp of the ancestor as well, so an
 //! interrupted copy continues only if nothing was written after the last save of the merge record.
 //!
-//! An unfinished merge can be abandoned ([`abandon()`]). Until the merge is finished or abandoned, `chain` refuses every
-//! use of its images that would read wrong data, or would prevent the merge from being finished or abandoned.
+//! An unfinished merge can be abandoned ([`abandon()`]). Until the merge is finished or abandoned, `chain` refuses
+//! every use of its images that would read wrong data, or would prevent the merge from being finished or abandoned.
 //!
 //! After the merge, the modification times that children record for their parents (format 4.3) are valid: each child of
 //! CHILD records the new time of the ancestor, and the time of the child's own file is preserved.

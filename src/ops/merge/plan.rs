@@ -125,11 +125,12 @@ fn check_not_truncated(image: &Image) -> Result<()> {
     Ok(())
 }
 
-/// Checks that the sizes of CHILD and the ancestor allow the merge: they are equal, or CHILD is smaller and has children.
+/// Checks that the sizes of CHILD and the ancestor allow the merge: they are equal, or CHILD is smaller and has
+/// children.
 fn check_sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
     let (size, received) = (child.size(), ancestor.size());
-    // A smaller CHILD hides the end of the ancestor's disk from the children of CHILD. The merge writes zeros there, which
-    // has the same effect for these children. Without children, the disk would become larger.
+    // A smaller CHILD hides the end of the ancestor's disk from the children of CHILD. The merge writes zeros there,
+    // which has the same effect for these children. Without children, the disk would become larger.
     if size == received || (size < received && !youngest) {
         return Ok(());
     }

@@ -20,7 +20,8 @@ pub(super) fn uuid_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
     Ok(ImageIdentity::peek(&file)?.map(|identity| identity.uuid))
 }
 
-/// Copies the progress of an interrupted run from its merge record, `earlier`, into `record`, the merge record of this run.
+/// Copies the progress of an interrupted run from its merge record, `earlier`, into `record`, the merge record of this
+/// run.
 ///
 /// # Errors
 /// - `Refused` if the interrupted merge has another ancestor
@@ -59,7 +60,8 @@ pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, pla
         Copied::Before(_) if all_same => {
             (record.copied, record.ancestor_stamp) = (earlier.copied, earlier.ancestor_stamp);
         }
-        // A layer or the ancestor changed. (`prepare` has handled a complete copy without changes, see `is_copy_complete`.)
+        // A layer or the ancestor changed. (`prepare` has handled a complete copy without changes, see
+        // `is_copy_complete`.)
         Copied::Before(_) | Copied::All => record.copied = Copied::Before(0),
     }
     Ok(())
@@ -81,8 +83,8 @@ pub(super) fn check_same_merge(env: &dyn Env, record: &MergeRecord, child: &Path
     Err(Error::new(ErrorKind::Refused, what).at_path(child))
 }
 
-/// Returns whether a copy that `record` reports as complete is still valid: the ancestor and the existing layers have the
-/// recorded file stamps.
+/// Returns whether a copy that `record` reports as complete is still valid: the ancestor and the existing layers have
+/// the recorded file stamps.
 ///
 /// # Errors
 /// - `Refused` if the ancestor changed and CHILD no longer exists

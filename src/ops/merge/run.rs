@@ -56,14 +56,15 @@ pub struct PreparedMerge<'a> {
 
 impl<'a> PreparedMerge<'a> {
     /// Opens and locks the files of a merge of the image at `child`, into its parent or into `into`, and checks that
-    /// the merge is possible. If an earlier run was interrupted, this run continues its merge, even if the earlier run has
-    /// removed CHILD. `changed_parent` allows a parent that was written to after its child recorded its modification time.
+    /// the merge is possible. If an earlier run was interrupted, this run continues its merge, even if the earlier run
+    /// has removed CHILD. `changed_parent` allows a parent that was written to after its child recorded its
+    /// modification time.
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock on a file
     /// - `Refused` if the disk of another child would change, if the sizes differ, if an unfinished merge has another
-    ///   ancestor, if a live journal has writes that a file lacks, or (without `changed_parent`) if a parent was written to
-    ///   after its child recorded its modification time
+    ///   ancestor, if a live journal has writes that a file lacks, or (without `changed_parent`) if a parent was
+    ///   written to after its child recorded its modification time
     /// - `Invalid`, `NotFound`, `Io` for a file of the chain
     pub fn prepare(
         env: &'a dyn Env,
@@ -132,8 +133,8 @@ impl<'a> PreparedMerge<'a> {
         })
     }
 
-    /// Returns the number of bytes that the progress reaches at the end: the size of the disk, or 0 if everything is copied
-    /// already.
+    /// Returns the number of bytes that the progress reaches at the end: the size of the disk, or 0 if everything is
+    /// copied already.
     pub fn bytes(&self) -> u64 {
         self.plan.as_ref().map_or(0, |plan| plan.ancestor.size())
     }
@@ -161,7 +162,8 @@ impl<'a> PreparedMerge<'a> {
     fn run_steps(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let path = self.record.folder.join(&self.record.ancestor_path);
         if self.is_recorded {
-            // The next steps require a durable merge record, but a killed run may not have synced the folder of the record.
+            // The next steps require a durable merge record, but a killed run may not have synced the folder of the
+            // record.
             self.record_folder.sync()?;
         }
         // `plan` keeps the locks until this function returns.
@@ -194,8 +196,8 @@ impl<'a> PreparedMerge<'a> {
         Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
     }
 
-    /// Runs steps 1 to 4, except the removal of the mark. Returns the number of copied bytes, and the file of the ancestor
-    /// with its lock.
+    /// Runs steps 1 to 4, except the removal of the mark. Returns the number of copied bytes, and the file of the
+    /// ancestor with its lock.
     fn copy_layers(&mut self, plan: &MergePlan, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
         // Parents of the ancestor are accepted in the same folders as parents of CHILD.
         let mut policy = self.policy.clone();
@@ -203,7 +205,8 @@ impl<'a> PreparedMerge<'a> {
         let ancestor = plan.ancestor.file();
         let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
         file.lock(Lock::Exclusive)?;
-        // The file stamps are compared before the ancestor is opened for writing, because recovery changes the file stamp.
+        // The file stamps are compared before the ancestor is opened for writing, because recovery changes the file
+        // stamp.
         if FileStamp::of(&file)? != self.record.ancestor_stamp && self.record.copied != Copied::Nothing {
             self.record.copied = Copied::Before(0);
         }
@@ -291,8 +294,8 @@ impl<'a> PreparedMerge<'a> {
         Ok(())
     }
 
-    /// Saves durably in the merge record that everything before `sector` is copied. If the file system is full, the previous
-    /// merge record remains valid, and no error is returned.
+    /// Saves durably in the merge record that everything before `sector` is copied. If the file system is full, the
+    /// previous merge record remains valid, and no error is returned.
     fn checkpoint(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.record.copied = Copied::Before(sector);
         self.record.ancestor_stamp = FileStamp::of(ancestor)?;
@@ -303,8 +306,8 @@ impl<'a> PreparedMerge<'a> {
     }
 
     /// Runs step 5: links the children of CHILD to the ancestor, including children that were created after
-    /// [`PreparedMerge::prepare`]. If an interrupted run has linked a child only partly, completes the link, unless another
-    /// process has the child open.
+    /// [`PreparedMerge::prepare`]. If an interrupted run has linked a child only partly, completes the link, unless
+    /// another process has the child open.
     fn relink_children(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
         let mut relinked = Vec::new();
         for child in folder_scan::scan(self.env, &self.child_folders)? {
@@ -365,8 +368,8 @@ impl<'a> PreparedMerge<'a> {
             }
             folder.remove(name)?;
             failpoint::reached("merge.layer-removed");
-            // The removal of a layer is synced before its parent is removed. Otherwise a crash could undo the removal of the
-            // layer, but not that of its parent.
+            // The removal of a layer is synced before its parent is removed. Otherwise a crash could undo the removal
+            // of the layer, but not that of its parent.
             folder.sync()?;
             failpoint::reached("merge.layer-gone");
             removed.push(path);
