@@ -20,7 +20,7 @@ pub struct CheckReport {
     pub path: String,
     /// Whether no defect was found.
     pub ok: bool,
-    /// Number of defects that prevent opening the disk, or after which its contents cannot be trusted.
+    /// Number of defects that make the disk unreadable or its contents unreliable.
     pub corruptions: u64,
     /// Number of regions of the file to which nothing refers.
     pub leaks: u64,

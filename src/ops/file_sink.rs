@@ -88,7 +88,7 @@ impl<'a> FileSink<'a> {
         }
     }
 
-    /// Makes the file durable and gives it its name.
+    /// Makes the file durable and renames it from its temporary name.
     pub(super) fn finish(mut self) -> Result<()> {
         self.complete().map_err(|e| self.draft.with_requested_path(e))
     }

@@ -1,4 +1,4 @@
-//! `rebase`: gives a child another parent without changing the contents of its disk.
+//! `rebase`: replaces the parent of a child without changing the contents of the child's disk.
 
 use std::path::Path;
 
