@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Counts the instructions of a look-up and of a whole read, from the virtqueue and back, on an engine that does nothing.
-# valgrind counts two runs with different numbers of requests. Their difference is the cost of the requests, which is the same
-# on any machine.
+# valgrind counts two runs with different numbers of requests. The difference of the two counts is the cost of the
+# additional requests, which is the same on any machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,8 +12,7 @@ program=$(cargo bench --bench resolve --no-run --message-format=json 2>/dev/null
 [ -x "$program" ] || { echo "instructions: the benchmark was not built" >&2; exit 1; }
 
 count() {
-    # For requests, only the instructions of the queue itself are counted, without those of the driver that makes the
-    # requests.
+    # For requests, only the instructions of `Queue::serve` are counted, without the code that creates the requests.
     local only=()
     [[ $1 != request* ]] || only=(--toggle-collect='diffdisk::device::queue::Queue::serve')
     valgrind --tool=callgrind "${only[@]}" --callgrind-out-file="$3" "$program" --instructions "$1" "$2" 2>&1 |

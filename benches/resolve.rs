@@ -1,9 +1,10 @@
-//! Cost of resolving sectors: nanoseconds per `plan_read`, by depth of the chain and by the fragmentation of a block over its
-//! layers. The cost must not depend on the depth.
+//! Cost of resolving sectors: nanoseconds per `plan_read`, by depth of the chain and by the fragmentation of a block
+//! over its layers. The cost must not depend on the depth.
 //!
-//! With `--instructions NAME` the bench repeats one operation, for a program that counts instructions.
+//! With `--instructions NAME` the bench only repeats one operation, so that valgrind can count its instructions
+//! (`benches/instructions.sh`).
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
-#![allow(missing_docs, unreachable_pub)] // nobody else sees it
+#![allow(missing_docs, unreachable_pub)] // no other crate uses it
 
 #[path = "resolve/chains.rs"]
 mod chains;
@@ -22,12 +23,12 @@ use diffdisk::units::SectorRange;
 use harness::random_stream;
 use null::NullMode;
 
-/// Sectors of a request.
+/// Sectors per request.
 const REQUEST: u64 = 8;
-/// Requests in a measured run, and runs.
+/// Number of requests in a measured run, and number of runs.
 const REQUESTS: u64 = 200_000;
 const RUNS: usize = 9;
-/// Target: the cost of the longest chain relative to the shortest.
+/// Target: maximum cost for the longest chain, relative to the cost for the shortest chain.
 const MAX_DEPTH_RATIO: f64 = 1.25;
 
 fn main() {
@@ -43,7 +44,7 @@ fn main() {
         let versions = [1, 4, 16, 62].map(|depth| version(&folder.path().join(format!("{cut:?}-{depth}")), depth, cut));
         versions.iter().for_each(plan_all);
         let mut best = [f64::MAX; 4];
-        // The minimum, because other load on the machine only adds time.
+        // The minimum is used, because other load on the machine only adds time.
         for _ in 0..RUNS {
             for (version, best) in versions.iter().zip(&mut best) {
                 *best = best.min(measure(version));
@@ -60,7 +61,7 @@ fn main() {
     println!("flat in depth (at most {MAX_DEPTH_RATIO}): {}", if flat { "yes" } else { "NO" });
 }
 
-/// Nanoseconds per plan.
+/// Returns the number of nanoseconds per plan.
 fn measure(version: &Version) -> f64 {
     let mut plan = PlanBuffer::default();
     let start = Instant::now();

@@ -1,7 +1,7 @@
 //! The error type of the crate: a kind to match, a message, the file and offset that it concerns, and its cause.
 //!
-//! Callers branch on [`ErrorKind`]; users read the rest. A message states what failed, on which file, at which offset, why,
-//! and, if the user can do something about it, what to do.
+//! Callers branch on [`ErrorKind`]; users read the rest. A message states what failed, on which file, at which offset,
+//! why, and, if the user can do something about it, what to do.
 
 use std::path::{Path, PathBuf};
 use std::{error, fmt, io};
@@ -15,8 +15,8 @@ pub enum ErrorKind {
     NoSpace,
     /// An image breaks a rule of its format.
     Invalid,
-    /// A rule of diffdisk or an option forbids it: a parent outside the allowed folders, a chain that is too deep, a user
-    /// interrupt.
+    /// A rule of diffdisk or an option forbids the operation (for example a parent outside the allowed folders, or a
+    /// chain that is too deep), or the user interrupted it.
     Refused,
     /// A file or a parent does not exist.
     NotFound,
@@ -28,7 +28,7 @@ pub enum ErrorKind {
     Poisoned,
 }
 
-/// An error with its context. One pointer in size.
+/// An error with its context. An `Error` has the size of a pointer.
 pub struct Error(Box<Body>);
 
 struct Body {
@@ -79,7 +79,7 @@ impl Error {
         self
     }
 
-    /// Removes the offset, for an error about a number that comes from the command line and not from the file.
+    /// Removes the offset, for an error about a value that comes from the command line and not from a file.
     #[must_use]
     pub fn without_offset(mut self) -> Error {
         self.0.offset = None;
@@ -102,7 +102,7 @@ impl Error {
         self.0.path.as_deref()
     }
 
-    /// Returns the byte offset in that file.
+    /// Returns the byte offset in the file that the error concerns.
     pub fn offset(&self) -> Option<u64> {
         self.0.offset
     }
@@ -119,7 +119,8 @@ impl Error {
         None
     }
 
-    /// Returns whether the user lacks a permission, or the kernel or file system does not support the call.
+    /// Returns whether a system call failed because the process lacks a permission, or because the kernel or file
+    /// system does not support the call.
     pub fn is_denied(&self) -> bool {
         matches!(self.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::ENOSYS | libc::EOPNOTSUPP))
     }

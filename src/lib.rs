@@ -1,15 +1,16 @@
 //! diffdisk serves chains of differencing VHDs to virtual machines, and creates, inspects, checks and converts them.
 //!
-//! The disk of a guest is a chain of files: a fixed or dynamic root, and any number of differencing children. The youngest
-//! child (the *top*) receives the writes. The guest sees one disk. `diffdiskd` serves the disk over vhost-user-blk to QEMU,
-//! cloud-hypervisor, crosvm and other front-ends, and moves data directly between the files and guest memory. `diffdisk` is
-//! the tool for the files. Both programs are thin wrappers around [`cli`]. This page is the map of the crate.
+//! The disk of a guest is a chain of files: a fixed or dynamic root, and any number of differencing children. The
+//! youngest child (the *top*) receives the writes. The guest sees one disk. `diffdiskd` serves the disk over
+//! vhost-user-blk to QEMU, cloud-hypervisor, crosvm and other front-ends, and moves data directly between the files and
+//! guest memory. `diffdisk` is the tool for the files. Both programs are thin wrappers around [`cli`]. This page is the
+//! map of the crate.
 //!
 //! # Floors
 //!
-//! A module uses only modules of lower floors, itself, and the shared modules at the bottom. Modules on the same floor do not
-//! use each other, and within a floor there is no circle of imports between files. `tests/floors` reads the sources and
-//! checks this. The page of each floor begins with what the floor owns, what it leaves to others, and a drawing.
+//! A module uses only modules of lower floors, itself, and the shared modules of the last row. Modules on the same
+//! floor do not use each other, and the files of a floor have no import cycle. `tests/floors` checks these rules in the
+//! sources. The page of each floor begins with the responsibilities of the floor and a drawing.
 //!
 //! ```text
 //!  7  cli                 command line: arguments, output, exit codes; starts the daemon
@@ -24,10 +25,10 @@
 //!
 //! # Three ideas
 //!
-//! 1. **A chain is two things**, Top and Frozen, so a look-up costs the same at depth 1 and at depth 64 ([`chain`]).
-//! 2. **Plan, move, mark.** Planning is a look-up without side effects. Moving is a list of operations. Marking makes the
-//!    written sectors visible. No byte on disk changes its meaning before a commit ([`disk`]).
-//! 3. **A commit is two syncs around pointers of one sector each**: sync the data, write the pointers, sync. One file
+//! 1. **A chain has two parts**, Top and Frozen, so a look-up costs the same at depth 1 and at depth 64 ([`chain`]).
+//! 2. **Plan, move, mark.** Planning is a look-up without side effects. Moving is a list of operations. Marking makes
+//!    the written sectors visible. No byte on disk changes its meaning before a commit ([`disk`]).
+//! 3. **A commit has three steps**: sync the data, write the pointers (one sector each), sync the pointers. One file
 //!    implements this order (`image/write/commit.rs`). Writes that are acknowledged but not flushed survive a kill of
 //!    the daemon in the live journal (`image/write/journal.rs`).
 //!
@@ -36,10 +37,10 @@
 //! ```text
 //!  kick ─> vhost worker ─> device: pop chains, parse ─> disk: a task in the queue's lane
 //!                                                          │ plan     chain: look up Top, then Frozen
-//!                                                          │ (load    bitmap sectors that are not in memory; plan again)
+//!                                                          │ (load    missing bitmap sectors; plan again)
 //!                                                          │ (grow    the file, for a new block; plan again)
-//!                                                          │ move     storage: one submit for the whole batch, and copies
-//!                                                          │          of cached reads
+//!                                                          │ move     storage: one submit for the whole batch, and
+//!                                                          │          copies of cached reads
 //!                                                          │ mark     image: bits in memory, and in the live journal
 //!                                                          │ (commit  flushes; writes on a write-through disk)
 //!  call <─ one interrupt <── device: status, used ring <── outcome
@@ -49,12 +50,12 @@
 //!
 //! | question | module |
 //! | --- | --- |
-//! | what the bytes of a file mean, and which are refused | [`mod@format`] |
+//! | what the bytes of a file mean, and which files are refused | [`mod@format`] |
 //! | how a file is created, opened, recovered, grown, made durable | [`image`] |
-//! | how parents are found, and which may be opened | [`chain`] |
+//! | how parents are found, and which parents may be opened | [`chain`] |
 //! | how a request is executed and completed | [`disk`] |
-//! | which contents of a ring are valid | [`device`] |
-//! | which messages of a front-end are valid, and when rings run | [`vhost`] |
+//! | which contents of a virtqueue are valid | [`device`] |
+//! | which messages of a front-end are valid, and when a virtqueue is served | [`vhost`] |
 //! | what the verbs of the tool do | [`ops`] |
 //! | system calls, io_uring, locks, and the simulated host of the tests | [`storage`] |
 //! | what the daemon counts | [`disk::DiskCounters`] |
@@ -73,7 +74,7 @@
 //! | sector | 512 bytes of the virtual disk |
 //! | block | the unit of allocation: a bitmap and its data sectors |
 //! | BAT | block allocation table: for each block the file sector where it begins, or "unused" |
-//! | footer, trailing footer | 512 bytes that identify an image, with a copy at the start of the file; the one at its end |
+//! | footer, trailing footer | 512 bytes that identify an image, at the start and the end of the file; the last one |
 //! | header | the dynamic header: the position of the BAT, the block size, and the parent |
 //! | bitmap, bitmap sector | one bit per sector of a block, set if the sector is in this file; 512 bytes of a bitmap |
 //! | batmap | XenServer's extension: a map of the blocks whose bitmap is full |
@@ -89,9 +90,9 @@
 //! | extent, plan | a run of sectors with one source; the extents of a range, or the bitmap sectors to load first |
 //! | cell, frozen cache | 4096 sectors of the disk; the results of look-ups in frozen layers, by cell |
 //! | parent lookup | the search for a parent by its locators, with a check of its UUID |
-//! | masked parent | a parent whose data a child hides by zeros, as QEMU makes it do |
+//! | masked parent | a parent whose data a child hides by zeros, because QEMU marked whole blocks as present |
 //! | exposed sectors | sectors of lower layers that would become visible if a disk grew without masking them |
-//! | changed ranges | the sectors that differ from an ancestor |
+//! | changed ranges | the sectors that were written since an ancestor got a child |
 //! | merge record, receiver | the file that describes an unfinished merge; the image into which it copies |
 //! | merged layer | a layer whose data a merge copies into the receiver |
 //! | file stamp | inode, length and modification time of a file, by which a change is detected |
@@ -105,23 +106,23 @@
 //! | mark | make written sectors visible: set their bits in memory and in the live journal |
 //! | commit | write bitmaps and BAT durably |
 //! | fresh block | a block whose BAT entry is not on disk yet |
-//! | pointer | a sector that gives meaning to others: of a bitmap or of the BAT |
+//! | pointer | a sector of a bitmap or of the BAT, which makes other sectors visible |
 //! | flush, sync | a request of the guest; fdatasync(2) of a file |
-//! | poison | the state after a failed sync: nothing more is written, since the medium's contents are unknown |
+//! | poison | the state after a failed sync: nothing more is written, since the contents of the medium are unknown |
 //! | growth, free tail | moving the trailing footer to a new end; the zeros between the last block and that footer |
-//! | live journal, slot | a file on tmpfs with the marks since the last commit; its entry for one bitmap sector |
+//! | live journal, slot | a file on tmpfs with the marks since the last commit; an entry of it, for one bitmap sector |
 //! | session | the time during which an image has a live journal |
 //! | session stamp | the sector before the trailing footer that names the live journal |
-//! | generation | a random number in stamp and journal, which distinguishes copies of an image |
-//! | replay, settle | apply a live journal to its image; do so without serving the image |
-//! | recover | repair the end of an image when it is opened for writing: complete footers, a zeroed free tail |
-//! | durability | the way in which acknowledged writes survive a kill: by a live journal or by commits |
+//! | generation | a random number in the session stamp and the live journal, which distinguishes copies of an image |
+//! | replay, settle | apply a live journal to its image; replay a live journal without serving the image |
+//! | recover | complete the footers and zero the free tail of an image when it is opened for writing |
+//! | durability | the mechanism by which acknowledged writes survive a kill: a live journal or commits |
 //! | bitmap frame, clock | memory for one bitmap sector; the algorithm that selects frames to evict |
 //! | pin | a reference to a bitmap sector that forbids its eviction |
 //! | sparse array | an array whose pages are allocated at their first use |
 //! | atomic file | a file that gets its name when it is complete and durable |
-//! | undo file | the bytes that a repair replaced |
-//! | offline | said of an image that is open for one operation only and not served |
+//! | undo file | a file with the bytes that a repair replaced |
+//! | offline | open for one operation of the tool, and not served (of an image) |
 //! | re-parent | write another parent into a child |
 //!
 //! ## Serving
@@ -132,10 +133,10 @@
 //! | front-end | the VMM process, which connects to the daemon |
 //! | virtqueue, split ring | a queue of requests; its layout in guest memory |
 //! | descriptor chain, head | the buffers of one request; the index of its first descriptor |
-//! | kick, call | the eventfd that announces requests to the daemon; the one that announces completions to the guest |
+//! | kick, call | the eventfd that announces requests to the daemon; the eventfd that announces completions |
 //! | vring | the ring as the vhost crates represent it |
 //! | batch | the descriptor chains that are popped at once |
-//! | in-flight record, region | the heads in flight of one queue; the front-end's shared memory with all records |
+//! | in-flight record, region | the heads of one queue's requests in flight; the shared memory with all such records |
 //! | interrupt coalescing | delaying a call so that it announces several completions |
 //! | control thread, worker | the thread that handles the messages of a front-end; the thread of one queue |
 //! | adaptive poll | polling before a thread sleeps, for a time that follows the load |
@@ -145,9 +146,9 @@
 //! | stage, job | a step of a task; a commit or growth that a lane executes in steps |
 //! | group commit, round | the commit that flushes of all queues share; one such commit |
 //! | mailbox, lane event | messages to a lane from other threads; one such message |
-//! | parked, stalled | said of a task that waits for an event; said of writes that wait for free space |
+//! | parked, stalled | waiting for an event (of a task); waiting for free space (of writes) |
 //! | readahead | prefetch for sequential reads |
-//! | early writeback | starting write-back before a flush is likely |
+//! | early writeback | starting writeback before a flush is likely |
 //! | cached read | a read that is copied from the page cache without a system call |
 //! | punch, punch lock | deallocate a range of a file; the lock that admits one lane of a disk at a time |
 //!
@@ -176,12 +177,12 @@
 //! | verb | a subcommand of `diffdisk` |
 //! | source, sink | the disk that a verb reads; the file or device that it writes |
 //! | data run, zero scan | a range of a source that has data; the search for zeros in data |
-//! | write-behind | starting the write-back of a file while it is being written |
+//! | write-behind | starting the writeback of a file while it is being written |
 //! | folder scan | the search of folders for images related to a chain |
-//! | copy up, copy down | copy data of lower layers into a child; copy data of a merge into its receiver |
+//! | copy up, copy down | copy data of lower layers into a child; copy data of the merged layers into the receiver |
 //! | merge plan | the files and steps of a merge |
 //! | salvage | copying the readable part of a damaged disk |
-//! | mutant | a deliberate mistake in the order of writes, which tests must find ([`mutant`]) |
+//! | mutant | a deliberate mistake in the order of durable writes, which tests must find ([`mutant`]) |
 //! | failpoint | a point at which tests kill the process ([`failpoint`]) |
 
 pub mod chain;

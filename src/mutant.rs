@@ -1,44 +1,44 @@
-//! Mutants: deliberate mistakes in the order of durable writes, which the tests must find (feature `mutants`, never in a
-//! release). Without the feature [`enabled`] is `false` at compile time, and a mutant compiles to nothing.
+//! Mutants: deliberate mistakes in the order of durable writes, which the tests must find (feature `mutants`, never in
+//! a release). Without the feature [`enabled`] is `false` at compile time, and a mutant compiles to nothing.
 //!
 //! A mutant is enabled per thread, because tests run in parallel.
 
-/// A deliberate mistake. docs/crash-safety.md describes the order of writes that it breaks.
+/// A deliberate mistake. docs/crash-safety.md describes the order of writes that each mistake breaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mutant {
-    /// A commit of a child writes bitmaps without a sync of the data before.
+    /// A commit of a child writes the bitmaps without a preceding sync of the data.
     OneBarrier,
-    /// Step C2 writes the current bits instead of those from the start of the commit.
+    /// Step C2 of a commit writes the current bits instead of the bits from the start of the commit.
     CurrentBits,
-    /// A flush completes when the pointers are written, before they are durable.
+    /// A flush completes when the pointers are written, before the pointers are durable.
     NoLastSync,
-    /// Bitmap and BAT are written when a write completes, instead of by a commit.
+    /// The bitmap and the BAT are written when a write completes, instead of by a commit.
     EagerMetadata,
     /// A failed sync is ignored, and the next sync is taken as success.
     RetrySync,
-    /// Open leaves the bytes after the last block as they are.
+    /// Recovery leaves the bytes after the last block as they are.
     NoScrub,
-    /// Open punches the bytes after the last block without a sync before that space is allocated.
+    /// Recovery punches the bytes after the last block, and a block is allocated there without a sync in between.
     ScrubUnsynced,
-    /// Open punches the bytes after the last block although the trailing footer may not be durable.
+    /// Recovery punches the bytes after the last block although the trailing footer may not be durable.
     ScrubFirst,
     /// Growth sets the new length of the file before it writes the footer at the new end.
     LengthFirst,
-    /// Growth wipes the old footer before the new one is durable.
+    /// Growth overwrites the old footer before the new footer is durable.
     GrowUnsynced,
     /// Growth leaves the old footer in the space of new blocks.
     NoWipe,
-    /// Growth wipes the old footer without a sync before that space is allocated.
+    /// Growth overwrites the old footer with zeros, and a block is allocated there without a sync in between.
     WipeUnsynced,
     /// The file is truncated before the new footer is durable.
     TrimUnsynced,
-    /// A commit counts the BAT entries of all blocks as written, even of blocks that it did not cover.
+    /// A commit treats the BAT entries of all blocks as written, including entries that the commit did not write.
     AllBlocksPlaced,
-    /// Bits are set when a write starts, instead of when it completes.
+    /// Bits are set when a write starts, instead of when the write completes.
     EarlyMarks,
     /// A flush joins the running commit instead of the next one.
     JoinRunning,
-    /// An image counts as synced when it is opened, although a killed process may have left data in the page cache.
+    /// A newly opened image counts as synced, although a killed process may have left data in the page cache.
     CleanAtOpen,
     /// Marks are not recorded in the live journal.
     NoJournal,
@@ -48,25 +48,27 @@ pub enum Mutant {
     EvictDirty,
     /// Bitmap sectors that are part of a running commit are evicted.
     EvictInCommit,
-    /// Bits read from a bitmap are used although the bitmap was loaded and evicted meanwhile.
+    /// A bitmap sector that was read from the file is used, although another load and an eviction have made it out of
+    /// date.
     StaleBits,
-    /// The end of a session removes the journal before the stamp.
+    /// The end of a session removes the journal before it removes the stamp.
     RemoveJournalFirst,
-    /// The stamp is written after the first write was acknowledged.
+    /// The stamp is written only after the first write was acknowledged.
     LateStamp,
     /// The end of a session truncates the file before the last commit.
     TrimFirst,
-    /// Stamp and footer are written by two writes instead of one.
+    /// The stamp and the trailing footer are written by two writes instead of one.
     SplitPair,
-    /// The stamp is not moved with the footer.
+    /// Growth does not move the stamp with the trailing footer.
     StampLeftBehind,
-    /// A growth that fails after its footer is durable truncates the file to its old end, and so removes the valid stamp.
+    /// A growth that fails after its new footer is durable truncates the file to the previous length, which removes the
+    /// valid stamp.
     UndoCutsStamp,
     /// Recovery overwrites the stamp with zeros.
     ScrubStamp,
     /// A daemon that replays a journal starts a new session.
     NewSessionOnTakeover,
-    /// A daemon that replays a journal does not renew the generation.
+    /// A daemon that replays a journal does not renew the generation afterwards.
     NoTakeoverGeneration,
     /// A commit does not renew the generation.
     NoCommitGeneration,
@@ -74,7 +76,7 @@ pub enum Mutant {
     NoMarkGeneration,
     /// Generations are consecutive numbers instead of random ones.
     CountedGeneration,
-    /// The clean end of a session does not end the journal's slots.
+    /// The end of a session leaves the slots of the journal in use.
     SlotsNotEnded,
     /// A journal is opened although another process has it open.
     NoJournalLock,
@@ -84,7 +86,7 @@ pub enum Mutant {
     IgnoreParentStamp,
     /// Tools do not check the stamp.
     ToolIgnoresStamp,
-    /// A slot contains only new bits, and replaces the bits in the file.
+    /// A journal slot contains only new bits, and its replay replaces the bits in the file.
     SlotReplacesBits,
 }
 
@@ -137,7 +139,7 @@ thread_local! {
     static ENABLED: std::cell::Cell<Option<Mutant>> = const { std::cell::Cell::new(None) };
 }
 
-/// Enables a mutant on this thread, or none.
+/// Enables a mutant on this thread, or disables all with `None`.
 #[cfg(feature = "mutants")]
 pub fn enable(mutant: Option<Mutant>) {
     ENABLED.set(mutant);

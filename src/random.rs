@@ -5,7 +5,7 @@
 pub struct Random(u64);
 
 impl Random {
-    /// Creates a generator.
+    /// Creates a generator with a seed.
     pub fn new(seed: u64) -> Random {
         Random(seed)
     }
@@ -17,7 +17,7 @@ impl Random {
         Random(seed)
     }
 
-    /// Returns a number from the whole range.
+    /// Returns a number from the whole range of `u64`.
     pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
@@ -37,12 +37,12 @@ impl Random {
         usize::try_from(self.below(n as u64)).expect("below a usize")
     }
 
-    /// Fills `bytes`.
+    /// Fills `bytes` with random values.
     pub fn fill(&mut self, bytes: &mut [u8]) {
         bytes.iter_mut().for_each(|byte| *byte = self.next_u64().to_be_bytes()[0]);
     }
 
-    /// Returns true with probability `yes / of`.
+    /// Returns `true` with probability `yes / of`.
     pub fn chance(&mut self, yes: u64, of: u64) -> bool {
         self.below(of) < yes
     }

@@ -1,7 +1,7 @@
 //! Units: sectors, ranges of sectors, block sizes, and the progress callback.
 //!
-//! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is always
-//! 512 bytes, regardless of the logical block size of the storage device.
+//! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is
+//! always 512 bytes, regardless of the logical block size of the storage device.
 
 use std::fmt;
 
@@ -14,8 +14,8 @@ pub const SECTOR_BYTES: usize = 512;
 /// Bits in a sector.
 pub const SECTOR_BITS: u32 = 4096;
 
-/// Progress callback of a long operation. It receives a number of processed bytes: since the last call or in total, as the
-/// operation documents. If it fails, the operation ends with its error.
+/// Progress callback of a long operation. It receives the number of processed bytes, since the last call or in total,
+/// as the operation documents. If the callback fails, the operation ends with the error of the callback.
 pub type OnProgress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 
 /// Converts sectors to bytes; `None` if the result does not fit in 64 bits.
@@ -23,7 +23,7 @@ pub fn sectors_to_bytes(sectors: u64) -> Option<u64> {
     sectors.checked_mul(SECTOR)
 }
 
-/// A range of virtual sectors: `start .. start + count`. Its end in bytes fits in 64 bits.
+/// A range of virtual sectors: `start .. start + count`. The end of the range in bytes fits in 64 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SectorRange {
     start: u64,
@@ -31,7 +31,8 @@ pub struct SectorRange {
 }
 
 impl SectorRange {
-    /// Creates the range of `count` sectors from `start`; `None` if its end in bytes does not fit in 64 bits.
+    /// Creates the range of `count` sectors from `start`; `None` if the end of the range in bytes does not fit in 64
+    /// bits.
     pub fn new(start: u64, count: u64) -> Option<SectorRange> {
         start.checked_add(count)?.checked_mul(SECTOR)?;
         Some(SectorRange { start, count })
@@ -107,7 +108,7 @@ impl BlockSize {
     /// The largest accepted size in bytes (rule O8 of docs/format.md).
     pub const MAX_BYTES: u32 = 256 << 20;
 
-    /// Creates a block size from bytes; `None` unless a power of two from 4 KiB to 256 MiB.
+    /// Creates a block size from bytes; `None` unless `bytes` is a power of two from 4 KiB to 256 MiB.
     pub fn from_bytes(bytes: u32) -> Option<BlockSize> {
         let fits = bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&bytes);
         fits.then(|| BlockSize { shift: bytes.trailing_zeros() - SECTOR.trailing_zeros() })
@@ -128,7 +129,7 @@ impl BlockSize {
         self.sectors().div_ceil(SECTOR_BITS)
     }
 
-    /// Returns the number of sectors of bitmap and data together.
+    /// Returns the number of sectors of a block: bitmap and data.
     pub fn stride_sectors(self) -> u32 {
         self.bitmap_sectors() + self.sectors()
     }
@@ -143,7 +144,7 @@ impl BlockSize {
         u32::try_from(sector & (u64::from(self.sectors()) - 1)).expect("masked to 19 bits")
     }
 
-    /// Splits a range at block boundaries. Yields the index of each block with its part of the range.
+    /// Splits a range at block boundaries. Yields the index of each block and the part of the range in the block.
     #[inline]
     pub fn split_at_blocks(self, range: SectorRange) -> impl Iterator<Item = (u32, SectorRange)> {
         let mut rest = range;
@@ -162,7 +163,7 @@ impl BlockSize {
         SectorRange { start: u64::from(block) << self.shift, count: u64::from(self.sectors()) }
     }
 
-    /// Returns the number of blocks needed for `sectors`.
+    /// Returns the number of blocks of a disk with `sectors` sectors.
     pub fn blocks_for(self, sectors: u64) -> u64 {
         sectors.div_ceil(u64::from(self.sectors()))
     }

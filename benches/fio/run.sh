@@ -7,8 +7,9 @@
 #
 #   benches/fio/run.sh [JOB ...]     randread randwrite seq mixed, or some of them
 #
-# SECONDS_EACH (5) is the duration of a job. The guest's processor is emulated unless DIFFDISK_ACCEL=kvm works here, so
-# the absolute figures include the emulation and only the comparison is meaningful. `make bench` uses no guest.
+# SECONDS_EACH (5) is the duration of a job. Unless DIFFDISK_ACCEL=kvm works on this machine, the processor of the guest
+# is emulated. The absolute figures then include the emulation, and only the comparison is meaningful. `make bench` uses
+# no guest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -77,7 +78,7 @@ for kind in chain flat qcow2; do
         vm-images/run-guest.sh --socket "$work/socket" --job "$work/job.sh" >"$work/console" 2>&1 ||
             { cat "$work/console" >&2; exit 1; }
         stop
-        # Terse version 3: 3 name, 7 and 8 read KiB/s and IOPS, 48 and 49 those of writes.
+        # Fields of fio's terse version 3: 3 name, 7 and 8 KiB/s and IOPS of reads, 48 and 49 KiB/s and IOPS of writes.
         sed -n 's/.*FIO: //p' "$work/console" | tr -d '\r' |
             awk -F ';' -v kind="$kind" '{ printf "%s %s %d %d\n", kind, $3, $8, $49 }' >>"$work/results"
     done

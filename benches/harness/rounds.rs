@@ -1,13 +1,13 @@
-//! Rounds: in each round all systems run the same load one after another, and the first one changes from round to round, so that
-//! other load of the machine affects all of them. Ratios compare runs of the same round.
+//! Rounds of measurements. In each round all systems run the same load one after another. Another system begins each
+//! round, so that other load of the machine affects all systems equally. Ratios compare runs of the same round.
 
 use super::stats::{median, spread};
 use super::target::{Bound, Target};
 
-/// Duration and number of the measurements of a benchmark.
+/// Number of measurements of a benchmark, and size of its data.
 #[derive(Clone, Copy)]
 pub struct Pace {
-    /// Measured runs of each candidate.
+    /// Number of measured runs of each candidate.
     pub rounds: usize,
     /// Bytes of data.
     pub size: u64,
@@ -28,7 +28,7 @@ impl<S> Row<S> {
         median(self.samples.iter().map(of))
     }
 
-    /// Returns half the distance between the outermost samples, as a share of the median.
+    /// Returns half the difference between the largest and the smallest value, as a share of the median.
     pub fn spread(&self, of: impl Fn(&S) -> f64) -> f64 {
         spread(&self.samples.iter().map(of).collect::<Vec<_>>())
     }
@@ -45,13 +45,13 @@ impl<'a, S> Candidate<'a, S> {
         Candidate { system: system.to_owned(), measure: Box::new(measure) }
     }
 
-    /// Measures once.
+    /// Runs one measurement.
     pub fn measure(&mut self) -> S {
         (self.measure)()
     }
 }
 
-/// All measurements, and the targets that were compared with them.
+/// All measurements of a benchmark, and its targets with the measured ratios.
 pub struct Results<S> {
     pub rows: Vec<Row<S>>,
     pub targets: Vec<Target>,
@@ -64,14 +64,14 @@ impl<S> Default for Results<S> {
 }
 
 impl<S> Results<S> {
-    /// Measures each candidate once in each round.
+    /// Runs `rounds` rounds. Each round measures each candidate once.
     pub fn compare(&mut self, load: &str, rounds: usize, mut candidates: Vec<Candidate<'_, S>>) {
         for round in 0..rounds {
             self.round(load, round, &mut candidates);
         }
     }
 
-    /// Measures each candidate once; `round` decides which one begins.
+    /// Runs one round: measures each candidate once. The number `round` determines which candidate begins.
     pub fn round(&mut self, load: &str, round: usize, candidates: &mut [Candidate<'_, S>]) {
         let count = candidates.len();
         for turn in 0..count {
@@ -91,13 +91,13 @@ impl<S> Results<S> {
         row.unwrap_or_else(|| panic!("{system} was not measured under {load}"))
     }
 
-    /// Returns the median, over rounds, of one system's value divided by another's.
+    /// Returns the median over all rounds of the value of system `a` divided by the value of system `b`.
     pub fn ratio(&self, load: &str, a: &str, b: &str, of: impl Fn(&S) -> f64) -> f64 {
         let (a, b) = (self.row(load, a), self.row(load, b));
         median(a.samples.iter().zip(&b.samples).map(|(a, b)| of(a) / of(b)))
     }
 
-    /// Records a target and the measured value.
+    /// Records a target and the measured ratio.
     pub fn target(&mut self, what: impl Into<String>, ratio: f64, bound: Bound) {
         self.targets.push(Target { what: what.into(), ratio, bound });
     }

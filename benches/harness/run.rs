@@ -1,4 +1,4 @@
-//! Command line and common results of the comparing benches.
+//! Command line and results that the comparing benches share.
 
 use std::fs;
 use std::path::Path;
@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use super::rng::{Rng, seed_or};
 use super::target::{self, Target};
 
-/// A part of a bench, with its name.
+/// The name and the function of a part of a bench.
 pub type Section<B> = (&'static str, fn(&mut B));
 
-/// Other load of the machine: `/proc/loadavg` before and after the bench.
+/// The load of the machine (`/proc/loadavg`) before and after the bench.
 pub struct RunReport {
     load: [String; 2],
 }
@@ -57,19 +57,19 @@ impl RunReport {
     }
 }
 
-/// Writes a file of results and prints its path.
+/// Writes a file of results and prints the path of the file.
 pub fn write(path: &Path, text: String) {
     fs::write(path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     println!("written: {}", path.display());
 }
 
-/// Returns the seed of this run, from `DIFFDISK_SEED` or always the same, and prints it once.
+/// Returns the seed of this run: the number in `DIFFDISK_SEED`, or a constant. The first call prints the seed.
 fn seed() -> u64 {
     static SEED: OnceLock<u64> = OnceLock::new();
     *SEED.get_or_init(|| seed_or(0x9e37_79b9_7f4a_7c15))
 }
 
-/// Returns one of several streams of random numbers that depend only on the seed of this run.
+/// Returns the stream of random numbers with number `stream`. The stream depends only on this number and the seed.
 pub(crate) fn random_stream(stream: u64) -> Rng {
     Rng::new(seed() ^ stream)
 }

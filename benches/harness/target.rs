@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-/// A target.
+/// A required bound of a measured ratio.
 pub struct Target {
     pub what: String,
     pub ratio: f64,

@@ -15,7 +15,7 @@ use super::null::NullEnv;
 
 const HOST: NullEnv = NullEnv { idle: None };
 
-/// Blocks of 2 MiB on the disk.
+/// Number of blocks of the disk, of 2 MiB each.
 pub const BLOCKS: u64 = 32;
 const BLOCK_SECTORS: u64 = 4096;
 
@@ -24,12 +24,13 @@ const BLOCK_SECTORS: u64 = 4096;
 pub enum Fragmentation {
     /// One layer has the whole block.
     Whole,
-    /// A number of runs of equal length. Every second run has no data, the others belong to the layers in rotation.
+    /// A number of runs of equal length. Every second run has no data, and the other runs are in the layers in
+    /// rotation.
     Runs(u64),
 }
 
-/// Opens a chain for serving: an empty child over `depth` layers with the data, over an empty root. (Blocks of a root cannot be
-/// fragmented.)
+/// Opens a chain for serving: an empty child over `depth` layers with the data, over an empty root. (The root is empty,
+/// because blocks of a root cannot be fragmented.)
 pub fn version(folder: &Path, depth: u64, cut: Fragmentation) -> Version {
     let top = make(folder, depth, cut);
     let chain =
@@ -52,7 +53,7 @@ pub fn open(env: Arc<dyn Env>, path: &Path) -> Arc<Disk> {
     Disk::open(env, &options).unwrap_or_else(|e| panic!("{}", e.line()))
 }
 
-/// Creates the files. Returns the youngest.
+/// Creates the files of the chain. Returns the path of the youngest.
 pub fn make(folder: &Path, depth: u64, cut: Fragmentation) -> PathBuf {
     std::fs::create_dir(folder).expect("a folder of our own");
     let name = |layer: u64| folder.join(format!("{layer}.vhd"));
@@ -85,8 +86,9 @@ fn fill(path: &Path, layer: u64, depth: u64, cut: Fragmentation) {
         for run in (0..runs).step_by(2).filter(|run| (block + run / 2) % depth == layer) {
             let start = block * BLOCK_SECTORS + run * len;
             let mut from = GuestIovecs::new(memory.clone(), 1);
-            // SAFETY: the range lies inside the boxed slice, which the request keeps as its owner until it is done. A write
-            // request only reads it.
+            // SAFETY: `push` requires that the range stays mapped as long as the owner of the list exists. The owner is
+            // `memory`, a boxed slice of 2 MiB that is never reallocated, and `len * 512` is at most 2 MiB. A write
+            // request only reads the range, and no code changes the slice.
             unsafe { from.push(memory.as_ptr().cast_mut(), (len * 512) as usize) };
             lane.push(Request { tag: 0, work: Work::Write { range: SectorRange::between(start, start + len), from } });
             lane.drain(&mut answers).expect("the engine works");

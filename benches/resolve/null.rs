@@ -1,4 +1,5 @@
-//! Requests from a virtqueue to an engine that does nothing. The cost is that of the daemon's own code.
+//! Requests from a virtqueue to an engine that does nothing, so that only the cost of the daemon's own code is
+//! measured.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -26,10 +27,10 @@ const USED: u64 = 0x5000;
 const HEADERS: u64 = 0x6000;
 const STATUS: u64 = 0x7000;
 const DATA: u64 = 0x10_0000;
-/// Requests in a batch.
+/// Number of requests in a batch.
 const BATCH: u16 = 32;
 
-/// Serves at least `count` reads of 4 KiB in batches of 32, with operations or with copies.
+/// Serves at least `count` reads of 4 KiB in batches of [`BATCH`], through the engine `engine`.
 pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
     let disk = open(Arc::new(NullEnv { idle: Some(engine) }), &make(path, 16, Fragmentation::Whole));
     plan_all(disk.version());
@@ -63,7 +64,7 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
             avail = avail.wrapping_add(1);
         }
         memory.write_obj(avail.to_le(), GuestAddress(AVAIL + 2)).expect("inside");
-        // One call serves a part of the batch, so it is repeated until the batch is complete.
+        // A call of `serve` serves a part of the batch, so it is repeated until the batch is complete.
         for _ in 0..BATCH {
             queue.serve(&vring).expect("the engine works");
             let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("inside");
@@ -76,7 +77,7 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
     queue.stop(&vring).expect("the engine works");
 }
 
-/// The host's environment, without the features that valgrind does not support, and optionally with engines that do
+/// The `Env` of the host, without the features that valgrind does not support, and optionally with engines that do
 /// nothing.
 pub struct NullEnv {
     pub idle: Option<NullMode>,
@@ -126,7 +127,7 @@ impl Env for NullEnv {
         Host.uuid()
     }
     fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
-        // A blocking engine is real: opening a disk uses one to preallocate space.
+        // A blocking engine executes its operations, because `Disk::open` preallocates space by a blocking engine.
         match (kind, self.idle) {
             (EngineKind::Blocking, _) | (_, None) => Host.engine(kind, depth),
             (_, Some(idle)) => Ok(Box::new(NullEngine(Vec::new(), idle))),

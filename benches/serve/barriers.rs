@@ -1,4 +1,4 @@
-//! Number of syncs per guest flush, by situation, for any number of writes before it. Syncs are counted, not timed.
+//! Number of syncs per guest flush, after many writes, in different situations. The syncs are counted and not timed.
 #![allow(unsafe_code)]
 
 use std::path::Path;
@@ -44,7 +44,7 @@ pub fn barriers(bench: &mut Bench) {
     }
 }
 
-/// A queue of a disk that is served in this process.
+/// A disk that is open in this process, and one of its lanes.
 struct Guest {
     disk: Arc<Disk>,
     lane: Lane,
@@ -66,7 +66,7 @@ impl Guest {
         assert!(answers.iter().all(|a| a.outcome == Outcome::Done), "{answers:?}");
     }
 
-    /// Number of syncs of the flush.
+    /// Flushes, and returns the number of syncs of the flush.
     fn flush(&mut self) -> f64 {
         let count = |guest: &Guest| guest.disk.counters().syncs.load(Ordering::Relaxed);
         let before = count(self);
@@ -78,8 +78,9 @@ impl Guest {
         for i in 0..WRITES {
             let start = i * 7919 % (1 << 17) * 8;
             let mut from = GuestIovecs::new(self.page.clone(), 1);
-            // SAFETY: the request keeps the page as its owner until it is done, so the page outlives it. A write request only
-            // reads it.
+            // SAFETY: `push` requires that the range stays mapped as long as the owner of the list exists. The owner is
+            // `self.page`, and the range is exactly its memory, which is never reallocated. A write request only reads
+            // the range, and no code changes the page.
             unsafe { from.push(self.page.as_ptr().cast_mut(), self.page.len()) };
             self.run(Work::Write { range: SectorRange::between(start, start + 8), from });
         }

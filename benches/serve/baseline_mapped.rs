@@ -1,4 +1,4 @@
-//! Baseline of reads of a chain in the page cache, without a server: copies from the mapped files.
+//! Baseline of reads of a chain in the page cache, without a server: copies from the mapped files of the chain.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use crate::baseline_reads::{BLOCK, DEPTH, measure, pages};
 use crate::harness::random_stream;
 use crate::sample::Sample;
 
-/// Copies per batch. All of them are prefetched before the first is copied.
+/// Number of copies per batch. The data of all copies is prefetched before the first copy.
 const BATCH: usize = 16;
 const LINE: usize = 64;
 
@@ -25,7 +25,9 @@ struct Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `copies` has created the mapping with this address and length. It uses no pointer into it after the drop.
+        // SAFETY: the range must be a mapping that nothing uses after the call. `copies` has created the mapping with
+        // this address and length, and only this value unmaps it. `copies` drops its mappings when it returns, and its
+        // pointers into the mappings are not used after that.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
     }
 }
@@ -37,7 +39,8 @@ pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
     for (file, at) in pages(files) {
         let mapping = mappings.entry(Rc::as_ptr(&file)).or_insert_with(|| {
             let len = file.metadata().expect("our own file").len() as usize;
-            // SAFETY: the address is null, so the kernel chooses a free range, and no existing mapping is replaced.
+            // SAFETY: mmap(2) must not replace a mapping in use. The address is null and `FIXED` is not set, so the
+            // kernel chooses a free range.
             let start = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, &*file, 0) };
             Mapping { start: start.expect("the image can be mapped").cast(), len }
         });
@@ -45,8 +48,10 @@ pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
     }
     let mut memory = vec![0u8; DEPTH * BLOCK];
     let copy = |from: *const u8, to: &mut [u8]| {
-        // SAFETY: the page lies in the mapping of a file that the bench owns and does not truncate. `to` has the length of a page
-        // and belongs to this function, so the ranges do not overlap.
+        // SAFETY: `from` must be readable and `to` writable for `BLOCK` bytes, and they must not overlap. `pages`
+        // returns only whole pages inside the data of a file, so `from` lies in the mapping of this file. `mappings`
+        // lives until the function returns, and no process truncates the file, which belongs to the bench. Every caller
+        // passes a `to` of `BLOCK` bytes in `memory`, which is separate from the mappings.
         unsafe { ptr::copy_nonoverlapping(from, to.as_mut_ptr(), BLOCK) };
     };
     places.iter().for_each(|place| copy(*place, &mut memory[..BLOCK]));

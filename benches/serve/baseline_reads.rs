@@ -1,4 +1,4 @@
-//! Baseline of reads, without a server: this process reads the same file by io_uring in batches, and by plain calls.
+//! Baseline of reads, without a server: this process reads the served file by io_uring in batches, and by preadv(2).
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -15,9 +15,9 @@ use crate::disks::runs_of_data;
 use crate::harness::random_stream;
 use crate::sample::{Latencies, Sample};
 
-/// Bytes of a read.
+/// Bytes per read.
 pub const BLOCK: usize = 4096;
-/// Reads per batch.
+/// Number of reads per batch.
 pub const DEPTH: usize = 32;
 
 /// Returns the processor time of this thread.
@@ -26,13 +26,13 @@ pub fn thread_time() -> Duration {
     Duration::from_secs(now.tv_sec.unsigned_abs()) + Duration::from_nanos(now.tv_nsec.unsigned_abs())
 }
 
-/// Reads a file, so that it is in the page cache.
+/// Reads the first `region` bytes of a file, so that they are in the page cache.
 pub fn warm(file: &File, region: u64) {
     let mut piece = vec![0; 1 << 20];
     (0..region >> 20).for_each(|i| file.read_exact_at(&mut piece, i << 20).expect("the image can be read"));
 }
 
-/// Calls `batch`, which does `count` reads, until the time is over.
+/// Calls `batch`, which executes `reads` reads, repeatedly until the time is over.
 pub fn measure(time: Duration, reads: usize, mut batch: impl FnMut()) -> Sample {
     let (start, before) = (Instant::now(), thread_time());
     let (mut count, mut latencies, mut now) = (0, Latencies::default(), start);
@@ -48,9 +48,9 @@ pub fn measure(time: Duration, reads: usize, mut batch: impl FnMut()) -> Sample 
     sample
 }
 
-/// Returns the pages of the files of a chain that have data.
+/// Returns the whole pages with data in the files of a chain, as (file, offset).
 pub fn pages(files: &[PathBuf]) -> Vec<(Rc<File>, u64)> {
-    const LEAST: u64 = 32 << 10; // a bitmap is no data
+    const LEAST: u64 = 32 << 10; // shorter runs are bitmaps
     let page = BLOCK as u64;
     let mut pages = Vec::new();
     for path in files {
@@ -63,7 +63,8 @@ pub fn pages(files: &[PathBuf]) -> Vec<(Rc<File>, u64)> {
     pages
 }
 
-/// Measures random reads of the data in the files of a chain: the cost of spread data without a server.
+/// Measures random reads of the data in the files of a chain by preadv(2). The result is the cost of data that is
+/// spread over several files, without a server.
 pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
     let pages = pages(files);
     let mut memory = vec![0; DEPTH * BLOCK];
@@ -91,8 +92,8 @@ pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
     })
 }
 
-/// Measures random reads of 4 KiB by io_uring, 32 per submit. The ring uses deferred task work (`defer`), or cooperative task
-/// work as the daemon's ring does.
+/// Measures random reads of 4 KiB by io_uring, 32 per submit. With `defer` the ring uses deferred task work, otherwise
+/// cooperative task work, as the daemon does.
 pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
@@ -112,7 +113,9 @@ pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample
         for page in memory.chunks_mut(BLOCK) {
             let at = rng.below(region / BLOCK as u64) * BLOCK as u64;
             let read = opcode::Read::new(types::Fixed(0), page.as_mut_ptr(), BLOCK as u32).offset(at).build();
-            // SAFETY: the pages outlive the batch and are not accessed until all of it has completed, below.
+            // SAFETY: the buffer must be valid and unused until the read completes. `memory` lives longer than the
+            // ring's reads, because `submit_and_wait` below waits for all reads of the batch. Until then only the
+            // kernel accesses the pages, and each read of the batch has a page of its own.
             unsafe { ring.submission().push(&read).expect("there is room for a batch") };
         }
         ring.submit_and_wait(DEPTH).expect("the batch is taken");

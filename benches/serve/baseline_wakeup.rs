@@ -1,5 +1,5 @@
-//! Baseline of waking and polling, without server, rings or requests: one thread reads with preadv(2) for a consumer thread on
-//! another processor. The consumer either sleeps and is woken, or polls memory.
+//! Baseline of wake-ups and polling, without a server and without virtqueues: one thread reads with preadv(2) for a
+//! consumer thread on another processor. The consumer sleeps until it is woken, or polls memory.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use crate::harness::random_stream;
 use crate::processors::{pin_this_thread, processors};
 use crate::sample::Sample;
 
-/// Reads between two notifications: half of the queue depth, as in the daemon.
+/// Number of reads between two notifications: half of the queue depth, as in the daemon.
 const BATCH: usize = DEPTH / 2;
 
 fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
@@ -27,7 +27,7 @@ fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
     }
 }
 
-/// Measures random reads of 4 KiB. After every 16 reads the thread wakes the consumer, which sleeps on the other processor.
+/// Measures random reads of 4 KiB. After every 16 reads the reading thread wakes the consumer, which sleeps.
 pub fn eventfd_reader(path: &Path, region: u64, time: Duration) -> Sample {
     let (mut read, bell) = (reader(path, region), EventFd::new(0).expect("an eventfd can be made"));
     let over = AtomicU64::new(0);
@@ -55,11 +55,11 @@ pub fn eventfd_reader(path: &Path, region: u64, time: Duration) -> Sample {
     })
 }
 
-/// Measures random reads of 4 KiB, each requested by the consumer on the other processor through a change of a word. Both threads
-/// poll.
+/// Measures random reads of 4 KiB. The consumer requests each read by a change of a shared word, and the reading thread
+/// answers by a change of another word. Both threads poll.
 pub fn polling_reader(path: &Path, region: u64, time: Duration) -> Sample {
     const OVER: u64 = u64::MAX;
-    // One cache line each.
+    // The alignment gives each word a cache line of its own.
     #[repr(align(128))]
     #[derive(Default)]
     struct Word(AtomicU64);

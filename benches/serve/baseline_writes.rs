@@ -1,5 +1,5 @@
-//! Baseline of writes, without a server: this process writes with pwrite(2) to the places that new blocks of a child get one
-//! after another. A flush is two syncs with the bitmap writes between them. Overwrites are measured, too.
+//! Baseline of writes, without a server. This process writes with pwrite(2) to the places that a child would assign to
+//! new blocks. A flush is two syncs with the bitmap writes between them. Overwrites of existing data are measured, too.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,12 +17,12 @@ use crate::sample::{Latencies, Sample};
 const BLOCK: u64 = 2 << 20;
 /// Alignment of block data in the images of the bench.
 const UNIT: u64 = 64 << 10;
-/// Bytes of a block with the gap before it, which ends in its bitmap.
+/// Bytes of a block and of the gap before the block. The bitmap of the block is at the end of the gap.
 const STRIDE: u64 = BLOCK + UNIT;
 const SECTOR: usize = 512;
 const PIECE: usize = 64 << 10;
 
-/// Runs `load` on a new file, preallocated for all of it.
+/// Runs `load` on a new file, which is preallocated for all blocks of the load.
 pub fn fresh(path: &Path, load: &Load) -> Sample {
     let Until::Count(count) = load.until else { panic!("fresh writes are counted") };
     let (blocks, pieces) = (load.region / BLOCK, load.region / load.block as u64);
@@ -64,7 +64,8 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     sample
 }
 
-/// Runs `load` on a file with data, created like the images of the comparison. Overwrites one request after another.
+/// Measures sequential overwrites of the size of `load`, one at a time, in a file that is filled with data and read
+/// into the page cache like the images of the comparison.
 pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     let file = File::create(path).expect("a file can be made");
     let data = vec![0x5a; load.block.max(PIECE)];

@@ -1,11 +1,13 @@
-//! Sequential reads of data outside the page cache: the speed of a chain whose data alternates between 16 files, as a share of
-//! the speed of read(2) on one flat file.
+//! Sequential reads of data outside the page cache: the speed of a chain whose data alternates between 16 files, as a
+//! share of the speed of read(2) on one flat file.
 //!
-//! Before each run the files are evicted from the page cache and a server is started, so that its bitmap cache is cold, too.
-//! A chain of small pieces cannot reach the speed of a flat file, because the disk is slower for small reads. Its limit is
-//! measured with direct reads of the same pieces, [`DEPTH`] in flight.
+//! Before each run the files are evicted from the page cache and a new server is started, so that the bitmap cache of
+//! the server is empty, too. A chain of small pieces cannot reach the speed of a flat file, because the storage device
+//! is slower for small reads. The limit for a chain is measured by direct reads of the same pieces, [`DEPTH`] in
+//! flight.
 //!
-//! In a virtual machine the reads may come from the host's cache. The disk is then faster, and the target harder to reach.
+//! In a virtual machine the reads may come from the host's page cache. The storage device is then faster, and the
+//! target is harder to reach.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -26,16 +28,16 @@ use crate::load::{Load, Order, Until};
 use crate::sample::{Latencies, Sample};
 use crate::server::{Kind, Server};
 
-/// Target: the share of the disk's own speed.
+/// Target: minimum speed, as a share of the speed that is measured without a server.
 const SHARE: f64 = 0.9;
 const FLAT: &str = "read(2) of 1 MiB, flat file";
 const PIECES: &str = "io_uring, the chain's pieces of 64 KiB";
-/// Direct reads in flight.
+/// Number of direct reads in flight.
 const DEPTH: usize = 32;
 const RAW: &str = "QSD raw";
 
-/// Loads: bytes per request, requests in flight, and whether the target applies. Single small requests are not limited by the
-/// disk.
+/// Loads: bytes per request, requests in flight, and whether the target applies. The target does not apply to a single
+/// request in flight, whose speed the storage device does not limit.
 const LOADS: [(usize, usize, bool); 4] =
     [(1 << 20, 4, true), (128 << 10, 4, true), (1 << 20, 1, false), (4 << 10, 1, false)];
 
@@ -81,7 +83,7 @@ pub fn cold(bench: &mut Bench) {
     }
 }
 
-/// Measures one run of a new server on files (youngest first) that are not in the page cache.
+/// Evicts `files` (youngest first) from the page cache, and measures one run of a new server on them.
 fn once(kind: &Kind, files: &[PathBuf], load: &Load) -> Sample {
     files.iter().for_each(|file| drop_page_cache(file));
     let server = Server::start(kind, &files[0]);
@@ -95,7 +97,8 @@ fn once(kind: &Kind, files: &[PathBuf], load: &Load) -> Sample {
     sample
 }
 
-/// Measures reads of the same bytes of a flat file by plain calls, as dd does. Counts them as requests of `block` bytes.
+/// Measures reads of the first `size` bytes of a flat file by read(2), as dd does. Counts each `block` bytes as a
+/// request.
 fn flat(path: &Path, size: u64, block: usize) -> Sample {
     drop_page_cache(path);
     let mut file = File::open(path).expect("the image can be read");
@@ -106,8 +109,8 @@ fn flat(path: &Path, size: u64, block: usize) -> Sample {
     per_request(start.elapsed(), size, block)
 }
 
-/// Measures direct reads, without a server, of the pieces of a chain (files youngest first) in the order of the disk. Counts
-/// them as requests of `block` bytes.
+/// Measures direct reads of the pieces of a chain (files youngest first) in the order of the disk, without a server.
+/// Counts each `block` bytes as a request.
 fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
     let open = |path: &PathBuf| {
         File::options().read(true).custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path).expect("our own file")
@@ -135,8 +138,9 @@ fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
                 .offset(offsets[file][number])
                 .build()
                 .user_data(slot as u64);
-            // SAFETY: `memory` outlives the ring's reads, because the outer loop ends only after all have completed. A slot of
-            // it has one read at a time: it returns to `free` when its read has completed.
+            // SAFETY: the buffer must be valid and unused until the read completes. `memory` lives until the function
+            // returns, and the outer loop ends only when all reads have completed. A slot has one read at a time,
+            // because it returns to `free` only when its read has completed. No code accesses the contents of `memory`.
             unsafe { ring.submission().push(&read).expect("there is room for all at once") };
             next += 1;
         }
@@ -150,7 +154,7 @@ fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
     per_request(start.elapsed(), size, block)
 }
 
-/// Returns the sample of a run of a given time. Counts the bytes as requests of `block` bytes.
+/// Returns the sample of a run that took the time `taken` for `size` bytes. Counts each `block` bytes as a request.
 fn per_request(taken: Duration, size: u64, block: usize) -> Sample {
     let count = size / block as u64;
     let mut latencies = Latencies::default();

@@ -33,8 +33,8 @@ fn served<'a>(system: &str, kind: &Kind, image: &Path, load: Load) -> Candidate<
     Candidate::new(system, move || measure(&server, &mut guest, &load))
 }
 
-/// Measures one run, with the processor time of the server. A load that reads is preceded by an unmeasured read of the data,
-/// because the kernel may have reclaimed pages of the page cache.
+/// Measures one run, with the processor time of the server. If the load reads, the data is read once before the
+/// measurement, because the kernel may have reclaimed pages of the page cache.
 pub fn measure(server: &Server, guest: &mut Guest, load: &Load) -> Sample {
     if !load.write {
         guest.warm(load.region).unwrap_or_else(|e| panic!("a request failed: {e}"));
@@ -51,7 +51,7 @@ impl Bench {
         Bench { pace, time, disks: Disks::new(pace.size), results: Results::default() }
     }
 
-    /// Runs each candidate once unmeasured, then all of them in rounds.
+    /// Runs each candidate once without recording the result, then measures all candidates in rounds.
     pub fn compare(&mut self, load: &str, mut candidates: Vec<Candidate<'_>>) {
         for candidate in &mut candidates {
             candidate.measure();
@@ -59,8 +59,8 @@ impl Bench {
         self.results.compare(load, self.pace.rounds, candidates);
     }
 
-    /// Writes into a fresh overlay: two per cluster of qcow2, for any size. The first one has to allocate the cluster. With many
-    /// more writes the overlay would not be fresh.
+    /// Returns the number of writes into a fresh overlay: two per cluster of qcow2, for any size of the data. The first
+    /// write to a cluster allocates the cluster. With many more writes, most of them would be overwrites.
     pub fn writes(&self) -> u64 {
         self.pace.size / disks::CHUNK * 2
     }
@@ -79,8 +79,8 @@ const OURS_16: &str = "diffdiskd, 16 layers";
 const QCOW2_16: &str = "QSD qcow2, 16 layers";
 const READ: &str = "rand read 4 KiB, qd 32";
 
-/// Random reads at queue depth 32, by depth of the chain. In each round the files are read into the page cache again, and new
-/// servers are started.
+/// Measures random reads at queue depth 32, by depth of the chain. In each round the files are read into the page cache
+/// again, and new servers are started.
 pub fn random_reads(bench: &mut Bench) {
     for round in 0..bench.pace.rounds {
         bench.disks.invalidate_cache(ReadOrder::Interleaved);
@@ -137,7 +137,7 @@ fn read_servers<'a>(bench: &Bench) -> Vec<Candidate<'a>> {
     all
 }
 
-/// One request in flight. Guest and server both sleep between requests, or both poll.
+/// Measures latencies with one request in flight. Guest and server both sleep between requests, or both poll.
 pub fn latency(bench: &mut Bench) {
     let (vhd, raw) = (bench.disks.striped_chain(Format::Vhd, 16), bench.disks.striped_chain(Format::Raw, 1));
     for (name, poll, extra, most) in [
@@ -150,7 +150,7 @@ pub fn latency(bench: &mut Bench) {
             served("QSD raw", &Kind::Qemu("raw"), &raw, load),
         ];
         if poll {
-            // A polling server needs a processor of its own, so a server is started for each run.
+            // Two polling servers would compete for the processor, so each run starts its own server.
             all.clear();
             let (vhd, raw) = (&vhd, &raw);
             let alone = move |kind: Kind, image: &Path| {
@@ -178,7 +178,7 @@ pub fn latency(bench: &mut Bench) {
 /// Queue depths in the plot of latencies.
 pub const QUEUE_DEPTHS: [usize; 6] = [1, 2, 4, 8, 16, 64];
 
-/// Latency by queue depth.
+/// Measures the latency by queue depth.
 pub fn queue_depths(bench: &mut Bench) {
     let images = [Format::Vhd, Format::Qcow2].map(|f| bench.disks.striped_chain(f, 16));
     let raw = bench.disks.striped_chain(Format::Raw, 1);
@@ -195,12 +195,12 @@ pub fn queue_depths(bench: &mut Bench) {
 
 const OURS: &str = "diffdiskd, fresh child";
 const FRESH: &str = "QSD qcow2, fresh overlay";
-/// The name of the upper limit, which is no server.
+/// Name of the candidate that writes without a server, which is the upper limit of the speed.
 const BARE: &str = "pwrite, no server";
 const EXTENDED: &str = "QSD qcow2, fresh overlay, extended_l2";
 
 fn fresh(bench: &mut Bench, name: &str, load: Load) {
-    // Killed and removed at the end, so that the writeback of one candidate does not slow down the next.
+    // The server is killed and the image removed at the end, so that writeback does not slow down the next candidate.
     let once = |disks: &Disks, format: Format, options: &[&str]| {
         let image = disks.fresh_child(format, options);
         let server = Server::start(&format.server(), &image);
@@ -220,7 +220,7 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
     bench.compare(name, all);
 }
 
-/// Small writes into an empty overlay.
+/// Measures small writes into an empty overlay.
 pub fn fresh_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, fresh";
     let load = Load { write: true, order: Order::Shuffled, until: Until::Count(bench.writes()), ..bench.random_read() };
@@ -234,7 +234,7 @@ pub fn fresh_writes(bench: &mut Bench) {
     bench.require_iops(name, OURS, FRESH, 1.0);
 }
 
-/// Small writes into an empty overlay, with a flush after every 32 writes.
+/// Measures small writes into an empty overlay, with a flush after every 32 writes.
 pub fn flushed_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, flush every 32, fresh";
     let load = Load {
@@ -249,7 +249,7 @@ pub fn flushed_writes(bench: &mut Bench) {
     bench.require_iops(name, OURS, EXTENDED, 1.2);
 }
 
-/// Small writes into allocated blocks.
+/// Measures small writes into allocated blocks.
 pub fn allocated_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, allocated";
     let load = Load { write: true, ..bench.random_read() };
@@ -280,7 +280,7 @@ fn label(format: Format) -> &'static str {
     }
 }
 
-/// Sequential reads and writes, compared with the best peer.
+/// Measures sequential reads and writes. The targets compare with the fastest other system.
 pub fn sequential(bench: &mut Bench) {
     let formats = [Format::Vhd, Format::Raw, Format::Qcow2, Format::Vpc];
     for (write, block, depth) in
@@ -290,7 +290,8 @@ pub fn sequential(bench: &mut Bench) {
         let name = format!("seq {verb} {} KiB, qd {depth}", block >> 10);
         let load = Load { write, block, depth, order: Order::Sequential, ..bench.random_read() };
         if write {
-            // Writeback would dominate the result. A quarter of the data fits into the kernel's limit of dirty pages.
+            // Only a quarter of the data is written, so that the dirty pages stay below the kernel's limit. Above the
+            // limit, writeback would dominate the result.
             let load = Load { region: bench.disks.size / 4, ..load };
             written(bench, &name, load, &formats);
         } else {
@@ -312,8 +313,8 @@ pub fn sequential(bench: &mut Bench) {
     }
 }
 
-/// Two queues compared with one. Each queue has a processor of its own. On small machines a queue's thread in the
-/// daemon shares its processor with the guest's thread.
+/// Measures two queues in comparison with one. Each queue has a processor of its own. On a machine with few processors,
+/// the daemon's thread of a queue shares the processor with the guest's thread of the same queue.
 pub fn two_queues(bench: &mut Bench) {
     if processors() < 2 {
         return eprintln!("two queues want two processors");

@@ -1,7 +1,7 @@
-//! The served disks. All have the same data, in one file or spread over the layers of a chain.
+//! The served disks. All disks have the same data, in one file or spread over the layers of a chain.
 //!
-//! Read-only disks are created once, kept in `target/bench/disks`, and read into the page cache before use. Disks that are
-//! written to are created for every run.
+//! Read-only disks are created once, kept in `target/bench/disks`, and read into the page cache before use. Disks that
+//! are written to are created for every run.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -15,17 +15,19 @@ use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 
 use crate::server::{Kind, Server};
 
-/// A cluster of qcow2: the smallest unit that QEMU writes without copying. Consecutive chunks lie in different layers.
+/// Bytes of a chunk. Consecutive chunks are in different layers. A chunk has the size of a cluster of qcow2, which is
+/// the minimum unit that QEMU writes without copying.
 pub const CHUNK: u64 = 64 << 10;
-/// Chunks in 2 MiB, a block of a VHD. The chunks of a block alternate between two adjacent layers, those of the next block
-/// between the next two. So every block has many runs, and a chain needs only twice the space of its data.
+/// Number of chunks in a block of a VHD (2 MiB). The chunks of a block alternate between two adjacent layers, and the
+/// chunks of the next block alternate between the next two layers. So every block has many runs, and a chain needs only
+/// twice the space of its data.
 const CHUNKS: u64 = 32;
 
 /// Returns the layer of a chunk.
 fn layer_of(chunk: u64, layers: u64) -> u64 {
     (chunk / CHUNKS * 2 + chunk % 2) % layers
 }
-/// Version of the disks that [`Disks`] creates. Increase it when they change.
+/// Version of the disks that [`Disks`] creates. The version must be increased when the contents of the disks change.
 const LAYOUT: &str = "2";
 
 /// A format of images, and the program that creates them.
@@ -55,13 +57,14 @@ pub struct Interleaving {
     pub piece: u64,
 }
 
-/// Order in which a file is read into the page cache. It determines the sizes of the folios.
+/// Order in which a file is read into the page cache. The order determines the sizes of the folios.
 #[derive(Clone, Copy)]
 pub enum ReadOrder {
-    /// Sequentially, with folios of the kernel's choice. A file without holes gets folios of 2 MiB, which are mapped as one huge
-    /// page each; a file in which data and holes alternate does not.
+    /// Sequential, with folio sizes of the kernel's choice. A file without holes gets folios of 2 MiB, each of which is
+    /// mapped as one huge page. A file in which data and holes alternate gets smaller folios.
     Sequential,
-    /// Every second chunk first, then the rest, similar to a guest's reads. All files then have folios of the same size.
+    /// First every second chunk, then the other chunks, similar to a guest's reads. All files then have folios of the
+    /// same size.
     Interleaved,
 }
 
@@ -83,7 +86,7 @@ impl Disks {
         Disks { folder, settled: RefCell::default(), order: Cell::new(ReadOrder::Sequential), size }
     }
 
-    /// Creates a chain of `layers` images with the data spread over all of them. Returns the youngest.
+    /// Creates a chain of `layers` images, with the data spread over all images. Returns the youngest.
     pub fn striped_chain(&self, format: Format, layers: u64) -> PathBuf {
         let name = |layer: u64| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)));
         let (top, ready) = (name(layers - 1), name(0).with_extension("ready"));
@@ -103,19 +106,20 @@ impl Disks {
         top
     }
 
-    /// Returns the files of a chain created by `spread`.
+    /// Returns the files of a chain that [`Disks::striped_chain`] created, oldest first.
     pub fn files(&self, format: Format, layers: u64) -> Vec<PathBuf> {
         (0..layers).map(|layer| self.folder.join(format!("{}-{layers}-{layer}", suffix(format)))).collect()
     }
 
-    /// Lets all files be read into the page cache again before their next use, in a given order. The placement of the pages
-    /// affects the speed by chance, so close comparisons repeat it.
+    /// Requires that each file is read into the page cache again before its next use, in the given order. The placement
+    /// of the pages in memory is random and affects the speed, so comparisons of similar speeds repeat the reading.
     pub fn invalidate_cache(&self, order: ReadOrder) {
         self.settled.borrow_mut().clear();
         self.order.set(order);
     }
 
-    /// Returns a copy of the single VHD that is read into the page cache sequentially, regardless of the current order.
+    /// Returns a copy of the disk as a single VHD. The copy is read into the page cache sequentially, regardless of the
+    /// current order.
     pub fn in_large_folios(&self) -> PathBuf {
         let (single, copy) = (self.striped_chain(Format::Vhd, 1), self.folder.join("vhd-1-large"));
         if !copy.exists() {
@@ -134,7 +138,8 @@ impl Disks {
         }
     }
 
-    /// Creates a chain of VHDs with interleaved data. Returns its files, youngest first. The ranges without data are holes.
+    /// Creates a chain of VHDs with interleaved data, in which ranges without data are holes. Returns the files of the
+    /// chain, youngest first.
     pub fn interleaved(&self, Interleaving { layers, piece }: Interleaving) -> Vec<PathBuf> {
         let name = |layer: u64| self.folder.join(format!("turns-{layers}-{}-{layer}", piece >> 10));
         let files: Vec<_> = (0..layers).rev().map(name).collect();
@@ -155,7 +160,7 @@ impl Disks {
         files
     }
 
-    /// Creates a child of an image that has all the data in one file of the format, with options for `qemu-img create`.
+    /// Creates a child of a single image with all the data. `options` are options of `qemu-img create`.
     pub fn fresh_child(&self, format: Format, options: &[&str]) -> PathBuf {
         let (parent, child) = (self.striped_chain(format, 1), self.folder.join(format!("{}-fresh", suffix(format))));
         let _ = fs::remove_file(&child);
@@ -175,14 +180,14 @@ impl Disks {
         child
     }
 
-    /// Returns a name for a file of one run.
+    /// Returns the path of a temporary file that exists during one run only.
     pub fn scratch(&self) -> PathBuf {
         self.folder.join("scratch")
     }
 
-    /// Creates a writable image with all the data: for VHD a child over a root, for other formats one file. The file is read
-    /// into the page cache as guests read it, because on large folios of ext4 small writes cost ten times as much, and long
-    /// writes half as much.
+    /// Creates a writable image with all the data: for VHD a child over a root, for other formats one file. The file is
+    /// read into the page cache in the order [`ReadOrder::Interleaved`], because folio sizes change the cost of writes:
+    /// on large folios of ext4 small writes cost ten times as much, and long writes cost half as much.
     pub fn writable(&self, format: Format) -> PathBuf {
         let name = self.folder.join(format!("{}-written", suffix(format)));
         let ready = name.with_extension("ready");
@@ -210,7 +215,7 @@ impl Disks {
         name(layers - 1)
     }
 
-    /// Writes the chunks for which `own` is true, through a server of the format.
+    /// Writes the chunks for which `own` returns true, through a server of the format.
     fn fill(&self, format: Format, image: &Path, own: impl Fn(u64) -> bool) {
         let server = Server::start(&format.server(), image);
         let mut guest = server.connect(1);
@@ -227,7 +232,7 @@ impl Disks {
         server.stop();
     }
 
-    /// Asserts that each page contains its own offset, so that no incorrect server is measured.
+    /// Asserts that each page of the disk contains its own offset, so that no incorrect server is measured.
     fn verify(&self, format: Format, image: &Path) {
         let server = Server::start(&format.server(), image);
         let mut guest = server.connect(1);
@@ -244,7 +249,7 @@ impl Disks {
     }
 }
 
-/// Punches holes into the ranges in which a file has no data.
+/// Deallocates the ranges of a file that lseek(2) reports as holes. Their space may have been reserved.
 fn punch_holes(path: &Path) {
     let file = File::options().read(true).write(true).open(path).expect("our own file");
     let len = file.metadata().expect("our own file").len();
@@ -267,8 +272,9 @@ pub fn drop_page_cache(path: &Path) {
     fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
 }
 
-/// Removes a file and waits until its space is freed. If the file system discards freed space, a kernel thread continues the
-/// discard after the unlink, on the processor of the last process that had the file open. A file in many pieces takes a second.
+/// Removes a file and waits until the file system has discarded the space of the file. If the file system discards
+/// freed space, a kernel thread does so after unlink(2), on the processor of the last process that had the file open.
+/// The discard of a file with many extents takes about a second.
 pub fn remove_and_wait(path: &Path) {
     fs::remove_file(path).expect("it was made a moment ago");
     let start = Instant::now();
@@ -281,16 +287,16 @@ pub fn remove_and_wait(path: &Path) {
     }
 }
 
-/// Returns the number of discards that the kernel has completed on all disks.
+/// Returns the number of discards that the kernel has completed on all block devices.
 fn discards() -> u64 {
-    /// Index of the number of discards among the words of a line, from 0 (the kernel's
-    /// Documentation/admin-guide/iostats.rst).
+    /// Zero-based index of the column with the number of completed discards (Documentation/admin-guide/iostats.rst of
+    /// the kernel).
     const DISCARDS: usize = 14;
     let table = fs::read_to_string("/proc/diskstats").unwrap_or_default();
     table.lines().filter_map(|line| line.split_whitespace().nth(DISCARDS)?.parse::<u64>().ok()).sum()
 }
 
-/// Reads a file into the page cache in a given order, after it was evicted.
+/// Evicts a file from the page cache, and reads it into the page cache in the given order.
 pub fn populate_cache(path: &Path, order: ReadOrder) {
     drop_page_cache(path);
     let file = File::open(path).expect("the image can be read");
@@ -309,7 +315,7 @@ pub fn populate_cache(path: &Path, order: ReadOrder) {
     }
 }
 
-/// Returns the runs of at least `least` bytes in which a file has data, as offset and length.
+/// Returns the runs of data in a file that have at least `least` bytes, as (offset, length).
 pub fn runs_of_data(path: &Path, least: u64) -> Vec<(u64, u64)> {
     let file = File::open(path).expect("our own file");
     let (mut at, mut runs) = (0, Vec::new());

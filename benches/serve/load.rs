@@ -1,7 +1,7 @@
-//! A guest that only loads a vhost-user-blk socket. It uses the `virtio-driver` crate and memory laid out beforehand, and
-//! neither copies nor allocates while it runs.
+//! A guest that generates load on a vhost-user-blk socket. The guest uses the `virtio-driver` crate and memory that is
+//! allocated before the run, and neither copies data nor allocates memory during the run.
 //!
-//! It kicks once per batch of added requests, and either sleeps on the call eventfd or polls the used ring.
+//! The guest kicks once per batch of added requests, and sleeps on the call eventfd or polls the used ring.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -21,14 +21,14 @@ use virtio_driver::{
 use crate::harness::{Rng, random_stream};
 use crate::sample::{Latencies, Sample};
 
-/// Bytes of guest memory: the deepest queue of 4 KiB, or eight requests of 1 MiB.
+/// Bytes of guest memory. Sufficient for eight requests of 1 MiB, and for a full queue of requests of 4 KiB.
 const MEMORY: usize = 8 << 20;
-/// A back-end that completes no request for this time counts as stuck.
+/// Maximum time without a completed request, after which the run fails.
 const TIMEOUT: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };
-/// Entries of a queue. A request takes three.
+/// Number of entries of a queue. A request uses three entries.
 const QUEUE_SIZE: u16 = 512;
 
-/// Offsets of the requests of a load.
+/// Order of the offsets of a load's requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// Random, with repetition.
@@ -39,26 +39,26 @@ pub enum Order {
     Sequential,
 }
 
-/// Condition at which a load ends.
+/// Condition that ends a load.
 #[derive(Clone, Copy)]
 pub enum Until {
-    /// After this time.
+    /// The load ends after this time.
     Time(Duration),
-    /// After a number of requests.
+    /// The load ends after this number of requests.
     Count(u64),
 }
 
-/// Description of a load.
+/// Parameters of a load.
 #[derive(Clone, Copy)]
 pub struct Load {
     /// Whether the requests write.
     pub write: bool,
-    /// Bytes of a request.
+    /// Bytes per request.
     pub block: usize,
-    /// Requests in flight.
+    /// Maximum number of requests in flight.
     pub depth: usize,
     pub order: Order,
-    /// Bytes of the disk in use, from its start. A power of two.
+    /// Length of the used range at the start of the disk in bytes. A power of two.
     pub region: u64,
     /// Number of writes before each flush. The flush is submitted after all of them have completed.
     pub flush_every: Option<u64>,
@@ -68,7 +68,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Random reads of 4 KiB, 32 in flight.
+    /// Returns a load of random reads of 4 KiB, with 32 requests in flight.
     pub fn random_read(region: u64, time: Duration) -> Load {
         let until = Until::Time(time);
         Load {
@@ -84,9 +84,9 @@ impl Load {
     }
 }
 
-/// A connected guest.
+/// A guest that is connected to a server.
 pub struct Guest {
-    // Declared before `transport`, which owns the memory of the queues, so that it is dropped first.
+    // `queues` is declared before `transport`, so that it is dropped first: `transport` owns the memory of the queues.
     queues: Vec<VirtioBlkQueue<'static, usize>>,
     transport: Box<VirtioBlkTransport>,
     memory: MmapMut,
@@ -96,7 +96,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Connects with `queues` queues.
+    /// Connects to `socket` with `queues` queues.
     pub fn connect(socket: &Path, queues: usize) -> io::Result<Guest> {
         let features = VirtioFeatureFlags::VERSION_1.bits()
             | VirtioFeatureFlags::RING_EVENT_IDX.bits()
@@ -107,7 +107,8 @@ impl Guest {
         let queues = VirtioBlkQueue::setup_queues(&mut *transport, queues, QUEUE_SIZE)?;
         let memfd: File = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC)?.into();
         memfd.set_len((MEMORY * queues.len()) as u64)?;
-        // SAFETY: only this guest and the server have the memfd, and neither truncates it, so the whole mapping stays valid.
+        // SAFETY: the file must not be truncated while it is mapped. Only this guest and the server have the memfd, and
+        // neither of them truncates it.
         let mut memory = unsafe { MmapMut::map_mut(&memfd)? };
         // All pages are allocated before the first measurement.
         memory.fill(0x5a);
@@ -138,7 +139,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Runs a load on every queue, that of queue `i` in a separate thread on processor `i`.
+    /// Runs a load on every queue at the same time. The load of queue `i` runs in a thread of its own on processor `i`.
     pub fn run_on_all(&mut self, load: &Load) -> io::Result<Vec<Sample>> {
         let Guest { queues, transport, memory, .. } = self;
         let transport = SyncTransport(&**transport);
@@ -198,19 +199,21 @@ impl Guest {
     }
 }
 
-/// The transport, shared by the threads of several queues.
+/// A reference to the transport that the threads of several queues share.
 struct SyncTransport<'a>(&'a VirtioBlkTransport);
-// SAFETY: the threads share only `&VirtioBlkTransport` and call only methods that return the eventfds of their own queue. These
-// methods read fields that do not change after setup.
+// SAFETY: shared access from several threads must be free of data races. `run_on_all` gives each thread only a shared
+// reference, and `QueueRun` calls only the methods that return the eventfds of its queue. These methods only read
+// fields, and no field changes after the connection is set up.
 unsafe impl Sync for SyncTransport<'_> {}
 
-/// A queue, borrowed by its thread.
+/// A queue, borrowed by the thread that runs its load.
 struct SendQueue<'a>(&'a mut VirtioBlkQueue<'static, usize>);
-// SAFETY: the queue is borrowed exclusively, so one thread at a time uses it. Its `Virtqueue` is Send. Only the box of request
-// contexts is not, and the contexts here are plain data.
+// SAFETY: the queue must not depend on its thread, and two threads must not use it at the same time. The borrow is
+// exclusive, so only one thread uses the queue. The `Virtqueue` in the queue is Send. The only other field is the box
+// of request contexts, and the contexts are `usize` here, which does not depend on a thread.
 unsafe impl Send for SendQueue<'_> {}
 
-/// One queue at work.
+/// The state of one queue during a load.
 struct QueueRun<'a> {
     ring: &'a mut VirtioBlkQueue<'static, usize>,
     transport: &'a VirtioBlkTransport,
@@ -237,7 +240,7 @@ impl QueueRun<'_> {
         loop {
             let most = match load.flush_every {
                 None => count,
-                // No request after the next flush is added before the flush has completed.
+                // Requests that follow the next flush are added only when the flush has completed.
                 Some(every) => count.min((over / every + 1) * every),
             };
             let any = !free.is_empty() && added < most && now < end;
@@ -326,7 +329,8 @@ impl QueueRun<'_> {
         Ok(())
     }
 
-    /// Sleeps until the server signals, unless a request has completed meanwhile.
+    /// Enables notifications of the server, and sleeps until the server sends one. Does not sleep if a request has
+    /// completed already.
     fn sleep(&mut self) -> io::Result<()> {
         self.ring.set_used_notif_enabled(true);
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
@@ -343,7 +347,8 @@ impl QueueRun<'_> {
     }
 }
 
-/// Returns the place of `index` in a permutation of `blocks`, a power of two. Each step of the computation is invertible.
+/// Maps `index` by a permutation of the numbers below `blocks`, which must be a power of two. The mapping is a
+/// permutation because each step of the computation is invertible.
 pub fn permute(index: u64, blocks: u64) -> u64 {
     let (mask, half) = (blocks - 1, blocks.trailing_zeros().div_ceil(2));
     let mut x = index;

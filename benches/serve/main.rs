@@ -1,11 +1,12 @@
 //! The daemon under load, compared with qemu-storage-daemon in the same run.
 //!
-//! Each comparison starts all its servers, then loads them in rounds, so that other load of the machine affects all of them. The
-//! guest (see [`load`]) and the server have a processor each. The table has medians; ratios are medians of the ratios of adjacent
-//! runs. `--full` measures longer and more often, words select comparisons, and `--disks` only creates the chains.
-//! Results: `target/bench/serve.json`, and plots in the same folder.
+//! Each comparison starts all its servers and then loads them in rounds, so that other load of the machine affects all
+//! servers. The guest ([`load`]) and the server have a processor each. The table shows medians. Ratios are medians of
+//! the ratios of two runs in the same round. `--full` measures longer and more often. Arguments without `--` select
+//! comparisons. `--disks` only creates the chains. The results are written to `target/bench/serve.json`, with plots in
+//! the same folder.
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
-#![allow(missing_docs, unreachable_pub)] // nobody else sees it
+#![allow(missing_docs, unreachable_pub)] // no other crate uses it
 
 mod barriers;
 mod baseline_mapped;
@@ -41,7 +42,7 @@ fn main() {
     };
     let mut bench = Bench::new(pace, time);
     if std::env::args().any(|a| a == "--disks") {
-        // Creates the chains for fio in the guest, and prints their paths.
+        // `benches/fio` uses these chains and reads their paths from the output.
         for format in [Format::Vhd, Format::Qcow2] {
             bench.disks.striped_chain(format, 16);
         }

@@ -10,19 +10,19 @@ const BOTTOM: f64 = 60.0;
 const RIGHT: f64 = 20.0;
 const COLOURS: [&str; 4] = ["#1b6ca8", "#c8553d", "#588157", "#7a5195"];
 
-/// Points joined by a line. All x are above zero.
+/// Points that are joined by a line. All x values are above zero.
 pub struct Line {
     pub name: String,
     pub points: Vec<(f64, f64)>,
 }
 
-/// A bar, labelled with its value.
+/// A bar, labelled with the value.
 pub struct Bar {
     pub name: String,
     pub value: f64,
 }
 
-/// Draws lines. The y axis begins at 0; the x axis is logarithmic to base 2.
+/// Draws a plot of lines. The y axis begins at 0, and the x axis is logarithmic to base 2.
 pub fn lines(title: &str, x_title: &str, lines: &[Line]) -> String {
     let all = || lines.iter().flat_map(|l| &l.points);
     let x_end = all().map(|p| p.0.log2()).fold(1.0, f64::max);
@@ -70,7 +70,7 @@ pub fn lines(title: &str, x_title: &str, lines: &[Line]) -> String {
     svg + "</svg>\n"
 }
 
-/// Draws horizontal bars, one below another.
+/// Draws a plot of horizontal bars, one below another.
 pub fn bars(title: &str, bars: &[Bar]) -> String {
     const ROW: f64 = 26.0;
     const NAMES: f64 = 190.0;
@@ -105,7 +105,8 @@ fn begin(title: &str, height: f64) -> String {
     svg
 }
 
-/// Returns a round end of an axis at or above `most`, and a step that divides the axis into at most eight parts.
+/// Returns the end of an axis, a round number at or above `most`, and a step that divides the axis into at most eight
+/// parts.
 fn scale(most: f64) -> (f64, f64) {
     let most = most.max(f64::MIN_POSITIVE);
     let power = 10f64.powf(most.log10().floor());

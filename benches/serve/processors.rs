@@ -1,10 +1,11 @@
-//! Processors: how many there are, and which one a thread uses.
+//! Number of processors, and pinning of threads to processors.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::sync::OnceLock;
 
-/// Returns the number of processors of this machine, independent of this thread's affinity.
+/// Returns the number of processors that the first calling thread may use. Later calls return the same number, even
+/// after the thread was pinned.
 pub fn processors() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
     *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
@@ -15,9 +16,11 @@ pub fn pin_this_thread(processor: usize) {
     pin(0, processor);
 }
 
-/// Pins a thread to a processor. Thread 0 is the calling thread.
+/// Pins the thread with the ID `thread` to a processor. The ID 0 is the calling thread.
 pub fn pin(thread: i32, processor: usize) {
-    // SAFETY: `cpu_set_t` is plain data, for which zeros are valid. The call only reads the set, and its length is passed.
+    // SAFETY: `cpu_set_t` is a bit array, for which all zeros are valid. `CPU_SET` is checked against the size of the
+    // set. sched_setaffinity(2) reads the local variable `set` during the call only, and the length is the size of the
+    // set.
     let done = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(processor, &mut set);

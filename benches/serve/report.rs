@@ -1,4 +1,4 @@
-//! The table, the JSON and the plots.
+//! Output of the results: a table, JSON and plots.
 
 use std::fs;
 use std::path::Path;

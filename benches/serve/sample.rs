@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-/// Buckets per octave.
+/// Number of buckets per doubling of the latency.
 const PARTS: usize = 32;
 
-/// Histogram of latencies, with a precision of 3 per cent.
+/// Histogram of latencies, with a precision of 3 %.
 pub struct Latencies {
     counts: Vec<u64>,
     sum: u128,
@@ -28,7 +28,7 @@ impl Latencies {
         self.total += 1;
     }
 
-    /// Returns a quantile of the latency in microseconds: the share `share` of all requests is below.
+    /// Returns a quantile of the latency in microseconds. The share `share` of all requests has at most this latency.
     fn quantile(&self, share: f64) -> f64 {
         let wanted = (self.total as f64 * share) as u64;
         let mut seen = 0;
@@ -48,7 +48,7 @@ impl Latencies {
 pub struct Sample {
     /// Requests per second.
     pub iops: f64,
-    /// Requests.
+    /// Number of requests.
     pub count: u64,
     /// Latency in microseconds: mean, median, and 99th percentile.
     pub mean: f64,

@@ -1,5 +1,5 @@
-//! The servers under load: the real `diffdiskd`, and qemu-storage-daemon. A server runs on the first processor, the guest on
-//! the last.
+//! The servers under load: `diffdiskd` and qemu-storage-daemon. The server runs on the first processor, and the guest
+//! on the last processor.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -14,15 +14,15 @@ use tempfile::TempDir;
 use crate::load::Guest;
 use crate::processors::{pin, pin_this_thread, processors};
 
-/// Time limit for a server to create its socket, and to end.
+/// Maximum time for a server to create its socket, and to end.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A server program.
 #[derive(Clone)]
 pub enum Kind {
-    /// `diffdiskd`, with further arguments.
+    /// `diffdiskd` with additional arguments.
     Ours(Vec<&'static str>),
-    /// qemu-storage-daemon with this format driver.
+    /// qemu-storage-daemon with the format driver of this name.
     Qemu(&'static str),
 }
 
@@ -32,21 +32,21 @@ impl Kind {
     }
 }
 
-/// A running server. It is killed on drop.
+/// A running server. The server is killed on drop.
 pub struct Server {
     child: Child,
     folder: TempDir,
-    /// Time of the start.
+    /// Time at which the server was started.
     pub started: Instant,
 }
 
 impl Server {
-    /// Starts a server for `image`. Returns when its socket exists.
+    /// Starts a server for `image`. Returns when the socket of the server exists.
     pub fn start(kind: &Kind, image: &Path) -> Server {
         let folder = tempfile::tempdir_in("/dev/shm").expect("a folder in memory");
         let (program, arguments) = command(kind, image, folder.path());
         let log = File::create(folder.path().join("log")).expect("a log file");
-        // The child process inherits the affinity.
+        // The child process inherits the affinity of this thread.
         pin_this_thread(0);
         let started = Instant::now();
         let child = Command::new(&program)
@@ -72,7 +72,7 @@ impl Server {
         }
     }
 
-    /// Pins each thread of the server to a processor, selected by the thread's name.
+    /// Pins each thread of the server to the processor that `processor` returns for the name of the thread.
     pub fn pin(&self, processor: impl Fn(&str) -> usize) {
         for task in self.tasks() {
             let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
@@ -91,7 +91,7 @@ impl Server {
 
     /// Connects a guest with `queues` queues.
     pub fn connect(&self, queues: usize) -> Guest {
-        // The socket of qemu-storage-daemon exists a moment before it listens.
+        // qemu-storage-daemon creates its socket a moment before it listens, so the connection is retried.
         let until = Instant::now() + Duration::from_secs(5);
         loop {
             match Guest::connect(&self.socket(), queues) {
@@ -102,7 +102,7 @@ impl Server {
         }
     }
 
-    /// Returns the processor time used so far by all current threads.
+    /// Returns the processor time that the running threads of the server have used since their start.
     pub fn processor_time(&self) -> Duration {
         let nanos = |task: PathBuf| {
             let text = fs::read_to_string(task.join("schedstat")).ok()?;

@@ -1,4 +1,4 @@
-//! Disk space of an overlay compared with qcow2, and the time that sparse allocation costs.
+//! Disk space of an overlay in comparison with qcow2, and the additional time that sparse allocation needs.
 //!
 //! `DIFFDISK_BENCH_FOLDER` selects a folder on another file system.
 
@@ -35,15 +35,15 @@ fn taken(path: &Path) -> f64 {
     fs::metadata(path).expect("it was made a moment ago").blocks() as f64 * 512.0
 }
 
-/// Pieces in which the file system keeps a file; `None` if `filefrag` cannot count them.
+/// Returns the number of extents of a file in the file system, or `None` if `filefrag` cannot count them.
 fn extents(path: &Path) -> Option<u64> {
     let output = Command::new("filefrag").arg(path).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     text.rsplit_once(": ")?.1.split(' ').next()?.parse().ok()
 }
 
-/// Measures a child of 64 GiB over an empty root after a number of random writes of 4 KiB: its space while served and
-/// after closing, its extents, and the time to delete it.
+/// Measures a child of 64 GiB over an empty root after a number of random writes of 4 KiB: the disk space of the child
+/// while it is served and after closing, its number of extents, and the time to delete it.
 fn scattered_writes(bench: &mut Bench) {
     for count in [1, 100, 1000] {
         let of = |system: &str, format: Format, kind: &Kind| {
@@ -83,7 +83,7 @@ fn scattered_writes(bench: &mut Bench) {
     }
 }
 
-/// Measures a child of 1 TiB that is only read.
+/// Measures the disk space of a child of 1 TiB that is only read.
 fn reads_alone(bench: &mut Bench) {
     for (system, format, kind) in [(SPARSE, Format::Vhd, Kind::ours()), (BLOCK, Format::Vhd, block())] {
         let image = bench.disks.empty_child(format, 1 << 40);
@@ -105,7 +105,7 @@ fn reads_alone(bench: &mut Bench) {
     }
 }
 
-/// Data in 16 layers, in pieces of 64 KiB assigned pseudo-randomly.
+/// Measures the disk space of data in 16 layers. Each piece of 64 KiB is in a pseudo-random layer.
 fn spread_over_layers(bench: &mut Bench) {
     let (layers, pieces) = (16u64, bench.disks.size / disks::CHUNK);
     let files: Vec<PathBuf> = (0..layers).map(|n| bench.disks.scratch().with_extension(format!("layer{n}"))).collect();
@@ -205,7 +205,8 @@ pub fn allocation(bench: &mut Bench) {
     }
 }
 
-/// Runs one load on a fresh child. With `after`, returns the sample of that second load on the same child, read cold.
+/// Runs `load` on a fresh child and returns its sample. With `after`, evicts the child from the page cache, runs
+/// `after` on the same child, and returns the sample of `after`.
 fn once(disks: &Disks, format: Format, kind: &Kind, load: &Load, after: Option<&Load>) -> Sample {
     let image = disks.fresh_child(format, &[]);
     let server = Server::start(kind, &image);

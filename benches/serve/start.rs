@@ -1,4 +1,4 @@
-//! Start with a chain of 1 TiB images: the time from exec to the first sector, and the memory.
+//! Start with a chain of 1 TiB images: the time from exec(2) to the first sector that is read, and the peak memory.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ pub fn start(bench: &mut Bench) {
             let mut guest = server.connect(1);
             guest.read(1 << 39, 4096).expect("the disk can be read");
             let mut sample = Sample::time(server.started.elapsed());
-            // The peak memory in KiB, in the field that other loads use for processor time.
+            // `cpu` contains the peak memory in KiB here, instead of the processor time.
             sample.cpu = (server.memory().1 >> 10) as f64;
             drop(guest);
             server.stop();

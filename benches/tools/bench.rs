@@ -1,4 +1,4 @@
-//! Comparison of the image tool with other programs, and the targets.
+//! Comparison of the image tool with other programs, and the targets of the comparison.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -7,7 +7,8 @@ use std::process::Command;
 use crate::harness::{self, Bound, Pace, Results};
 use crate::run::{Run, run};
 
-/// A program that takes part in a comparison. Its function prepares a run, unmeasured, and returns the command to measure.
+/// A program that takes part in a comparison. The function `prepare` prepares a run, which is not measured, and returns
+/// the command to measure.
 pub struct Candidate<'a> {
     system: &'static str,
     prepare: Box<dyn FnMut() -> Command + 'a>,
@@ -19,7 +20,7 @@ impl<'a> Candidate<'a> {
     }
 }
 
-/// The folder of the files, and all measurements.
+/// The folder of the test files, and all measurements.
 pub struct Bench {
     pub pace: Pace,
     pub folder: PathBuf,
@@ -39,7 +40,8 @@ impl Bench {
         self.folder.join(name)
     }
 
-    /// Measures the candidates in rounds. `bytes` is the number of bytes processed, 0 if a speed has no meaning.
+    /// Measures the candidates in rounds. `bytes` is the number of bytes that a run processes, or 0 if the run has no
+    /// speed.
     pub fn compare(&mut self, work: &str, bytes: u64, candidates: Vec<Candidate<'_>>) {
         let folder = &self.folder;
         let measured = candidates.into_iter().map(|Candidate { system, mut prepare }| {
@@ -58,7 +60,7 @@ impl Bench {
         self.results.target(format!("{work}: speed of diffdisk / {other}"), ratio, Bound::AtLeast(least));
     }
 
-    /// Adds limits for the time and the memory of `diffdisk`.
+    /// Adds the targets that `diffdisk` needs at most `seconds` and `mebibytes`.
     pub fn require_at_most(&mut self, work: &str, seconds: f64, mebibytes: f64) {
         let row = self.results.row(work, "diffdisk");
         let (took, had) = (row.median(|r| r.seconds), row.median(|r| r.mebibytes));
@@ -67,7 +69,7 @@ impl Bench {
     }
 }
 
-/// Syncs the file system.
+/// Syncs the file system that contains `folder`.
 fn sync_file_system(folder: &Path) {
     let folder = File::open(folder).expect("our own folder");
     rustix::fs::syncfs(&folder).expect("the file system can be synced");

@@ -1,4 +1,4 @@
-//! Dense disks: copy, merge, compare.
+//! Copying, merging and comparing of dense disks.
 
 use std::fs;
 use std::path::Path;
@@ -7,13 +7,13 @@ use crate::bench::{Bench, Candidate};
 use crate::disks::{create, create_child, verify};
 use crate::run::{dd, diffdisk, program, qemu_convert};
 
-/// Target: the share of dd's speed for a copy of the same number of bytes.
+/// Target: minimum speed as a share of dd's speed for a copy of the same number of bytes.
 const OF_DD: f64 = 0.8;
 /// Options of qemu-img for a dynamic and a fixed VHD of exactly the given size.
 const DYNAMIC: &[&str] = &["subformat=dynamic,force_size=on"];
 const FIXED: &[&str] = &["subformat=fixed,force_size=on"];
 
-/// A format of a disk, with its names in `diffdisk` and in `qemu-img`.
+/// A format of a disk, with the names of the format in `diffdisk` and in `qemu-img`.
 struct DiskForm<'a> {
     ours: &'a str,
     theirs: &'a str,
@@ -25,7 +25,7 @@ const DYNAMIC_VHD: DiskForm<'_> = DiskForm { ours: "dynamic", theirs: "vpc", opt
 const FIXED_VHD: DiskForm<'_> = DiskForm { ours: "fixed", theirs: "vpc", options: FIXED };
 
 impl DiskForm<'_> {
-    /// Returns the name of the format as a source.
+    /// Returns the name of the format for the option `--from`.
     fn source(&self) -> &str {
         if self.ours == "raw" { "raw" } else { "vhd" }
     }
@@ -70,14 +70,14 @@ pub fn chain(bench: &mut Bench) {
     }
 }
 
-/// Measures merges of a full child into an empty parent, and into a parent with all blocks.
+/// Measures merges of a child with all data into an empty parent, and into a parent that has all blocks.
 pub fn merge(bench: &mut Bench) {
     let (raw, copy) = (bench.dense(), bench.path("copy"));
     let [empty, kept, parent, child] = ["empty.vhd", "kept.vhd", "parent.vhd", "child.vhd"].map(|n| bench.path(n));
     create(&parent, bench.pace.size);
     fs::copy(&parent, &empty).expect("there is room");
     bench.dense_child(&kept, &parent);
-    // The merge removes the child's name at the end. A second name keeps the file for the next run.
+    // A merge unlinks the child at the end. A second hard link preserves the file for the next run.
     let again = || {
         removed(&child);
         fs::hard_link(&kept, &child).expect("names in one folder");
@@ -147,7 +147,7 @@ pub fn compare(bench: &mut Bench) {
     removed(&copy);
 }
 
-/// Removes a file, if it exists, and returns its path.
+/// Removes the file at `path`, if it exists, and returns `path`.
 pub fn removed(path: &Path) -> &Path {
     let _ = fs::remove_file(path);
     path

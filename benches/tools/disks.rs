@@ -1,4 +1,5 @@
-//! The disks: dense ones without zeros, the same data spread over a chain, sparse ones, and deep chains.
+//! The disks of the benchmark: dense disks without zeros, the same data spread over a chain, sparse disks, and deep
+//! chains.
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
@@ -10,11 +11,11 @@ use crate::harness::random_stream;
 use crate::layer::{BLOCK, Layer};
 use crate::run::{diffdisk, run};
 
-/// Bytes of each piece of a spread chain. Consecutive pieces belong to different layers.
+/// Bytes of each piece of a spread chain. Consecutive pieces are in different layers.
 const CHUNK: u64 = 64 << 10;
-/// The largest disk of a VHD.
+/// Maximum size of the disk of a VHD in bytes.
 const LARGEST: u64 = 2040 << 30;
-/// Layers of the deep chain, and blocks of each.
+/// Number of layers of the deep chain, and number of blocks per layer.
 pub const LAYERS: u64 = 16;
 pub const BLOCKS: u64 = 4000;
 
@@ -60,7 +61,7 @@ impl Bench {
                     bitmap[chunk as usize * bits..][..bits].fill(0xFF);
                 }
                 if number == 0 {
-                    bitmap.fill(0xFF); // a block of a root is always complete
+                    bitmap.fill(0xFF); // all bits of a root's block are set
                 }
                 let found: Vec<_> = found.iter().map(|(at, bytes)| (*at, bytes.as_slice())).collect();
                 layer.add(block, &bitmap, &found);
@@ -71,7 +72,7 @@ impl Bench {
         name(layers - 1)
     }
 
-    /// Creates a raw file of 1 TiB with `bytes` of data, in pieces of 1 MiB far from each other.
+    /// Creates a raw file of 1 TiB with `bytes` bytes of data, in pieces of 1 MiB at large distances.
     pub fn sparse(&self, bytes: u64) -> PathBuf {
         let (path, mut dense) = (self.path("sparse.raw"), File::open(self.dense()).expect("it was just made"));
         let file = File::create(&path).expect("our own folder");
@@ -84,14 +85,14 @@ impl Bench {
         path
     }
 
-    /// Creates a chain of the largest disks. Each layer has blocks all over the disk, and every second block masks one of the
-    /// layer below. Returns the youngest and the oldest.
+    /// Creates a chain of disks of the maximum size. Each layer has blocks all over the disk, and every second block
+    /// hides a block of the layer below. Returns the youngest and the oldest file.
     pub fn deep(&self) -> (PathBuf, PathBuf) {
         let name = |layer: u64| self.path(&format!("deep-{layer}.vhd"));
         let page = [7; 4096];
         for number in 0..LAYERS {
             let mut layer = empty_layer(name, number, LARGEST);
-            // A child has the first three quarters of each block, the root the whole block.
+            // A child has the first three quarters of each block, and the root has whole blocks.
             let mut bitmap = [0; 512];
             bitmap[..if number == 0 { 512 } else { 384 }].fill(0xFF);
             for block in 0..BLOCKS {
@@ -133,7 +134,7 @@ pub fn verify(a: (&str, &Path), b: (&str, &Path)) {
     run(&mut diffdisk("compare", &[a.1, b.1], &["--from", a.0, "--from", b.0]));
 }
 
-/// Creates an empty layer. The oldest is a root.
+/// Creates an empty layer. Layer 0, the oldest, is a root.
 fn empty_layer(name: impl Fn(u64) -> PathBuf, number: u64, size: u64) -> Layer {
     match number.checked_sub(1) {
         None => create(&name(0), size),

@@ -1,17 +1,17 @@
-//! Operations whose cost must depend on the data and not on the size of the disk: copy and comparison of a sparse disk, inspection
-//! of a deep chain.
+//! Operations whose cost must depend on the amount of data and not on the size of the disk: copy and comparison of a
+//! sparse disk, and inspection of a deep chain.
 
 use crate::bench::{Bench, Candidate};
 use crate::dense::removed;
 use crate::disks::{BLOCKS, LAYERS, verify};
 use crate::run::{diffdisk, qemu_convert, run};
 
-/// Data of the sparse disk.
+/// Bytes of data of the sparse disk.
 const DATA: u64 = 64 << 20;
-/// Time limit. A program that reads the holes takes minutes.
+/// Maximum time. A program that reads the holes takes minutes.
 const SECONDS: f64 = 1.0;
 const MEBIBYTES: f64 = 100.0;
-/// Time limit of a check, which reads all metadata.
+/// Maximum time of a check, which reads all metadata.
 const CHECK_SECONDS: f64 = 3.0;
 
 pub fn sparse(bench: &mut Bench) {

@@ -1,14 +1,14 @@
-//! Fills images by writing their bytes: blocks one after another, BAT entries, the footer after the blocks. A layer of thousands
-//! of blocks with holes for data is thus cheap and does not depend on the tool's own writers.
+//! Fills images by writing their bytes: blocks one after another, BAT entries, and the footer after the blocks. So a
+//! layer of thousands of blocks with holes is created quickly, and without the writers of the tool that is measured.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 const SECTOR: u64 = 512;
-/// Bytes of a block. Its bitmap takes one sector.
+/// Data bytes of a block. The bitmap of a block has one sector.
 pub const BLOCK: u64 = 2 << 20;
-/// Offset of the header of a new image, and offsets in the header of the fields for the place and the length of the BAT.
+/// File offsets in a new image: of the header, and of the header's fields for the offset and the length of the BAT.
 const HEADER: u64 = 512;
 const TABLE_OFFSET: u64 = HEADER + 16;
 const TABLE_LEN: u64 = HEADER + 28;
@@ -32,13 +32,14 @@ impl Layer {
         Layer { file, table: u64::from_be_bytes(table), entries: u32::from_be_bytes(entries).into(), end }
     }
 
-    /// Adds a block: its bitmap, and runs of data at offsets in the block. The rest of the block is a hole.
+    /// Adds a block with the given bitmap and with runs of data, as (offset in the block, bytes). The rest of the block
+    /// is a hole.
     pub fn add(&mut self, block: u64, bitmap: &[u8; 512], data: &[(u64, &[u8])]) {
         assert!(block < self.entries, "block {block} is not on the disk");
         if self.end == self.file.metadata().expect("it is open").len() - SECTOR {
-            self.write(&[0; 512], self.end); // the footer moves
+            self.write(&[0; 512], self.end); // overwrites the trailing footer, which `finish` writes at the new end
         }
-        // The data is aligned to a page. The bitmap lies before it.
+        // The data is aligned to a page. The bitmap is in the sector before the data.
         let start = (self.end + SECTOR).next_multiple_of(4096);
         let place = u32::try_from(start / SECTOR - 1).expect("places have 32 bits");
         self.write(&place.to_be_bytes(), self.table + block * 4);
@@ -49,7 +50,7 @@ impl Layer {
         self.end = start + BLOCK;
     }
 
-    /// Writes the footer at the end: a copy of the one at the beginning.
+    /// Copies the footer at the start of the file to the end of the file.
     pub fn finish(self) {
         let mut footer = [0; 512];
         self.file.read_exact_at(&mut footer, 0).expect("there is a copy of the footer");

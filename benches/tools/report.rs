@@ -1,4 +1,4 @@
-//! The table and the JSON.
+//! Output of the results: a table and JSON.
 
 use serde_json::{Value, json};
 

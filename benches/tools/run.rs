@@ -13,9 +13,10 @@ pub struct Run {
     pub seconds: f64,
     /// Processor time in seconds, user and system.
     pub cpu: f64,
-    /// Peak resident memory in MiB. (Linux includes the memory of the bench at the fork, so the bench must stay small.)
+    /// Peak resident memory in MiB. (Linux includes the memory that the bench had at fork(2), so the bench must stay
+    /// small.)
     pub mebibytes: f64,
-    /// Bytes of data processed. 0 if a speed has no meaning.
+    /// Number of bytes that the run processed, or 0 if the run has no speed.
     pub bytes: u64,
 }
 
@@ -30,11 +31,11 @@ pub fn run(command: &mut Command) -> Run {
     let child = child.unwrap_or_else(|e| panic!("{}: {e}; run `make bench`", command.get_program().display()));
     let pid = i32::try_from(child.id()).expect("a process number");
     let mut status = 0;
-    // SAFETY: `rusage` is plain data, for which zeros are valid.
+    // SAFETY: `rusage` consists of integers only, for which all zeros are valid.
     let mut used: libc::rusage = unsafe { std::mem::zeroed() };
     loop {
-        // SAFETY: both pointers are to local variables of the right types. Only this call waits for the child, so the process id
-        // still belongs to it.
+        // SAFETY: wait4(2) writes through both pointers during the call only. They point to local variables of the
+        // types that the call requires, and nothing else uses the variables during the call.
         let ended = unsafe { libc::wait4(pid, &raw mut status, 0, &raw mut used) };
         if ended == pid {
             break;

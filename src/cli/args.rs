@@ -57,7 +57,7 @@ impl CommonArgs {
     }
 }
 
-/// Log levels.
+/// The values of `--log-level`.
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub(super) enum LogLevel {
     Off,

@@ -1,4 +1,4 @@
-//! The arguments of one served disk, from `--disk` or a configuration file, with the same keys and rules.
+//! The arguments of one served disk. `--disk` and a configuration file have the same keys and rules.
 
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -11,12 +11,12 @@ use crate::disk::Allocation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vhost::{MAX_QUEUE_SIZE, MAX_QUEUES, SocketAccess};
 
-/// Default queue size: the maximum of QEMU. The default of crosvm is 32768.
+/// Default queue size: QEMU's maximum. (crosvm's default is 32768.)
 const DEFAULT_QUEUE_SIZE: u16 = 1024;
-/// Default number of queues. It is the same on every machine, since the configuration of a front-end contains the number.
-/// crosvm uses all queues that are offered, and each queue has a thread.
+/// Default number of queues. The number does not depend on the machine, because the configuration of a front-end
+/// contains it. The number is small, because crosvm uses all queues that are offered, and each queue has a thread.
 const DEFAULT_QUEUES: u16 = 4;
-/// Maximum bytes of a virtio-blk serial number.
+/// Maximum length of a virtio-blk serial number in bytes.
 const MAX_SERIAL_BYTES: usize = 20;
 
 /// Cache mode that the guest sees.
@@ -30,7 +30,7 @@ pub(super) enum CacheMode {
     Writethrough,
 }
 
-/// Way in which new blocks allocate space of the file system.
+/// When the file system allocates space for new blocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum AllocationArg {
@@ -72,7 +72,7 @@ pub(super) struct DiskArgs {
     pub(super) allocation: Option<AllocationArg>,
     #[serde(default)]
     pub(super) allow_writable_parent: bool,
-    /// Folders in which parents of this disk are accepted, besides those for all disks.
+    /// Folders in which parents of this disk are accepted, in addition to the folders for all disks.
     #[serde(default)]
     pub(super) allow_parents: Vec<PathBuf>,
     /// Group of the socket, by name or number.
@@ -173,7 +173,7 @@ pub(super) fn toml_error(text: &str, e: &toml::de::Error) -> String {
     format!("line {line}: {}", e.message())
 }
 
-/// Returns the number of a group that is given by name or number.
+/// Returns the ID of a group that is given by name or ID.
 fn resolve_group(group: &str) -> Result<u32> {
     if let Ok(number) = group.parse() {
         return Ok(number);
@@ -223,7 +223,7 @@ fn parse_on_off(text: &str) -> Result<bool, String> {
     }
 }
 
-/// Splits at commas. A doubled comma is a comma in a value, as in QEMU.
+/// Splits at commas. Two commas in sequence are one comma of a value, as in QEMU.
 fn split_pairs(text: &str) -> Vec<String> {
     let mut pairs = vec![String::new()];
     let mut rest = text.chars().peekable();

@@ -1,4 +1,4 @@
-//! Exit codes, and the line of a failure.
+//! Exit codes, and the output of a failure.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -11,7 +11,7 @@ use crate::error::Error;
 pub(super) enum Exit {
     /// Success.
     Done = 0,
-    /// An error, for example of I/O, or a refusal.
+    /// An error.
     Failed = 1,
     /// `check` found corruption.
     Corrupt = 3,
@@ -27,8 +27,8 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Prints the line of an error to standard error.
+/// Prints an error to standard error, on one line.
 pub(super) fn print_failure(verb: &str, e: &Error) {
-    // Ignored, since standard error may be closed.
+    // A failed write is ignored, because standard error may be closed.
     let _ = writeln!(std::io::stderr(), "diffdisk: {verb}: {}", escape_controls(&e.line()));
 }

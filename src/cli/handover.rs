@@ -1,10 +1,10 @@
-//! Matches sockets that the starting process hands over to the disks that they serve.
+//! Assigns the sockets that the starting process hands over to disks.
 //!
-//! `--fd` belongs to the one disk on its command line. Sockets in `LISTEN_FDS` are matched by name, never by order: a
-//! socket belongs to the disk whose id equals the socket's name in `LISTEN_FDNAMES` (`FileDescriptorName=`), or whose
-//! `socket` is the path on which the socket listens. Service managers give sockets default names, for example that of the
-//! unit; a single socket with a default name serves the single disk without a socket. Anything else is refused: a guest
-//! must not get the disk of another guest.
+//! `--fd` belongs to the only disk on the command line. Sockets in `LISTEN_FDS` are assigned by name or path, never by
+//! order: a socket belongs to the disk whose id equals the socket's name in `LISTEN_FDNAMES` (`FileDescriptorName=`),
+//! or whose `socket` is the path on which the socket listens. Service managers give sockets default names, for example
+//! the name of the unit. If exactly one socket is left and has a default name, and exactly one disk has no socket, the
+//! socket is assigned to that disk. All other cases are refused: a guest must not get the disk of another guest.
 
 use std::path::{Path, PathBuf};
 
@@ -15,18 +15,19 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::folder_of;
 use crate::vhost::Socket;
 
-/// Name and path of a socket in `LISTEN_FDS`, by which it is matched to a disk.
+/// Name and path of a socket in `LISTEN_FDS`, by which the socket is assigned to a disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct OfferedSocket {
     name: Option<String>,
     path: Option<PathBuf>,
 }
 
-/// Takes all sockets that were handed over. The result has an entry for each disk.
+/// Takes all sockets that were handed over. The result has one entry for each disk.
 ///
 /// # Errors
-/// * `Refused`: a socket matches no disk or several, or a descriptor is not a Unix stream socket.
-/// * `Io`: a descriptor was not handed over or is not a socket, or the environment is inconsistent.
+/// * `Refused`: a socket belongs to no disk or to several, a disk has two sockets, or a descriptor is not a Unix stream
+///   socket.
+/// * `Io`: a descriptor was not handed over or is not a socket, or `LISTEN_FDS` and `LISTEN_FDNAMES` are inconsistent.
 pub(super) fn take_sockets(disks: &[DiskArgs], mut inherited: InheritedFds) -> Result<Vec<Option<Socket>>> {
     let mut taken: Vec<Option<Socket>> = disks.iter().map(|_| None).collect();
     for (disk, taken) in disks.iter().zip(&mut taken) {
@@ -113,7 +114,8 @@ fn by_name_or_path(disks: &[DiskArgs], socket: &OfferedSocket) -> Result<Option<
     Ok(by_name.or(by_path))
 }
 
-/// Returns whether a name is a default of service managers for sockets without `FileDescriptorName=` (sd_listen_fds(3)).
+/// Returns whether a socket has no name, or a name that service managers give to sockets without `FileDescriptorName=`
+/// (sd_listen_fds(3)).
 fn has_default_name(socket: &OfferedSocket) -> bool {
     match socket.name.as_deref() {
         None | Some("" | "unknown" | "connection" | "stored") => true,
@@ -121,7 +123,7 @@ fn has_default_name(socket: &OfferedSocket) -> bool {
     }
 }
 
-/// Returns whether two paths name the same socket, even if a folder is reached by a symbolic link (`/var/run`).
+/// Returns whether two paths name the same socket, even if a folder in one of them is a symbolic link (`/var/run`).
 fn is_same_path(a: &Path, b: &Path) -> bool {
     let folder = |path: &Path| std::fs::canonicalize(folder_of(path)).ok();
     a == b || (a.file_name() == b.file_name() && folder(a).is_some_and(|a| Some(a) == folder(b)))

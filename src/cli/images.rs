@@ -130,7 +130,7 @@ fn check(args: &CheckArgs, common: &CommonArgs) -> Result<Exit> {
         false => print::check(out, &report, common.quiet),
     })?;
     if report.corruptions > 0 {
-        // Reports the defect with the worst consequence; the first one of several.
+        // Reports the first of the defects with the worst consequence.
         let corrupt = report.defects.iter().rev().filter(|defect| defect.corrupt);
         let worst = corrupt.max_by_key(|defect| defect.consequence).expect("corruptions > 0");
         let mut e = Error::new(ErrorKind::Invalid, worst.detail.clone());
@@ -173,7 +173,7 @@ fn diff(args: &DiffArgs, common: &CommonArgs) -> Result<Exit> {
 fn open(path: &Path, from: SourceFormatArg, common: &CommonArgs) -> Result<SourceDisk> {
     let format = SourceFormat::from(from);
     let disk = SourceDisk::open(&Host, path, format, &policy(common)?).map_err(|e| match e.kind() {
-        // The advice is given for the image itself only: for a parent it would be wrong.
+        // The advice is given only if the error concerns the image itself. For a parent the advice would be wrong.
         ErrorKind::Invalid
             if format == SourceFormat::Vhd && e.path() == Some(path) && e.line().contains("no footer") =>
         {
@@ -236,7 +236,7 @@ fn convert(args: &ConvertArgs, common: &CommonArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Opens a damaged disk for salvage, and logs the ranges that are given up.
+/// Opens a damaged disk for salvage, and logs the lost ranges.
 fn salvage(args: &ConvertArgs, common: &CommonArgs) -> Result<SourceDisk> {
     if args.from == SourceFormatArg::Raw {
         return Err(Error::new(

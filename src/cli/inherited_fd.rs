@@ -1,4 +1,4 @@
-//! File descriptors that this process inherited, by number.
+//! Ownership of the file descriptors that this process inherited.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -7,7 +7,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-/// Numbers that are probed if /proc is not available. LISTEN_FDS has at most 4096 descriptors.
+/// Descriptor numbers that are probed if /proc is not available. `LISTEN_FDS` has at most 4096 descriptors.
 const PROBED_FDS: std::ops::RangeInclusive<RawFd> = libc::STDERR_FILENO + 1..=8191;
 
 /// The inherited descriptors that nothing in this process owns yet.
@@ -18,13 +18,14 @@ impl InheritedFds {
     /// Collects all open descriptors except the standard streams.
     ///
     /// # Safety
-    /// Nothing in this process may own any of these descriptors: the caller has opened none so far, and calls this once.
+    /// No value in this process may own one of these descriptors, now or later, unless the value came from this set.
+    /// The caller ensures this by calling `new` once, before any code of the process opens a descriptor.
     pub unsafe fn new() -> InheritedFds {
         let numbers = match std::fs::read_dir("/proc/self/fd") {
             Ok(entries) => entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect::<Vec<_>>(),
             Err(_) => PROBED_FDS.collect(),
         };
-        // Drops the descriptor of the listing itself, which is closed by now.
+        // Removes the descriptor of the listing of /proc/self/fd itself, which is closed by now.
         InheritedFds(numbers.into_iter().filter(|fd| *fd > libc::STDERR_FILENO && is_open(*fd)).collect())
     }
 
@@ -33,7 +34,7 @@ impl InheritedFds {
         InheritedFds(BTreeSet::new())
     }
 
-    /// Takes the descriptor of this number out of the set, as an owned one.
+    /// Removes the descriptor `fd` from the set and returns it with its ownership. The descriptor is closed on exec(2).
     ///
     /// # Errors
     /// * `InvalidInput`: the number is one of the standard streams, was not open when the process started, or was taken
@@ -46,9 +47,10 @@ impl InheritedFds {
         if !self.0.remove(&fd) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it was not handed over, or is given twice"));
         }
-        // SAFETY: `fd` was open and without an owner when the set was created, as the caller of `new` promised. It has had
-        // no owner since, because the set contains it, so nothing may have closed it and it still is the inherited
-        // descriptor. It was removed from the set above, so `owned` becomes its only owner.
+        // SAFETY: `from_raw_fd` requires an open descriptor without another owner. `new` has checked that `fd` was
+        // open, and the caller of `new` ensures that nothing else in this process owned `fd`. Since then `fd` was in
+        // the set and had no owner, so no safe code can have closed it, and `fd` is still the inherited descriptor.
+        // `fd` was removed from the set above, so no second call can take it, and `owned` becomes the only owner.
         let owned = unsafe { OwnedFd::from_raw_fd(fd) };
         fcntl_setfd(&owned, FdFlags::CLOEXEC)?;
         Ok(owned)
@@ -56,7 +58,8 @@ impl InheritedFds {
 }
 
 fn is_open(fd: RawFd) -> bool {
-    // SAFETY: F_GETFD takes no pointer and changes nothing. If `fd` is not open, the call fails with EBADF.
+    // SAFETY: F_GETFD takes no pointer and changes no state, so the call has no requirement on `fd`. If `fd` is not
+    // open, the call fails with EBADF.
     unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
 }
 

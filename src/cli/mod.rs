@@ -1,11 +1,11 @@
 //! Floor 7: the command line of both programs.
 //!
-//! This floor owns arguments, output, exit codes, error lines, and the start of the daemon. The work itself is done by the
-//! floors below.
+//! This floor contains arguments, output, exit codes, error lines, and the start of the daemon. The floors below do the
+//! work.
 //!
 //! ```text
 //!   diffdisk    tool ──> images, settle ──> ops
-//!                │         │  └───────────> progress   a bar, on a terminal only
+//!                │         │  └───────────> progress   a progress bar on a terminal
 //!               args       └──────────────> output     text by print: for people, or JSON
 //!   diffdiskd   serve ──> start ──> vhost
 //!                │  └───> handover   sockets of the starting process (inherited_fd, systemd)

@@ -8,7 +8,7 @@ use super::exit::Exit;
 use super::print::escape_controls;
 use crate::error::{Error, Result};
 
-/// Prints to standard output. A reader that closes the pipe (`| head`) is no error.
+/// Prints to standard output. It is no error if the reader closes the pipe (`| head`).
 pub(super) fn print_to_stdout(f: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
     let mut out = io::BufWriter::new(io::stdout().lock());
     match f(&mut out).and_then(|()| out.flush()) {
@@ -25,7 +25,7 @@ pub(super) fn print_outcome(common: &CommonArgs, line: &str) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Prints a list while it is computed. A reader that closes the pipe (`| head`) is no error.
+/// Prints a list while the list is computed. It is no error if the reader closes the pipe (`| head`).
 pub(super) fn print_list(
     print: impl FnOnce(&mut dyn FnMut(io::Result<()>) -> Result<()>) -> Result<()>,
 ) -> Result<Exit> {
@@ -42,7 +42,7 @@ pub(super) fn print_list(
     }
 }
 
-/// Returns whether a destination is standard output.
+/// Returns whether a path names standard output.
 pub(super) fn is_standard_output(path: &Path) -> bool {
     ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
 }

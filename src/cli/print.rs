@@ -77,7 +77,7 @@ pub(super) fn info(out: &mut dyn Write, info: &info::ImageInfo) -> Result<()> {
     tree(out, chain)
 }
 
-/// Describes the process that has an image in use.
+/// Formats the process that has an image in use.
 fn in_use(user: &info::InUse) -> String {
     let process = match (user.pid, &user.program) {
         (Some(pid), Some(program)) => format!("by {program} (process {pid})"),
@@ -213,7 +213,7 @@ pub(super) struct MapPrinter<W: Write> {
     out: W,
     json: bool,
     begun: bool,
-    /// Printable paths of the files, by depth.
+    /// Paths of the files with control characters escaped, by depth.
     paths: Vec<Option<String>>,
 }
 

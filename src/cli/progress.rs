@@ -1,4 +1,5 @@
-//! Progress of a long operation: a bar on a terminal, nothing on a pipe; and its interruption by a signal.
+//! Progress of a long operation, as a bar if standard error is a terminal, and interruption of the operation by a
+//! signal.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -8,21 +9,22 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The progress bar of an operation over a known number of bytes.
+/// The progress bar and the interrupt flag of an operation over a known number of bytes.
 pub(super) struct ProgressDisplay {
     bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
 }
 
 impl ProgressDisplay {
-    /// Shows the progress of an operation over `bytes`. From now on SIGINT and SIGTERM interrupt it at its next report.
+    /// Shows the progress of an operation over `bytes`. From now on SIGINT and SIGTERM interrupt the operation at its
+    /// next call of [`ProgressDisplay::report`].
     ///
     /// # Errors
     /// `Io` if the signal handlers cannot be installed.
     pub(super) fn new(bytes: u64, quiet: bool) -> Result<ProgressDisplay> {
         let stop = Arc::new(AtomicBool::new(false));
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            // A second signal kills the program at once, which may leave a file under a temporary name.
+            // A second signal kills the program at once. A file with a temporary name may then remain.
             signal_hook::flag::register_conditional_default(signal, stop.clone())
                 .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
                 .map_err(|e| Error::io("cannot wait for signals", e))?;
@@ -37,7 +39,7 @@ impl ProgressDisplay {
         Ok(ProgressDisplay { bar, interrupted: stop })
     }
 
-    /// Reports that `bytes` are done.
+    /// Reports that `bytes` bytes in total are processed.
     ///
     /// # Errors
     /// `Refused` if the user interrupted the operation.

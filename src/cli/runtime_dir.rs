@@ -1,8 +1,8 @@
 //! The runtime folder, in which the daemon keeps live journals and the tool finds them.
 //!
-//! A folder given by `--runtime-dir` is used or refused. Without one there are default folders, tried in order: the daemon
-//! uses the first that has enough space, and both programs search all of them for existing journals. Each folder is opened
-//! once and kept open.
+//! If `--runtime-dir` is given, only this folder is used. Otherwise there are default folders in a fixed order: the
+//! daemon creates journals in the first default folder with enough space, and both programs search all default folders
+//! for existing journals. Each folder is opened once and stays open.
 
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -14,11 +14,12 @@ use crate::storage::{Env, RuntimeFolder};
 /// File system type of tmpfs in `statfs` (linux/magic.h).
 const TMPFS: i64 = 0x0102_1994;
 
-/// Opens the folders that may contain journals: the explicit one, or else the default folders that exist and belong to this
-/// user.
+/// Opens the folders that may contain live journals: the folder `explicit` if it is given, otherwise the default
+/// folders that can be used. Returns no folder if `explicit` does not exist or is not on tmpfs.
 ///
 /// # Errors
-/// As [`Env::runtime_folder`], if the explicit folder exists but cannot be used.
+/// - `Refused` if `explicit` belongs to another user, or other users may write to it
+/// - `Io` if `explicit` cannot be opened
 pub(super) fn existing_folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else {
         return Ok(candidates().iter().filter_map(|folder| Host.runtime_folder(folder).ok()).collect());
@@ -33,11 +34,13 @@ pub(super) fn existing_folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFol
     }
 }
 
-/// Creates the folder for journals of `bytes` in total. Returns it first, followed by other folders that may contain
-/// journals. Warns once if a default folder cannot be used. Returns no folders if none can be used.
+/// Creates the folder for new live journals of `bytes` in total. Returns this folder first, and after it the other
+/// folders that may contain live journals. Returns no folder if none can be used. Logs one warning if a default folder,
+/// or the folder `explicit`, cannot be used.
 ///
 /// # Errors
-/// If an explicit folder cannot be created or written, belongs to another user, or is writable for other users.
+/// - `Refused` if the folder `explicit` belongs to another user, or other users may write to it
+/// - `Io` if the folder `explicit` cannot be created or opened
 pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else { return Ok(choose_folder(&candidates(), bytes)) };
     match create_and_open(folder) {
@@ -62,7 +65,7 @@ fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
                     folder.display(),
                     free_bytes(folder)
                 ));
-                // An earlier daemon may have left journals in it.
+                // An earlier daemon may have left live journals in this folder.
                 passed.push(runtime);
             }
             Ok(runtime) => chosen = Some(runtime),
@@ -80,8 +83,8 @@ fn choose_folder(candidates: &[PathBuf], bytes: u64) -> Vec<RuntimeFolder> {
     chosen.into_iter().chain(passed).collect()
 }
 
-/// Returns the default folders that are on tmpfs: `/run/diffdisk` for root, `$XDG_RUNTIME_DIR/diffdisk` for other users;
-/// then a folder in `/dev/shm`.
+/// Returns the default folders that are on tmpfs: first `/run/diffdisk` for root, or `$XDG_RUNTIME_DIR/diffdisk` for
+/// other users, then a folder in `/dev/shm`.
 fn candidates() -> Vec<PathBuf> {
     let uid = rustix::process::geteuid();
     let own =
@@ -95,7 +98,8 @@ fn is_on_tmpfs(folder: &Path) -> bool {
     rustix::fs::statfs(folder).is_ok_and(|s| s.f_type == TMPFS)
 }
 
-/// Returns the free bytes of the file system of a folder. A tmpfs without a size limit reports zero blocks.
+/// Returns the number of free bytes in the file system of a folder, or `u64::MAX` for a tmpfs without a size limit,
+/// which reports zero blocks.
 fn free_bytes(folder: &Path) -> u64 {
     match rustix::fs::statvfs(folder) {
         Ok(s) if s.f_blocks > 0 => s.f_bavail.saturating_mul(s.f_frsize),
@@ -106,7 +110,9 @@ fn free_bytes(folder: &Path) -> u64 {
 /// Creates the folder with mode 0700 if it does not exist, and opens it.
 ///
 /// # Errors
-/// `Io` if it cannot be created; otherwise as [`Env::runtime_folder`].
+/// - `NotFound`, `Io` if the folder cannot be created or opened
+/// - `Refused` if the folder belongs to another user, or other users may write to it
+/// - `Unsupported` if the folder is not on tmpfs
 fn create_and_open(folder: &Path) -> Result<RuntimeFolder> {
     let failed = |e| Error::io("cannot create the runtime folder", e).at_path(folder);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;

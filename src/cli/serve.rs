@@ -1,7 +1,7 @@
 //! The main function of `diffdiskd`: reads the arguments, starts the disks, serves them until a signal.
 //!
-//! All errors of the start are reported before READY (`start`). Each disk has its own control thread. A signal reaches all of
-//! them through one socket, which is never read and so stays readable for every thread.
+//! All errors of the start are reported before `READY=1` (module `start`). Each disk has its own control thread. A
+//! signal makes one socket readable, which all control threads poll. No thread reads the socket, so it stays readable.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Env;
 use crate::storage::host::Host;
 
-/// Output of `--print-capabilities`, as QEMU's conventions for back-end programs require.
+/// Output of `--print-capabilities`, as QEMU's conventions for vhost-user back-end programs require.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
 /// Runs the daemon with the arguments of the process and its inherited descriptors.
@@ -60,8 +60,8 @@ fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> 
     let handed_over = handover::take_sockets(&disks, inherited)?;
     args.add_system_config(SystemConfig::load(args.no_system_config)?);
     signals::survive_file_size_limit();
-    // The signals are caught before the sockets exist: as soon as a front-end can connect, a signal must stop the
-    // daemon cleanly.
+    // The signal handlers are installed before the sockets exist: as soon as a front-end can connect, a signal must not
+    // kill the daemon without a commit.
     let stop = signals::stop_socket()?;
     let Some(ready) = start::start_all(&args, &disks, handed_over, host, &stop)? else {
         info!("stopped by a signal during the start");
@@ -79,7 +79,7 @@ fn notify_manager(state: &str) {
     }
 }
 
-/// Serves each disk in a thread of its own, until all have ended. Returns the first error.
+/// Serves each disk in a thread of its own. Returns when all threads have ended, with the first error.
 fn run_all(ready: Vec<ReadyDisk>, stop: &Arc<UnixStream>) -> Result<()> {
     let start = |ready: ReadyDisk| {
         let stop = stop.clone();

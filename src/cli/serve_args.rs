@@ -1,4 +1,4 @@
-//! The command line of `diffdiskd`: one disk by options, or several by `--disk` or a configuration file, as [`DiskArgs`].
+//! The command line of `diffdiskd`: one disk by options, or several disks by `--disk` or a configuration file.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -159,7 +159,8 @@ impl DaemonArgs {
         self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
     }
 
-    /// Applies `--socket-group` and `--socket-mode` to the disks whose sockets are created and that have no key of their own.
+    /// Applies `--socket-group` and `--socket-mode` to each disk with a socket to create, unless the disk sets the same
+    /// key.
     fn add_socket_access(&self, disks: &mut [DiskArgs]) -> Result<()> {
         if self.socket_group.is_none() && self.socket_mode.is_none() {
             return Ok(());

@@ -10,10 +10,13 @@ use crate::error::Result;
 use crate::ops;
 use crate::storage::host::Host;
 
-/// Discards the live journals of the images that are the arguments of a verb.
+/// Discards the live journals of the images that are arguments of `verb`.
 ///
 /// # Errors
-/// As [`ops::settle::discard`].
+/// - `Busy` if another process has an image open
+/// - `Refused`, `Invalid`, `NotFound` if an image cannot be opened
+/// - `Refused` if the folder of `--runtime-dir` belongs to another user, or other users may write to it
+/// - `Io`
 pub(super) fn discard(verb: &Verb, common: &CommonArgs) -> Result<()> {
     let vhd = |path, from| (from == SourceFormatArg::Vhd).then_some(path);
     let named: Vec<Option<&PathBuf>> = match verb {
@@ -40,7 +43,11 @@ pub(super) fn discard(verb: &Verb, common: &CommonArgs) -> Result<()> {
 /// Runs the verb `settle`.
 ///
 /// # Errors
-/// As [`ops::settle::settle`].
+/// - `Busy` if another process has the image open
+/// - `Refused` if the live journal is not found or does not belong to the image in its present state, or if the runtime
+///   folder is refused
+/// - `Poisoned` if a sync of the killed daemon failed
+/// - `Invalid`, `NotFound`, `NoSpace`, `Io`
 pub(super) fn settle(args: &SettleArgs, common: &CommonArgs) -> Result<Exit> {
     let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     let settled = ops::settle::settle(&Host, &args.path, &runtime)?;

@@ -1,4 +1,4 @@
-//! Signals: those that stop the daemon, and SIGXFSZ, which must not kill a program.
+//! Signal handlers: for the signals that stop the daemon, and for SIGXFSZ, which must not kill a program.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -6,8 +6,9 @@ use std::sync::atomic::AtomicBool;
 
 use crate::error::{Error, Result};
 
-/// Creates a socket that becomes and stays readable with the first SIGTERM, SIGINT or SIGHUP. The socket is never read, so
-/// each thread that polls it sees the signal. SIGHUP stays ignored if the process inherited that (`nohup`).
+/// Creates a socket that becomes readable at the first SIGTERM, SIGINT or SIGHUP. No thread reads the socket, so it
+/// stays readable for every thread that polls it. If the process inherited SIGHUP as ignored (`nohup`), SIGHUP stays
+/// ignored.
 ///
 /// # Errors
 /// `Io` if the sockets cannot be created or a handler cannot be installed.
@@ -25,7 +26,8 @@ pub(super) fn stop_socket() -> Result<Arc<UnixStream>> {
     Ok(Arc::new(stop))
 }
 
-/// Catches SIGXFSZ, so that a write beyond the file size limit (`ulimit -f`) fails with EFBIG instead of killing the process.
+/// Catches SIGXFSZ, so that a write beyond the file size limit (`ulimit -f`) fails with EFBIG instead of killing the
+/// process.
 pub(super) fn survive_file_size_limit() {
     if let Err(e) = signal_hook::flag::register(libc::SIGXFSZ, Arc::new(AtomicBool::new(false))) {
         log::warn!("cannot catch SIGXFSZ, so a write beyond the file size limit will kill the process: {e}");

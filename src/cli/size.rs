@@ -1,4 +1,4 @@
-//! Sizes in arguments (`512`, `64K`, `10M`, `2G`, `1T`) and in output (`1.5 GiB`).
+//! Parsing of sizes in arguments (`512`, `64K`, `10M`, `2G`, `1T`), and their output (`1.5 GiB`).
 
 use crate::units::BlockSize;
 
@@ -26,9 +26,9 @@ pub(super) fn parse_block_size(text: &str) -> Result<BlockSize, String> {
     size.ok_or_else(|| "the block size must be a power of two from 4K to 256M".to_owned())
 }
 
-/// Parses an alignment of the disk size.
+/// Parses an alignment of the disk size: 1, or a multiple of 512 up to 2 TiB.
 pub(super) fn parse_alignment(text: &str) -> Result<u64, String> {
-    // 2T is the size of the largest disk.
+    // A larger alignment than 2 TiB would exceed the maximum size of a disk.
     let fits = |align: &u64| *align == 1 || (align.is_multiple_of(512) && (512..=1 << 41).contains(align));
     Some(parse_size(text)?)
         .filter(fits)

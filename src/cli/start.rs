@@ -1,4 +1,5 @@
-//! Start of the disks. All errors are reported before READY, and a failed start leaves neither a socket nor a live journal.
+//! Start of the disks. All errors are reported before `READY=1`, and a failed start leaves no socket and no new live
+//! journal.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -20,18 +21,20 @@ use crate::storage::Env;
 use crate::units::SECTOR;
 use crate::vhost::{DiskServer, ServeOptions, Socket, fds_of_disk};
 
-/// Version of the programs, with the commit from which they were built.
+/// Version of the programs, with the commit of the build.
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
-/// Time to wait for the files of a disk. A killed daemon holds them until its last I/O has completed.
+/// Maximum time to wait for the files of a disk. A killed daemon keeps its file locks until its last I/O has completed.
 const PREDECESSOR_IO_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time to wait for the socket of a disk. A killed daemon holds it until the kernel has torn the process down.
+/// Maximum time to wait for the socket of a disk. A killed daemon keeps its socket until the kernel has removed the
+/// process.
 const PREDECESSOR_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
-/// Descriptors of the process itself: standard streams, signal sockets, the log, temporary ones of libraries.
+/// Maximum number of file descriptors that belong to no disk: standard streams, signal sockets, the log, and temporary
+/// descriptors of libraries.
 const PROCESS_FDS: u64 = 32;
 
 /// A disk that is ready to be served.
 pub(super) struct ReadyDisk {
-    // Dropped first: removes the socket and ends the threads of the queues.
+    // This field is dropped first. The drop removes the socket and ends the threads of the queues, which use `disk`.
     server: DiskServer,
     disk: Arc<Disk>,
     name: String,
@@ -46,16 +49,19 @@ impl ReadyDisk {
     /// Serves the disk until `stop` is readable.
     ///
     /// # Errors
-    /// As [`DiskServer::run`].
+    /// - `Io` if requests in flight do not complete, or if waiting on the sockets fails
+    /// - any error of closing the disk; writes that were not flushed may then be lost
     pub(super) fn run(self, stop: &UnixStream) -> Result<()> {
         self.server.run(stop)
     }
 }
 
-/// Opens the disks, creates their sockets and starts their threads. Returns `None` if the stop signal came first.
+/// Opens the disks, creates their sockets and starts their threads. Returns `None` if a stop signal arrives before all
+/// disks are ready.
 ///
 /// # Errors
-/// The first error of any disk. No disk is served then, and the sockets and journals created so far are removed.
+/// The first error of any disk. In this case no disk is served, and the sockets and live journals that were created are
+/// removed.
 pub(super) fn start_all(
     args: &DaemonArgs,
     disks: &[DiskArgs],
@@ -71,7 +77,7 @@ pub(super) fn start_all(
         }
     }
     raise_fd_limit();
-    // A first check with one file per disk; the lengths of the chains are not known yet.
+    // The lengths of the chains are not known yet, so this check assumes one file per disk.
     check_fd_limit(disks, disks.iter().map(|_| 1))?;
     let durability = durability(args, disks, &**host)?;
     let mut ready: Vec<ReadyDisk> = Vec::new();
@@ -120,8 +126,8 @@ fn describe(options: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, e
     )
 }
 
-/// Chooses how acknowledged writes survive a kill of this process: by a live journal, or without a runtime folder by commits.
-/// Removes stale journals from the runtime folders.
+/// Chooses the mechanism by which acknowledged writes survive a kill of this process: live journals, or commits if
+/// there is no runtime folder. Removes stale live journals from the runtime folders.
 fn durability(args: &DaemonArgs, disks: &[DiskArgs], host: &dyn Env) -> Result<Durability> {
     let writable = disks.iter().filter(|disk| !disk.readonly).count() as u64;
     let folders = runtime_dir::prepare(args.runtime_dir.as_deref(), writable * JOURNAL_BYTES)?;
@@ -166,8 +172,7 @@ fn serve_options(args: &DaemonArgs, disk: &DiskArgs) -> ServeOptions {
     }
 }
 
-/// Calls `take` until it returns another result than `Busy`, at most for `limit`. Returns `None` if the stop signal comes
-/// first.
+/// Calls `take` repeatedly while it fails with `Busy`, for at most `limit`. Returns `None` if a stop signal arrives.
 fn retry_while_busy<T>(
     limit: Duration,
     disk: &str,
@@ -199,8 +204,8 @@ fn retry_while_busy<T>(
     }
 }
 
-/// Raises the soft limit of open files to the hard limit: a disk with 64 queues needs about 700 descriptors, and the usual
-/// soft limit is 1024.
+/// Raises the soft limit of open files to the hard limit: a disk with 64 queues needs about 700 descriptors, and the
+/// usual soft limit is 1024.
 fn raise_fd_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -209,8 +214,8 @@ fn raise_fd_limit() {
     }
 }
 
-/// Checks that the disks need no more descriptors than the process may have. `files` yields the number of files of each
-/// disk's chain.
+/// Checks that the disks need no more descriptors than the process may have. `files` yields the number of files in the
+/// chain of each disk.
 ///
 /// # Errors
 /// `Refused` if the limit is too low.

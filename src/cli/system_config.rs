@@ -1,7 +1,7 @@
 //! The system configuration `/etc/diffdisk/diffdisk.toml`, which both programs read: default values of options.
 //!
-//! The file decides in which folders parents are accepted. So it is refused unless it belongs to root or to the user of the
-//! process, and is writable for its owner only.
+//! The file determines the folders in which parents are accepted. For this reason the file is refused unless it belongs
+//! to root or to the user of the process, and only its owner may write to it.
 
 use std::fs::File;
 use std::io::{ErrorKind as IoKind, Read};
@@ -13,12 +13,12 @@ use serde::Deserialize;
 use super::disk_args::toml_error;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Path of the file.
+/// Path of the system configuration.
 const CONFIG_PATH: &str = "/etc/diffdisk/diffdisk.toml";
-/// Maximum bytes that are read.
+/// Maximum number of bytes that are read from the file.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
-/// The settings in the file.
+/// The settings in the system configuration.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub(super) struct SystemConfig {
@@ -29,11 +29,11 @@ pub(super) struct SystemConfig {
 }
 
 impl SystemConfig {
-    /// Reads the file. Returns the default values if the file does not exist, or if `skip`.
+    /// Reads the file. Returns the default values if the file does not exist, or if `skip` is set.
     ///
     /// # Errors
-    /// * `Refused`: the file is writable for others than its owner, belongs to neither root nor the user of the process, or
-    ///   is not a regular file.
+    /// * `Refused`: the file is not a regular file, belongs to neither root nor the user of the process, or is writable
+    ///   for other users than its owner.
     /// * `Invalid`: the file is malformed, has an unknown key, or contains a relative path.
     /// * `Io`: the file cannot be read.
     pub(super) fn load(skip: bool) -> Result<SystemConfig> {

@@ -1,7 +1,7 @@
-//! The interface to systemd: sockets that it hands over (sd_listen_fds(3)), and notifications (sd_notify(3)).
+//! The interface to systemd: sockets that systemd hands over (sd_listen_fds(3)), and notifications (sd_notify(3)).
 //!
-//! The crate `sd-notify` is not used, since it cannot send to an abstract socket, and takes descriptors by number without an
-//! owner.
+//! The crate `sd-notify` is not used, because it cannot send to an abstract socket, and because it returns file
+//! descriptors as numbers without ownership.
 
 use std::ffi::OsStr;
 use std::io;
@@ -12,14 +12,15 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use super::inherited_fd::InheritedFds;
 
-/// Number of the first file descriptor that is handed over.
+/// Number of the first file descriptor that systemd hands over.
 const FIRST_FD: RawFd = 3;
 
-/// Takes the sockets that were handed over, in order, with their names. There are none if the environment is not meant for
-/// this process.
+/// Takes the sockets in `LISTEN_FDS`, in order, with their names. Returns none if `LISTEN_PID` names another process.
 ///
 /// # Errors
-/// `InvalidInput` if a descriptor is not open, or if the number of names is not that of the sockets.
+/// - `InvalidInput` if a descriptor was not inherited or was taken before, or if the numbers of names and sockets
+///   differ
+/// - any error of fcntl(2)
 pub(super) fn take_sockets(inherited: &mut InheritedFds) -> io::Result<Vec<(Option<String>, OwnedFd)>> {
     let read = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<i32>().ok());
     let ours = read("LISTEN_PID").is_some_and(|pid| u32::try_from(pid) == Ok(std::process::id()));
@@ -40,10 +41,10 @@ fn names_of(names: Option<&OsStr>, count: usize) -> io::Result<Vec<Option<String
     Ok(names)
 }
 
-/// Sends a state such as `READY=1` to the service manager; does nothing without `NOTIFY_SOCKET`.
+/// Sends a state such as `READY=1` to the service manager. Does nothing if `NOTIFY_SOCKET` is not set.
 ///
 /// # Errors
-/// Any error of sending to the socket of the service manager.
+/// Any error of creating a socket or sending to the socket of the service manager.
 pub(super) fn notify(state: &str) -> io::Result<()> {
     match std::env::var_os("NOTIFY_SOCKET") {
         Some(name) if !name.is_empty() => send(&name, state),

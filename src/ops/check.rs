@@ -1,4 +1,5 @@
-//! `check`: tests an image against every rule of the format. With `--repair` it repairs defects that need no guess.
+//! `check`: tests an image against every rule of the format. With `--repair`, defects are repaired if only one repair
+//! is possible.
 
 use std::path::Path;
 
@@ -15,26 +16,26 @@ use crate::units::{SECTOR, SectorRange};
 /// Result of a check of one file, or of a whole chain.
 #[derive(Clone, Debug, Serialize)]
 pub struct CheckReport {
-    /// Path of the file; for a chain of the youngest file.
+    /// Path of the file. For a chain, path of the youngest file.
     pub path: String,
     /// Whether no defect was found.
     pub ok: bool,
-    /// Number of defects because of which the disk cannot be opened or trusted.
+    /// Number of defects that make the disk unreadable or its contents unreliable.
     pub corruptions: u64,
     /// Number of regions of the file to which nothing refers.
     pub leaks: u64,
     /// Number of other defects.
     pub cosmetic: u64,
-    /// The defects, at most a thousand of one kind in a file.
+    /// The defects. A report lists at most 1000 defects of one kind in a file.
     pub defects: Vec<FoundDefect>,
     /// Observations that are no defects but may explain one.
     pub notes: Vec<FoundDefect>,
-    /// Lost ranges of the disk, ascending; for a chain those that any of its files has lost.
+    /// Lost ranges of the disk, ascending. For a chain, the ranges that any of its files has lost.
     pub lost: Vec<LostRange>,
     /// Whether the image is a child and its parents were not checked.
     #[serde(skip)]
     pub parents_unchecked: bool,
-    /// Repaired files. The rest of the report is the state after the repair.
+    /// Repaired files. All other fields have the state after the repair.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<RepairedFile>,
     /// Report of each file, youngest first, if the chain was requested.
@@ -63,12 +64,12 @@ pub struct FoundDefect {
     pub offset: Option<u64>,
     /// Description of the defect, for people.
     pub detail: String,
-    /// Whether the defect can be repaired without a guess.
+    /// Whether `check --repair` can repair the defect.
     pub repairable: bool,
     /// Whether the defect counts among the corruptions.
     #[serde(skip)]
     pub corrupt: bool,
-    /// The uses of the image that the defect prevents.
+    /// Which uses of the image the defect prevents.
     #[serde(skip)]
     pub consequence: Consequence,
 }
@@ -80,12 +81,12 @@ pub struct RepairedFile {
     pub path: String,
     /// The defects that were repaired.
     pub defects: Vec<FoundDefect>,
-    /// Path of the undo file with the replaced bytes. `None` if no bytes were replaced.
+    /// Path of the undo file, which contains the replaced bytes. `None` if no bytes were replaced.
     pub undo: Option<String>,
 }
 
-/// Returns the number of bytes that a check will read, for its progress. If the chain cannot be opened, that of the
-/// youngest file.
+/// Returns the total length of the files that a check will read, as the end of its progress. If the chain cannot be
+/// opened, returns the length of the youngest file.
 pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u64 {
     let len = |file: &File| file.stat().map_or(0, |stat| stat.len);
     match parents.and_then(|policy| Chain::open(env, path, policy, OpenMode::Inspect).ok()) {
@@ -99,8 +100,8 @@ pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u
 ///
 /// # Errors
 /// - `Busy` if another process has a file open for writing
-/// - `Refused` if `path` is no regular file, or if the image needs the live journal of a killed daemon; the message
-///   states whether the journal lies in one of the folders `runtime`
+/// - `Refused` if `path` is no regular file, or if the image lacks writes that are in the live journal of a killed
+///   daemon; the message states whether the live journal is in one of the folders `runtime`
 /// - `Io`; errors of `progress`
 pub fn check(
     env: &dyn Env,
@@ -113,17 +114,18 @@ pub fn check(
     Ok(combined_report(&checked, parents.is_some()))
 }
 
-/// Repairs defects that need no guess, file by file under exclusive locks, and returns a check of the result.
+/// Repairs the defects that have only one possible repair. Locks and repairs one file after another, then checks the
+/// files again and returns the result of the second check.
 ///
-/// With `take` one of two footers that contradict each other is chosen. The contents of the disk never change, unless
-/// the chosen footer belongs to another disk. A file that has lost sectors is not repaired. After the first repair
-/// `progress` is not called any more, so that its errors cannot prevent the report.
+/// `take` chooses one of two footers that contradict each other. The contents of the disk never change, unless the
+/// chosen footer belongs to another disk. A file that has lost sectors is not repaired. After the first check
+/// `progress` is not called again, so that an error of `progress` cannot prevent the report of a repair.
 ///
 /// # Errors
-/// - as [`check`]
-/// - `Busy` if a file to be repaired is open in another process
-/// - `Refused` for an image of an unfinished merge
-/// - `NoSpace`
+/// - `Busy` if another process has a file open
+/// - `Refused` if `path` is no regular file, if an image lacks writes that are in the live journal of a killed daemon,
+///   if an unfinished merge forbids the repair, or if a file was replaced after the first check
+/// - `Io`, `NoSpace`; errors of `progress`
 pub fn repair(
     env: &dyn Env,
     path: &Path,
@@ -148,7 +150,7 @@ pub fn repair(
         if file.stat()?.id != checked.id {
             return Err(Error::new(ErrorKind::Refused, "the file was replaced during the check").at_path(&checked.path));
         }
-        // A daemon may have served and left the image since it was checked.
+        // Since the first check, a daemon may have served the image and may have been killed.
         refuse_if_file_is_live(env, runtime, &file)?;
         // An image that cannot be opened is not part of a merge.
         if let Ok(image) = Image::open(file.clone()) {
@@ -161,12 +163,12 @@ pub fn repair(
     Ok(CheckReport { repaired, ..check(env, path, parents, runtime, &mut |_| Ok(()))? })
 }
 
-/// Undoes a repair of the image at `path` with the undo file at `undo`, which the repair left.
+/// Undoes a repair of the image at `path` with the undo file of the repair, at `undo`.
 ///
 /// # Errors
-/// An interrupted call is completed by the same call.
+/// The same call completes an interrupted call.
 /// - `Refused` if the undo file belongs to another image, if the image was changed since the repair, or if a live
-///   journal holds writes that the image lacks
+///   journal has writes that the image lacks
 /// - `Invalid` if the file is no undo file of a finished repair
 /// - `Busy`, `NoSpace`, `Io`
 pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
@@ -178,7 +180,7 @@ pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) 
     image::undo_repair(&file, &kept)
 }
 
-/// Name of the defect of two footers of different types. Only a choice (`take`) repairs it.
+/// Name of the defect that the two footers have different types. It is repaired only if `take` chooses a footer.
 const KINDS_DIFFER: &str = "footer-kinds-differ";
 
 fn is_footer_contradiction(defect: &Defect) -> bool {
@@ -207,11 +209,11 @@ fn combined_report(checked: &[CheckedFile], chain: bool) -> CheckReport {
 
 fn file_report(file: &CheckedFile, named: bool) -> CheckReport {
     let path = file.path.display().to_string();
-    // If an image does not open, its last defect is the reason, and counts as a corruption.
+    // If an image cannot be opened, its last defect is the reason and counts as a corruption.
     let last = file.defects.len().wrapping_sub(1);
     let corrupt =
         |number: usize, defect: &Defect| defect.severity() == Severity::Corruption || (!file.opens && number == last);
-    // A padded file can be repaired although it does not open.
+    // A fixed image with padding after its footer can be repaired although it cannot be opened.
     let padded = file.defects.iter().any(|defect| matches!(defect, Defect::FixedPadded { .. }));
     let is_repairable = (file.opens || padded) && file.lost.is_empty();
     let found = |(number, defect): (usize, &Defect)| FoundDefect {

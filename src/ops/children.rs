@@ -12,20 +12,20 @@ use crate::storage::{Access, Env};
 /// An image that names another image as its parent.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct ChildImage {
-    /// Its absolute path.
+    /// Absolute path of the child.
     pub path: String,
-    /// Its UUID.
+    /// UUID of the child.
     pub uuid: String,
 }
 
-/// Returns the children of the image at `path` in its folder and in `folders`, sorted by path. Compares only UUIDs in
-/// footers and headers. Takes no lock. Skips files that cannot be read, with a warning.
+/// Returns the children of the image at `path` in the folder of the image and in `folders`, sorted by path. Compares
+/// only UUIDs in footers and headers. Takes no lock. Skips files that cannot be read, and logs a warning for each.
 ///
 /// # Errors
 /// - `Invalid` if the file at `path` is no image
-/// - `Io`, `NotFound` for that file and for the folders
+/// - `Io`, `NotFound` for the file at `path` and for the folders
 pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<ChildImage>> {
-    // Symbolic links are resolved: children usually lie in the folder of the file itself.
+    // Symbolic links are resolved, because children usually lie in the folder of the link's target.
     let path = env.canonical(path)?;
     let file = env.open(&path, Access::Read)?;
     let Some(parent) = ImageIdentity::peek(&file)? else {

@@ -1,4 +1,4 @@
-//! `compact`: gives the space of redundant blocks, zeros and gaps back to the host.
+//! `compact`: frees the space of redundant blocks, zeros and gaps.
 
 use std::path::Path;
 
@@ -16,19 +16,20 @@ use crate::units::{BlockSize, SECTOR, SectorRange};
 /// Result of a compaction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Compacted {
-    /// Blocks that the image no longer has.
+    /// Number of blocks that were removed.
     pub freed_blocks: u64,
-    /// Bytes given back to the host.
+    /// Bytes that were freed in the file system.
     pub freed_bytes: u64,
 }
 
-/// Gives back space that the image at `path` does not need: blocks with the same contents as the parents (zeros in a
-/// root), runs of zeros in other blocks, gaps between blocks, and space after the last block. The contents of the disk
-/// and of its children never change.
+/// Frees space that the image at `path` does not need: blocks with the same contents as the parents (in a root, blocks
+/// of zeros), runs of zeros in other blocks, gaps between blocks, and space after the last block. The contents of the
+/// disk and of the disks of its children never change.
 ///
 /// # Errors
-/// An interrupted call is completed by the same call.
+/// After any error the image is valid. The same call completes the work.
 /// - `Unsupported` for a fixed image
+/// - `Refused` if a live journal has writes that the image lacks, or if an unfinished merge forbids the change
 /// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `NoSpace`, `Io`; errors of `progress`
 pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
@@ -66,7 +67,7 @@ fn compact_locked(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted
     Ok(Compacted { freed_blocks: idle.len() as u64, freed_bytes: given_back })
 }
 
-/// Search of blocks for redundant contents.
+/// Compares blocks of an image with the layers beneath, to find redundant blocks.
 struct BlockInspector<'a> {
     offline: &'a Offline,
     beneath: &'a Version,
@@ -90,8 +91,8 @@ impl<'a> BlockInspector<'a> {
         }
     }
 
-    /// Whether the disk would have the same contents without a block. Appends runs of zeros (file offset, length) to
-    /// `holes`.
+    /// Returns whether the disk would have the same contents without `block`. Appends runs of zeros in the block to
+    /// `holes`, as (file offset, length).
     fn is_redundant(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
         let whole = self.block_size.sectors_of(block);
@@ -110,7 +111,8 @@ impl<'a> BlockInspector<'a> {
         Ok(idle)
     }
 
-    /// Whether a range whose bits are set equals the parents. The whole range is read in any case, to find holes.
+    /// Returns whether a range of set bits has the same contents as the layers beneath. Appends runs of zeros in the
+    /// whole range to `holes`, even after a difference was found.
     fn matches_beneath(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let (_, data) = self.offline.block(block).expect("it has a place");
         let (mut rest, mut same) = (run, true);

@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::storage::Buffer;
 use crate::units::{SECTOR, SectorRange};
 
-/// Returns the first byte in which the disks differ, or `None` if they are equal. After the end of the shorter disk the
-/// longer one must be zero. Ranges that are holes in both are not read.
+/// Returns the offset of the first byte in which the disks differ, or `None` if the disks are equal. The shorter disk
+/// counts as continued by zeros. Ranges without data in both disks are not read.
 ///
 /// # Errors
 /// `Io`; errors of `progress`.
@@ -30,7 +30,7 @@ pub fn compare(a: &SourceDisk, b: &SourceDisk, progress: &mut Progress<'_>) -> R
     Ok(None)
 }
 
-/// One of the two disks, with the position in it.
+/// One of the two disks, with its current position.
 struct ComparedDisk<'a> {
     disk: &'a SourceDisk,
     data: DataRuns<'a>,
@@ -46,7 +46,7 @@ impl<'a> ComparedDisk<'a> {
         Ok(ComparedDisk { disk, data, next, plan: PlanBuffer::default(), buffer: Buffer::zeroed(CHUNK_BYTES) })
     }
 
-    /// Returns the first sector at or after `at` that may hold data.
+    /// Returns the first sector at or after `at` that may contain data.
     fn next_data(&mut self, at: u64) -> Result<Option<u64>> {
         while let Some(run) = self.next {
             if run.end() > at {

@@ -1,4 +1,4 @@
-//! `convert`: copies the contents of a disk, as its guest sees them, into another format. Holes stay holes.
+//! `convert`: copies the contents of a disk, as its guest reads them, into another format. Holes stay holes.
 
 use std::cell::RefCell;
 use std::io::Write;
@@ -17,7 +17,7 @@ use crate::units::{BlockSize, SECTOR};
 /// Format of the copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TargetFormat {
-    /// The bytes of the disk, as a sparse file.
+    /// A sparse file, or a block device, with the bytes of the disk.
     Raw,
     /// A fixed VHD.
     Fixed,
@@ -38,11 +38,11 @@ pub struct Conversion {
     pub uuid: Option<Uuid>,
 }
 
-/// Refuses to replace an image whose daemon was killed: acknowledged writes would be lost, and the live journal would
-/// remain.
+/// Checks that the file at `path` may be replaced. An image with an open session must not be replaced: acknowledged
+/// writes would be lost, and the live journal would remain.
 ///
 /// # Errors
-/// - `Refused`, with the command to run
+/// - `Refused`, with a message that contains the command to run, if the image has an open session
 /// - `Io`
 pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     if !env.exists(path) {
@@ -56,14 +56,16 @@ pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) 
 }
 
 /// Copies `disk` to a new file at `path`. The file gets its name, or replaces an old file, when it is complete and
-/// durable. In a VHD a last sector that is not full is filled up with zeros.
+/// durable. In a VHD, a partial last sector of the disk is padded with zeros.
 ///
-/// A block device at `path` is overwritten in place with a raw disk. If that fails, its contents are of no use.
+/// If `path` is a block device, the device is overwritten in place with the bytes of the disk. If the call then fails,
+/// the contents of the device are undefined.
 ///
 /// # Errors
-/// No new file is left in any case.
-/// - `Refused` if `path` exists and `how.replace` is not set, or for a device that is too small, or for a VHD on a device
-/// - `Busy` if the file to be replaced or the device is in use
+/// After any error no new file is left.
+/// - `Refused` if `path` exists and `how.replace` is not set, if a device is too small, or if a VHD would be written to
+///   a device
+/// - `Busy` if the file to replace or the device is in use
 /// - `Invalid` if the format does not allow the size
 /// - `Io`, `NoSpace`; errors of `progress`
 pub fn convert(
@@ -94,8 +96,8 @@ pub fn convert(
     sink.finish()
 }
 
-/// Whether there is a block device at `path`. False for names that do not exist and for files that this user may not
-/// read: the caller reports these when it opens them.
+/// Returns whether there is a block device at `path`. Returns false for names that do not exist and for files that this
+/// user may not read, because the caller reports these errors when it opens the file.
 fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
     match env.open_disk(path, Access::Read) {
         Ok(file) => Ok(file.is_block_device()),
@@ -133,7 +135,7 @@ fn convert_to_device(
 /// Writes all bytes of `disk` to `out`, followed by zeros up to a multiple of `align` bytes.
 ///
 /// # Errors
-/// `Io`, also if the reader of `out` is gone; errors of `progress`.
+/// `Io`, also if `out` is a closed pipe; errors of `progress`.
 pub fn stream(disk: &SourceDisk, out: &mut dyn Write, align: u64, progress: &mut Progress<'_>) -> Result<()> {
     let failed = |e| Error::io("cannot write to standard output", e);
     let zeros = Buffer::zeroed(CHUNK_BYTES);

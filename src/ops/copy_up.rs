@@ -1,12 +1,13 @@
-//! Copying up, for `flatten` and `rebase`: a child gets the data of its old parents that its new parents lack.
+//! Copying up, for `flatten` and `rebase`: data of the old parents that the new parents lack is copied into the child.
 //!
 //! ```text
 //!   old parents   ──┐  same file, same offset: nothing is read or written
 //!                   ├─ both zero: nothing is read or written
-//!   new parents   ──┘  otherwise compared page by page: pages that differ are written into the child, zeros as bits only
+//!   new parents   ──┘  otherwise compared page by page: differing pages are written into the child, zeros as bits only
 //! ```
 //!
-//! The contents of the disk do not change meanwhile, because the bytes that are written are those that it shows already.
+//! The contents of the disk do not change during the copy, because each write into the child has the bytes that the
+//! disk already has at this place.
 
 use super::extents::{WINDOW_SECTORS, next_allocated};
 use super::image_writer::ImageWriter;
@@ -27,8 +28,8 @@ pub(super) enum CopyUpStage {
     Committed,
 }
 
-/// Copies into the image of `writer` the sectors that its old parents provide and `new` would not. Without `new` the
-/// image will have no parent. Returns the number of bytes that were copied, when they are durable.
+/// Copies into the image of `writer` the sectors in which its old parents and the parents in `new` differ. If `new` is
+/// `None`, the image will have no parent. When the copy is durable, returns the number of bytes that were copied.
 ///
 /// # Errors
 /// - `NoSpace`, `Io`, `Poisoned`; the contents of the disk are unchanged
@@ -68,7 +69,7 @@ pub(super) fn copy_up(
     Ok(work.copied)
 }
 
-/// A range that the child does not contain, and in which the two chains may differ.
+/// A range that the child does not contain, and in which the chains of the old and the new parents may differ.
 struct CandidateRun {
     range: SectorRange,
     old: Source,
@@ -94,14 +95,14 @@ fn file_ids(version: &Version) -> Result<Vec<FileId>> {
 }
 
 impl CopyUp<'_> {
-    /// Returns the first sector at or after `at` of a block that a layer of either chain has.
+    /// Returns the first sector at or after `at` that is in an allocated block of a layer of either chain.
     fn next_allocated(&self, version: &Version, at: u64) -> u64 {
         let new = self.new.iter().flat_map(|new| new.frozen().layers());
         let all = version.frozen().layers().iter().chain(new);
         all.map(|layer| next_allocated(layer, at)).min().unwrap_or(u64::MAX)
     }
 
-    /// Returns the ranges of a window in which the two chains may differ.
+    /// Returns the ranges of a window that the child does not contain, and in which the two chains may differ.
     fn candidates(&mut self, version: &Version, window: SectorRange) -> Result<Vec<CandidateRun>> {
         let (mut runs, top) = (Vec::new(), version.top().expect("opened for writing").slot);
         version.plan_read_now(window, &mut self.plan)?;
@@ -125,7 +126,7 @@ impl CopyUp<'_> {
         Ok(runs)
     }
 
-    /// Whether both chains take the range from the same bytes of the same file, or from none.
+    /// Returns whether both chains take the range from the same bytes of the same file, or both from no file.
     fn has_same_source(&self, run: &CandidateRun) -> bool {
         match (run.old, run.new) {
             (Source::Zero, Source::Zero) => true,
@@ -189,7 +190,7 @@ impl CopyUp<'_> {
     }
 }
 
-/// Reads a range from its source. Returns false if the range lies in no file or in a hole, so that it is zero.
+/// Reads a range from its source. Returns false if the range is zero because it lies in no file or in a hole.
 fn read_source(version: &Version, source: Source, into: &mut [u8]) -> Result<bool> {
     if let Source::File { slot, offset } = source {
         let file = version.file(slot);

@@ -1,4 +1,4 @@
-//! `create`: makes a root, or a child of an image.
+//! `create`: creates a root, or a child of an image.
 
 use std::path::{Path, PathBuf};
 
@@ -33,10 +33,10 @@ pub struct RootSpec {
 pub struct ChildSpec {
     /// Path of the parent.
     pub parent: PathBuf,
-    /// Virtual size in bytes. By default that of the parent.
+    /// Virtual size in bytes. By default the size of the parent.
     pub size: Option<u64>,
-    /// Block size. By default that of the parent, because other programs read chains with mixed block sizes wrongly or
-    /// not at all (format 3.1). For a child of a fixed image [`BlockSize::DEFAULT`].
+    /// Block size. By default the block size of the parent, because other programs read chains with mixed block sizes
+    /// wrongly or not at all (format 3.1). The default for a child of a fixed image is [`BlockSize::DEFAULT`].
     pub block_size: Option<BlockSize>,
     /// Virtual size in bytes to which the disk can grow without a new block table.
     pub reserve: u64,
@@ -49,22 +49,22 @@ pub struct ChildSpec {
 /// Properties of a new child.
 #[derive(Clone, Debug)]
 pub struct CreatedChild {
-    /// Its UUID.
+    /// UUID of the child.
     pub uuid: Uuid,
-    /// Its virtual size in bytes.
+    /// Virtual size in bytes.
     pub size: u64,
-    /// Its parent's absolute path.
+    /// Absolute path of the parent.
     pub parent: PathBuf,
-    /// Folders of its parents that lie neither below its own folder nor below an allowed one. The child can be opened
-    /// only if they are allowed.
+    /// Folders of parents that are neither the folder of the child nor an allowed folder, nor below one of these. The
+    /// child can be opened only with these folders allowed.
     pub folders_not_allowed: Vec<PathBuf>,
 }
 
-/// Makes a root at `path`.
+/// Creates a root at `path`.
 ///
 /// # Errors
 /// - `Refused` if `path` exists
-/// - `Invalid` if the format does not allow the size
+/// - `Invalid` if the format does not allow one of the sizes
 /// - `Io`, `NoSpace`
 pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
     let kind = if root.fixed { ImageKind::Fixed } else { ImageKind::Dynamic };
@@ -72,13 +72,14 @@ pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
     create_function(root.preallocate)(env, path, &spec)
 }
 
-/// Makes a child at `path`. The parent's chain is opened according to `policy`, and stays locked against writers until
-/// the child exists.
+/// Creates a child at `path`. The parent's chain is opened according to `policy`, and stays locked against writers
+/// until the child exists.
 ///
 /// # Errors
-/// - `Refused` if `path` exists, the chain would be too deep, or the child would be smaller than its parent
+/// - `Refused` if `path` exists, if the chain would be too deep, if the child would be smaller than its parent, or if
+///   an unfinished merge forbids a child of the parent
 /// - `Busy` if another process has an image of the parent's chain open for writing
-/// - `Invalid` if the format does not allow the size
+/// - `Invalid` if the format does not allow one of the sizes
 /// - `Invalid`, `NotFound`, `Io`, `NoSpace` for a file of the chain
 pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> Result<CreatedChild> {
     let chain = Chain::open(env, &child.parent, policy, OpenMode::Read)?;
@@ -98,10 +99,10 @@ pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> 
     let absolute = env.canonical(&child.parent)?;
     let outside = folders_not_allowed(env, folder_of(path), policy, &chain)?;
     let spec = ImageSpec { kind: ImageKind::Differencing(link), size, block_size, reserve: child.reserve };
-    // The parent is marked before the child exists: a mark that names no child is ignored.
+    // The parent records the child before the child exists, because a recorded child that does not exist is ignored.
     record_child(env, parent, path);
     let made = create_function(child.preallocate)(env, path, &spec);
-    drop(chain); // releases the locks on the parents
+    drop(chain); // unlocks the parents
     made.map(|uuid| CreatedChild { uuid, size, parent: absolute, folders_not_allowed: outside })
 }
 
@@ -109,7 +110,8 @@ fn create_function(preallocate: bool) -> fn(&dyn Env, &Path, &ImageSpec) -> Resu
     if preallocate { image::create_preallocated } else { image::create }
 }
 
-/// Returns the folders of a chain that lie neither below `folder` nor below an allowed one, each once.
+/// Returns the folders of a chain's files that are neither `folder` nor an allowed folder, nor below one of these. Each
+/// folder is returned once.
 fn folders_not_allowed(env: &dyn Env, folder: &Path, policy: &Policy, chain: &Chain) -> Result<Vec<PathBuf>> {
     let allowed = std::iter::once(folder).chain(policy.allowed.iter().map(PathBuf::as_path));
     let allowed = allowed.map(|folder| env.canonical(folder)).collect::<Result<Vec<_>>>()?;

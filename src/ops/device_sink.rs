@@ -1,8 +1,8 @@
 //! Block device that `convert` overwrites with a raw disk.
 //!
-//! A device has old contents everywhere, so ranges of zeros are zeroed on the device as well: a large range by a call
-//! that lets the device discard it (if it then reads as zeros), a small range by a write. If the device is larger than
-//! the disk, its rest keeps its contents.
+//! A device may have old contents everywhere, so ranges of zeros are zeroed on the device as well. A large range is
+//! zeroed by a system call, and the device may discard a range if discarded ranges read as zeros. A small range is
+//! zeroed by a write. If the device is larger than the disk, the rest of the device keeps its contents.
 
 use std::path::Path;
 
@@ -11,9 +11,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Buffer, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// Alignment of ranges that are zeroed by a call. It is a multiple of the logical block of every device.
+/// Alignment of ranges that are zeroed by a system call: a multiple of the logical block size of every device.
 const ZERO_ALIGN_BYTES: u64 = CHUNK_BYTES as u64;
-/// Longest range that one call zeroes. The user can interrupt the work between two calls.
+/// Maximum length of a range that one system call zeroes. The user can interrupt the work between two calls.
 const ZERO_MAX_BYTES: u64 = 256 << 20;
 
 /// An open device that is overwritten from its start.
@@ -21,7 +21,7 @@ pub(super) struct DeviceSink {
     file: File,
     /// Size of the disk in bytes, rounded up to whole sectors.
     len: u64,
-    /// Offset before which everything is written.
+    /// Offset before which the device has the contents of the disk.
     done: u64,
     zeros: Buffer,
 }
@@ -31,7 +31,7 @@ impl DeviceSink {
     ///
     /// # Errors
     /// - `Busy` if the device is in use
-    /// - `Refused` if it is too small, or no block device
+    /// - `Refused` if the device is too small, or if the file at `path` is no block device
     /// - `Io`
     pub(super) fn open(env: &dyn Env, path: &Path, len: u64) -> Result<DeviceSink> {
         let file = env.open_disk(path, Access::Write)?;
@@ -50,7 +50,7 @@ impl DeviceSink {
         Ok(DeviceSink { file, len, done: 0, zeros: Buffer::zeroed(CHUNK_BYTES) })
     }
 
-    /// Writes a range of whole sectors, and zeros between the previous range and this one. Ranges must ascend.
+    /// Zeroes the gap between the previous range and `range`, and writes `bytes` to `range`. Ranges must ascend.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8], progress: &mut Progress<'_>) -> Result<()> {
         self.zero_until(range.start() * SECTOR, progress)?;
         self.file.write_at(bytes, self.done)?;
@@ -58,7 +58,7 @@ impl DeviceSink {
         Ok(())
     }
 
-    /// Writes zeros up to the end of the disk and makes the device durable.
+    /// Zeroes the device up to the end of the disk, and syncs the device.
     pub(super) fn finish(mut self, progress: &mut Progress<'_>) -> Result<()> {
         self.zero_until(self.len, progress)?;
         self.file.sync()

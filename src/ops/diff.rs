@@ -7,7 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Access, Env};
 use crate::units::SECTOR;
 
-/// A range of a disk that was written since the ancestor.
+/// A range of a disk that was written since an ancestor got a child.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct ChangedRun {
     /// First byte of the disk.
@@ -16,8 +16,9 @@ pub struct ChangedRun {
     pub length: u64,
 }
 
-/// Calls `found` for each range of the disk at `path` that was written since its ancestor at `since` (by default its
-/// parent) got a child: ascending, in sectors, adjacent ranges joined. Only bitmaps are read.
+/// Calls `found` for each range of the disk at `path` that was written since the ancestor at `since` (by default the
+/// parent) got a child. The ranges ascend and consist of whole sectors, and adjacent ranges are joined. Only bitmaps
+/// are read.
 ///
 /// # Errors
 /// - `Refused` if there is no such ancestor
@@ -40,7 +41,7 @@ pub fn diff(
     chain.changed_ranges(ancestor, |range| found(ChangedRun { start: range.start() * SECTOR, length: range.bytes() }))
 }
 
-/// Returns the position in the chain of the file at `since`.
+/// Returns the depth in the chain of the file at `since`.
 fn depth_of(env: &dyn Env, chain: &Chain, since: &Path) -> Result<usize> {
     let id = env.open(since, Access::Read)?.stat()?.id;
     for (depth, image) in chain.images().iter().enumerate() {

@@ -1,14 +1,14 @@
 //! The extents of a chain in ascending order.
 //!
-//! If no layer has a block for a range, the block tables alone show this, and no bitmap is read for the range. So an
-//! empty disk costs next to nothing, regardless of its size.
+//! If no layer has a block for a range, the block tables show that the range is zero, and no bitmap is read for it. So
+//! the cost depends on the number of allocated blocks and not on the size of the disk.
 
 use crate::chain::{Extent, Layer, PlanBuffer, Source, Version};
 use crate::error::Result;
 use crate::storage::{File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
-/// Sectors planned at once: 64 MiB.
+/// Maximum number of sectors that are planned at once: 64 MiB.
 pub(super) const WINDOW_SECTORS: u64 = 1 << 17;
 
 /// Iterator over the extents of a chain, ascending and without gaps.
@@ -16,33 +16,34 @@ pub(super) struct Extents<'a> {
     version: &'a Version,
     /// The first sector that no returned or planned extent covers.
     at: u64,
-    /// For each layer the first sector of a block that it has, at or after the sector of the last look-up.
+    /// For each layer the first sector of an allocated block, at or after the sector of the last look-up in the layer.
     next_allocated: Vec<u64>,
     plan: PlanBuffer,
     /// The next extent of `plan` to return.
     next: usize,
-    /// Whether bitmaps that are read do not stay in the cache.
+    /// Whether bitmap sectors are read without being added to the frozen cache.
     uncached: bool,
 }
 
 impl<'a> Extents<'a> {
-    /// Starts at the first sector of the disk.
+    /// Creates an iterator that starts at the first sector of the disk.
     pub(super) fn new(version: &'a Version) -> Extents<'a> {
         Extents::from(version, 0)
     }
 
-    /// Starts at sector `at`.
+    /// Creates an iterator that starts at sector `at`.
     pub(super) fn from(version: &'a Version, at: u64) -> Extents<'a> {
         let next_allocated = version.frozen().layers().iter().map(|layer| next_allocated(layer, at)).collect();
         Extents { version, at, next_allocated, plan: PlanBuffer::default(), next: 0, uncached: false }
     }
 
-    /// Returns an iterator that keeps no bitmap in the cache, for a caller that makes no other look-up in the version.
+    /// Converts the iterator to one that adds nothing to the frozen cache, for callers that make no other look-up in
+    /// the version. The version must have no top.
     pub(super) fn uncached(self) -> Extents<'a> {
         Extents { uncached: true, ..self }
     }
 
-    /// Returns the file of a slot that an extent names.
+    /// Returns the file at the slot of an extent.
     pub(super) fn file(&self, slot: FileSlot) -> &'a File {
         self.version.file(slot)
     }
@@ -75,8 +76,8 @@ impl<'a> Extents<'a> {
         }
     }
 
-    /// Returns the first sector at or after `from` of a block that any layer has. All calls together pass each table
-    /// once.
+    /// Returns the first sector at or after `from` that is in an allocated block of any layer. During an iteration,
+    /// each block table is read once in total.
     fn first_allocated(&mut self, from: u64) -> u64 {
         for (next, layer) in self.next_allocated.iter_mut().zip(self.version.frozen().layers()) {
             if *next < from {
@@ -87,7 +88,8 @@ impl<'a> Extents<'a> {
     }
 }
 
-/// Returns the first sector at or after `from` of a block that the layer has, or `u64::MAX` if there is none.
+/// Returns the first sector at or after `from` that is in an allocated block of the layer, or `u64::MAX` if there is
+/// none.
 pub(super) fn next_allocated(layer: &Layer, from: u64) -> u64 {
     if from >= layer.image.size() / SECTOR {
         return u64::MAX;

@@ -1,4 +1,4 @@
-//! Output file of `convert`. It gets its name when it is complete and durable.
+//! Output file of `convert`. The file gets its name when the file is complete and durable.
 
 use std::path::Path;
 
@@ -12,11 +12,11 @@ use crate::image::{AtomicFile, Durability, Image, ImageSpec, file_name, folder_o
 use crate::storage::{Access, Env, File, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// A new file that is being filled. If it is dropped before [`FileSink::finish`], no file is left.
+/// A new file that is being filled. If the sink is dropped before [`FileSink::finish`], no file is left.
 pub(super) struct FileSink<'a> {
     draft: AtomicFile,
     replace: bool,
-    /// The file to be replaced, with its lock.
+    /// The file to replace, with its lock.
     _replaced: Option<File>,
     output: SinkOutput<'a>,
 }
@@ -28,24 +28,27 @@ enum SinkOutput<'a> {
 
 /// Kind of the new file.
 pub(super) enum NewFile<'a> {
-    /// A raw file, and its length in bytes.
+    /// A raw file of this length in bytes.
     Raw(u64),
-    /// An image without parent, and its UUID.
+    /// An image without parent, with this UUID.
     Image(&'a ImageSpec, Uuid),
 }
 
 impl<'a> FileSink<'a> {
-    /// Begins a file that gets the name `path` in the end. With `replace` it replaces a file of that name.
+    /// Creates a temporary file, which [`FileSink::finish`] renames to `path`. If `replace` is set, a file at `path` is
+    /// replaced.
     ///
     /// # Errors
-    /// - `Refused` if the name exists, or with `replace` is no regular file
-    /// - `Busy` if the file to be replaced is in use
-    /// - otherwise as `image::create`
+    /// - `Refused` if `path` exists, or if `replace` is set and `path` is no regular file
+    /// - `Busy` if the file to replace is in use
+    /// - `Invalid` if the format does not allow the size
+    /// - `Io`, `NoSpace`
     pub(super) fn new(env: &'a dyn Env, path: &Path, make: &NewFile<'_>, replace: bool) -> Result<FileSink<'a>> {
         let (folder, name, old) = match env.canonical(path) {
             Ok(found) if replace => {
-                // The old file stays locked until it is replaced: a daemon that opened it meanwhile would serve a file
-                // without a name. If `path` is a symbolic link, its target is replaced.
+                // The old file stays locked until it is replaced. Otherwise a daemon could open the old file and serve
+                // it after the replacement, when the file has no name. If `path` is a symbolic link, its target is
+                // replaced.
                 let file = env.open(&found, Access::Write)?;
                 file.lock(Lock::Exclusive)?;
                 (file.folder(), file.name().to_os_string(), Some(file))
@@ -67,7 +70,7 @@ impl<'a> FileSink<'a> {
         Ok(FileSink { draft, replace, _replaced: old, output: form })
     }
 
-    /// Writes a range, in any order of ranges.
+    /// Writes a range. Ranges may be written in any order.
     pub(super) fn put(&mut self, range: SectorRange, bytes: &[u8]) -> Result<()> {
         self.write(range, bytes).map_err(|e| self.draft.with_requested_path(e))
     }
@@ -77,7 +80,7 @@ impl<'a> FileSink<'a> {
         match &mut self.output {
             SinkOutput::Raw(file, len) => {
                 let start = range.start() * SECTOR;
-                // The last sector of a raw disk need not be full.
+                // The last sector of a raw disk may be partial.
                 let len = usize::try_from(len.saturating_sub(start)).unwrap_or(usize::MAX).min(bytes.len());
                 file.write_at(&bytes[..len], start)
             }
@@ -85,7 +88,7 @@ impl<'a> FileSink<'a> {
         }
     }
 
-    /// Makes the file durable and gives it its name.
+    /// Makes the file durable and renames it from its temporary name.
     pub(super) fn finish(mut self) -> Result<()> {
         self.complete().map_err(|e| self.draft.with_requested_path(e))
     }

@@ -1,4 +1,4 @@
-//! `flatten`: copies data of the parents into a child, which then has no parent, or one of its ancestors.
+//! `flatten`: copies data of the parents into a child. The child then has no parent, or one of its ancestors as parent.
 
 use std::path::Path;
 
@@ -17,15 +17,15 @@ use crate::image::{
 use crate::storage::{Access, Env, File};
 use crate::units::SECTOR;
 
-/// Copies into the image at `path` the data of its parents, or of its parents younger than `keep`, and then removes the
-/// link to its parent, or sets it to `keep`. The contents of the disk never change. Returns the number of bytes that
-/// were copied.
+/// Copies data of the parents into the image at `path`. Without `keep`, the data of all parents is copied, and the link
+/// to the parent is removed. With `keep`, the data of the parents above `keep` is copied, and the link is set to
+/// `keep`. The contents of the disk never change. Returns the number of bytes that were copied.
 ///
-/// An interrupted call is completed by the same call. An image without parent is not changed.
+/// The same call completes an interrupted call. A fixed image is not changed.
 ///
 /// # Errors
-/// The image has its old or its new parent in all cases.
-/// - `Refused` if `keep` is not among the parents
+/// After any error the image has its old or its new parent.
+/// - `Refused` if `keep` is not among the parents, or if an unfinished merge forbids the change
 /// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn flatten(
@@ -93,7 +93,7 @@ fn copy_and_link(
     Ok(copied)
 }
 
-/// Completes an interrupted call that had set the link.
+/// Completes a call that was interrupted after it had set or removed the link.
 fn complete_interrupted(env: &dyn Env, file: &File, link: Option<&ParentLink>) -> Result<()> {
     let image = Image::open(file.clone())?;
     match is_reparent_finished(&image) {
@@ -102,8 +102,8 @@ fn complete_interrupted(env: &dyn Env, file: &File, link: Option<&ParentLink>) -
     }
 }
 
-/// Zeroes the sectors under clear bits. In a root they read as zeros, but programs that ignore bitmaps would read old
-/// data.
+/// Zeroes the data of sectors whose bits are clear. In a root these sectors read as zeros, but programs that ignore
+/// bitmaps would read old data.
 fn zero_absent_sectors(file: &File) -> Result<()> {
     let offline = Offline::new(&Image::open(file.clone())?)?;
     let block_size = offline.block_size().expect("it is a child");

@@ -1,4 +1,5 @@
-//! Search of folders for images, with the identity of each and of its parent. Only footers and headers are read.
+//! Search of folders for images. The result contains the UUIDs of each image and of its parent. Only footers and
+//! headers are read.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -13,7 +14,7 @@ use crate::storage::{Access, Env, File, FileId, Folder};
 pub(super) struct ScannedImage {
     /// Absolute path without symbolic links.
     pub(super) path: PathBuf,
-    /// The folder that contains it.
+    /// Folder that contains the image.
     folder: Folder,
     /// Device and inode.
     pub(super) id: FileId,
@@ -25,7 +26,7 @@ impl ScannedImage {
     /// Opens the image in the folder in which the scan found it.
     ///
     /// # Errors
-    /// - `Busy` if another file has the name now
+    /// - `Busy` if another file has this name now
     /// - `NotFound`, `Io`
     pub(super) fn open(&self, access: Access) -> Result<File> {
         let file = self.folder.open(file_name(&self.path)?, access)?;
@@ -38,19 +39,20 @@ impl ScannedImage {
     }
 }
 
-/// Returns the images in these folders, each once. Skips other files, temporary files, and files that this user may not
+/// Returns the images in `folders`, each once. Skips other files, temporary files, and files that this user may not
 /// read.
 ///
 /// # Errors
-/// `Io` if reading a file or folder fails: the file might be the image that the caller looks for.
+/// `Io`, `NotFound` if a folder or a file cannot be read. A file is not skipped then, because it may be an image.
 pub(super) fn scan(env: &dyn Env, folders: &[Folder]) -> Result<Vec<ScannedImage>> {
     scan_with(env, folders, &mut Err)
 }
 
-/// Returns the images in these folders as [`scan`] does, but logs a warning for each file that cannot be read.
+/// Returns the images in `folders`, each once. Differs from [`scan`] in that a file that cannot be read is skipped with
+/// a warning.
 ///
 /// # Errors
-/// `Io`, `NotFound`: a folder cannot be listed.
+/// `Io`, `NotFound` if a folder cannot be listed.
 pub(super) fn scan_readable(env: &dyn Env, folders: &[Folder]) -> Result<Vec<ScannedImage>> {
     scan_with(env, folders, &mut |e| {
         log::warn!("{}", e.line());
@@ -58,7 +60,8 @@ pub(super) fn scan_readable(env: &dyn Env, folders: &[Folder]) -> Result<Vec<Sca
     })
 }
 
-/// Scans the folders. `unreadable` decides whether a file that cannot be read ends the scan.
+/// Scans the folders. For each file that cannot be read calls `unreadable`; if `unreadable` returns an error, the scan
+/// ends with this error.
 fn scan_with(
     env: &dyn Env,
     folders: &[Folder],
@@ -82,7 +85,7 @@ fn scan_with(
     Ok(found)
 }
 
-/// Returns the folders of `own` and those at the paths of `more`, each once.
+/// Returns the folders of `own` and the folders at the paths of `more`, each once.
 ///
 /// # Errors
 /// - the first error in `own`
@@ -99,7 +102,7 @@ pub(super) fn folders_to_scan(
     Ok(all)
 }
 
-/// Reads the identity of one file. Returns `None` if the file is no image or is in `seen`.
+/// Reads the identity of one file and adds the file to `seen`. Returns `None` if the file is no image or was in `seen`.
 fn scan_entry(
     env: &dyn Env,
     folder: &Folder,
@@ -115,7 +118,8 @@ fn scan_entry(
     Ok(Some(ScannedImage { path: file.path().to_path_buf(), folder: file.folder(), id, identity }))
 }
 
-/// Opens a file of a folder. A symbolic link in the folder is followed: an operator placed it there.
+/// Opens a file of a folder. A symbolic link in the folder is followed, because the administrator of the folder created
+/// the link.
 fn open_entry(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
     match folder.open(name, Access::Read) {
         Err(e) if e.raw_os_error() == Some(libc::ELOOP) => {
@@ -125,8 +129,8 @@ fn open_entry(env: &dyn Env, folder: &Folder, name: &OsStr) -> Result<File> {
     }
 }
 
-/// Whether an error shows that a name is no readable image: a folder, device or socket, a dangling or removed name, or
-/// a file that this user may not read.
+/// Returns whether the error of opening a name shows that the name is no readable image: a folder, device or socket, a
+/// dangling symbolic link, a removed file, or a file that this user may not read.
 fn may_be_skipped(e: &Error) -> bool {
     matches!(e.kind(), ErrorKind::Refused | ErrorKind::NotFound)
         || matches!(e.raw_os_error(), Some(libc::EACCES | libc::EPERM))

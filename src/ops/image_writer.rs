@@ -1,4 +1,4 @@
-//! Writing to an image that no daemon serves: into its blocks, new ones if necessary, with the commits of `image`.
+//! Writing to an image that no daemon serves. Blocks are allocated as needed, and commits make the writes durable.
 
 use std::sync::Arc;
 
@@ -9,10 +9,10 @@ use crate::image::{Commit, Durability, Growth, NeedsGrowth, Pins, punch_unwritte
 use crate::storage::{Env, File};
 use crate::units::SectorRange;
 
-/// Bytes written between two commits. Bounds the size of a commit.
+/// Maximum number of bytes written between two commits. This limits the size of a commit.
 const COMMIT_BYTES: u64 = 1 << 30;
 
-/// Planner of a change: [`Version::plan_write`] or [`Version::plan_zero`].
+/// A function that plans a change: [`Version::plan_write`] or [`Version::plan_zero`].
 type PlanChange = fn(&Version, SectorRange, &mut PlanBuffer) -> Result<(), NeedsGrowth>;
 
 /// An image that is being written to, and its parents.
@@ -31,7 +31,11 @@ impl<'a> ImageWriter<'a> {
     /// Makes the youngest image of a chain writable. The chain must have been opened for writing.
     ///
     /// # Errors
-    /// As `Writable::new`.
+    /// - `Refused` if the image must not be written, or if its live journal is not found or does not belong to the
+    ///   image
+    /// - `Poisoned` if a sync of a killed daemon failed
+    /// - `Busy` if another process has the live journal open
+    /// - `NoSpace`, `Io`
     pub(super) fn open(env: &'a dyn Env, chain: Chain, keep: &Durability) -> Result<ImageWriter<'a>> {
         let version = chain.into_writable(env, keep)?;
         let initial_end = version.top().expect("opened for writing").image.image().used_end();
@@ -45,7 +49,8 @@ impl<'a> ImageWriter<'a> {
         })
     }
 
-    /// Makes room in the file for `blocks` more blocks, for all of them or for none.
+    /// Grows the file by the space of `blocks` blocks. If there is not enough space for all of them, the file does not
+    /// grow.
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -65,7 +70,7 @@ impl<'a> ImageWriter<'a> {
         self.version.top().expect("opened for writing")
     }
 
-    /// Writes a range, in any order of ranges. It is durable after the next [`ImageWriter::commit`].
+    /// Writes a range. Ranges may be written in any order. The data is durable after the next [`ImageWriter::commit`].
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -78,15 +83,17 @@ impl<'a> ImageWriter<'a> {
         })
     }
 
-    /// Sets the bits of a range and makes its sectors zero, so that it hides the parents. The zeros take no space.
+    /// Sets the bits of a range and makes its sectors zero, so that the range hides the parents. The zeros need no data
+    /// space. The change is durable after the next [`ImageWriter::commit`].
     ///
     /// # Errors
-    /// As [`ImageWriter::put`].
+    /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn put_zeros(&mut self, range: SectorRange) -> Result<()> {
         self.write_with(range, |file, extent, offset| file.punch_hole(offset, extent.bytes()))
     }
 
-    /// Repeats `planner` until it succeeds. In between missing bitmaps are read, and the file grows.
+    /// Repeats `planner` until the plan is complete. Between two attempts, reads the missing bitmap sectors or grows
+    /// the file.
     fn plan_with(&mut self, planner: PlanChange, range: SectorRange) -> Result<()> {
         let mut pins = Pins::default();
         loop {
@@ -110,7 +117,7 @@ impl<'a> ImageWriter<'a> {
             write(top.image.file(), extent.range, offset)?;
             self.write_behind.add(top.image.file(), offset, extent.range.bytes());
         }
-        // Marks need not survive a kill: an interrupted verb starts again.
+        // Marks need not survive a kill, because the user runs an interrupted verb again.
         let _ = self.version.mark_now(range)?;
         self.uncommitted += range.bytes();
         if self.uncommitted >= COMMIT_BYTES || top.image.take_commit_due() {
@@ -119,8 +126,8 @@ impl<'a> ImageWriter<'a> {
         Ok(())
     }
 
-    /// Makes a range read as zeros. Takes blocks only for parts in which a parent has data. It is durable after the next
-    /// [`ImageWriter::commit`].
+    /// Makes a range read as zeros. Allocates blocks only for parts in which a parent has data. The change is durable
+    /// after the next [`ImageWriter::commit`].
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -146,7 +153,7 @@ impl<'a> ImageWriter<'a> {
         self.uncommitted
     }
 
-    /// Gives back unused space, so that the file ends after its last block. Requires a commit before.
+    /// Frees unused space, and truncates the file after its last block. The caller must have committed all writes.
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
@@ -158,11 +165,11 @@ impl<'a> ImageWriter<'a> {
         image.trim()
     }
 
-    /// Commits, closes, and returns `outcome`, also if the work failed. If it failed, errors of commit and close are
-    /// only logged.
+    /// Commits, closes, and returns `outcome`. If `outcome` is an error, errors of commit and close are only logged.
     ///
     /// # Errors
-    /// The error in `outcome`; otherwise as [`ImageWriter::close`].
+    /// - the error in `outcome`
+    /// - `Io`, `Poisoned` if the commit or the close fails
     pub(super) fn finish<T>(mut self, outcome: Result<T>) -> Result<T> {
         let closed = self.commit().and_then(|()| self.close());
         match outcome {
@@ -174,7 +181,7 @@ impl<'a> ImageWriter<'a> {
         }
     }
 
-    /// Makes all writes durable and visible in the file.
+    /// Makes all writes durable, and visible to later readers of the file.
     ///
     /// # Errors
     /// `Io`, `Poisoned`.
@@ -186,7 +193,7 @@ impl<'a> ImageWriter<'a> {
     }
 }
 
-/// Logs an error of the cleanup after another error.
+/// Logs the error of a cleanup that follows another error, which the caller returns.
 pub(super) fn log_secondary_error(outcome: Result<()>) {
     if let Err(e) = outcome {
         log::warn!("{}", e.line());

@@ -15,13 +15,13 @@ use crate::storage::{Access, Env, File, FileSystemSpace, LockHolder, Stat};
 
 /// Maximum number of attempts to read an image that changes while it is read.
 const MAX_ATTEMPTS: usize = 4;
-/// Free space of a file system that is enough, even if it is a small part of the file system.
+/// Free space of a file system that is always sufficient, even if it is a small part of a large file system.
 const AMPLE_BYTES: u64 = 10 << 30;
 
-/// Description of one image. In texts, bytes that are not UTF-8 become replacement characters.
+/// Properties of one image. In texts, bytes that are not UTF-8 become replacement characters.
 #[derive(Clone, Debug, Serialize)]
 pub struct ImageInfo {
-    /// Path by which it was opened.
+    /// Path by which the image was opened.
     pub path: String,
     /// Always `vhd`.
     pub format: &'static str,
@@ -32,9 +32,9 @@ pub struct ImageInfo {
     pub virtual_size: u64,
     /// Length of the file in bytes.
     pub file_size: u64,
-    /// Bytes that the file takes on the host, written or reserved.
+    /// Bytes that the file occupies in the file system, written or reserved.
     pub allocated_bytes: u64,
-    /// Bytes of the file that were written, data and metadata, without holes and reserved space.
+    /// Bytes of data and metadata in the file, without holes and reserved space.
     pub written_bytes: u64,
     /// Block size in bytes. `None` for a fixed image.
     pub block_size: Option<u32>,
@@ -42,19 +42,19 @@ pub struct ImageInfo {
     pub blocks: Option<u32>,
     /// Blocks that the file contains. `None` for a fixed image.
     pub blocks_allocated: Option<u64>,
-    /// The session of the daemon that has or had it open. `None` if it was closed.
+    /// The session of the daemon that has or had the image open. `None` if the image was closed.
     pub session: Option<SessionInfo>,
-    /// A process that holds a lock on it. `None` if there is none.
+    /// A process that holds a lock on the image. `None` if there is none.
     pub in_use: Option<InUse>,
-    /// UUID.
+    /// UUID of the image.
     pub uuid: String,
     /// Time of creation, RFC 3339 in UTC.
     pub created: String,
-    /// Tag of the program that created it.
+    /// Tag of the program that created the image.
     pub creator_app: String,
     /// Tag of the host on which that program ran.
     pub creator_host: String,
-    /// The parent that a child records.
+    /// The recorded parent. `None` for a root.
     pub parent: Option<ParentInfo>,
     /// Defects that were found, as sentences. `check` looks for more.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -62,12 +62,12 @@ pub struct ImageInfo {
     /// This image and its parents, if the chain was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<ImageInfo>>,
-    /// Free and total space of the file's file system.
+    /// Free and total space of the file system that contains the image.
     #[serde(skip)]
     host_space: Option<FileSystemSpace>,
 }
 
-/// Shortage of space on the host of a disk.
+/// Shortage of space in the file system that contains an image.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SpaceShortage {
     /// Free bytes of the file system.
@@ -77,8 +77,8 @@ pub struct SpaceShortage {
 }
 
 impl ImageInfo {
-    /// Returns the shortage if the file system is nearly full: it has less than 5 % and less than 10 GiB free, and less
-    /// than the image may still grow.
+    /// Returns the shortage if the file system is nearly full: the free space is less than 5 %, less than 10 GiB, and
+    /// less than the number of bytes by which the image may still grow.
     pub fn space_shortage(&self) -> Option<SpaceShortage> {
         let room = self.host_space?;
         let wanted = self.virtual_size.saturating_sub(self.allocated_bytes);
@@ -87,7 +87,7 @@ impl ImageInfo {
     }
 }
 
-/// Returns the bytes of a file without its holes.
+/// Returns the number of bytes of a file outside its holes.
 fn bytes_without_holes(file: &File) -> Result<u64> {
     let (mut at, mut bytes) = (0, 0);
     while let Some(run) = next_data(file, at..u64::MAX)? {
@@ -97,10 +97,11 @@ fn bytes_without_holes(file: &File) -> Result<u64> {
     Ok(bytes)
 }
 
-/// The daemon that has the image open, or was killed, as the image's stamp names it. Texts are escaped for a terminal.
+/// The session of an image, from the session stamp. The daemon of the session has the image open or was killed. Control
+/// characters in the texts are escaped.
 #[derive(Clone, Debug, Serialize)]
 pub struct SessionInfo {
-    /// Whether the session is valid. If false, the host was restarted since, and the live journal is gone.
+    /// Whether the live journal may still exist. If false, the host was restarted after the session began.
     pub open: bool,
     /// Host on which the daemon runs or ran.
     pub host: String,
@@ -117,7 +118,7 @@ pub struct InUse {
     pub pid: Option<u32>,
     /// Start time, RFC 3339 in UTC.
     pub since: Option<String>,
-    /// Name of its program.
+    /// Name of the program.
     #[serde(skip)]
     pub program: Option<String>,
 }
@@ -143,11 +144,11 @@ pub struct ParentInfo {
     pub name: String,
     /// Recorded paths to the parent.
     pub locators: Vec<LocatorInfo>,
-    /// File of the parent. `None` unless the chain was requested.
+    /// Path at which the parent was found. `None` if the parent was not found or the chain was not requested.
     pub resolved: Option<String>,
 }
 
-/// A recorded path.
+/// A recorded path to the parent.
 #[derive(Clone, Debug, Serialize)]
 pub struct LocatorInfo {
     /// Platform code: `W2ru`, `W2ku`, `MacX`, ...
@@ -156,10 +157,11 @@ pub struct LocatorInfo {
     pub path: String,
 }
 
-/// Describes the image at `path`, and with a policy its parents. Takes no lock, so the image may be in use.
+/// Returns the properties of the image at `path`, and with a policy those of its parents. Takes no lock, so the image
+/// may be in use.
 ///
-/// Without a policy no file that the image names is opened. With a policy the chain ends, with a warning, at the first
-/// image whose parent is not found.
+/// Without a policy no file that the image names is opened. With a policy, if a parent is not found, the chain ends at
+/// the child of that parent, and a warning is logged.
 ///
 /// # Errors
 /// `Invalid`, `Refused`, `NotFound`, `Io` for the image, or (with a policy) for a parent that was found.
@@ -168,12 +170,12 @@ pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Imag
     loop {
         let before = env.open(path, Access::Read)?.stat()?;
         match inspect(env, path, parents) {
-            // If another process wrote to the file meanwhile, the block table and the length of the file may not match.
-            // The image is then read again.
+            // If another process wrote to the file during the inspection, the block table and the length of the file
+            // may not match. The image is inspected again.
             Err(e) if e.kind() == ErrorKind::Invalid && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }
-            // A write meanwhile may also look like damage. The image is then read again.
+            // A concurrent write may also look like damage.
             Ok(info) if !info.damage.is_empty() && tries < MAX_ATTEMPTS && has_changed(env, path, &before)? => {
                 tries += 1
             }
@@ -188,7 +190,7 @@ fn has_changed(env: &dyn Env, path: &Path, before: &Stat) -> Result<bool> {
 
 fn inspect(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<ImageInfo> {
     let image = Image::inspect(env.open(path, Access::Read)?)?;
-    // The fields of such an image cannot be trusted.
+    // The fields of an image with such a defect cannot be trusted.
     if let Some(defect) = image.notes().iter().find(|defect| defect.consequence() == Consequence::NotReadable) {
         return Err(Error::from(defect.clone()).at_path(path));
     }
@@ -212,7 +214,7 @@ fn inspect(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<Image
     Ok(youngest)
 }
 
-/// Fills in the processes that use the images, with one search for all of them.
+/// Sets `in_use` of each image. One search finds the processes for all images.
 fn fill_in_holders(env: &dyn Env, images: &[&Image], infos: &mut [ImageInfo]) {
     let files: Vec<_> = images.iter().map(|image| image.file()).collect();
     for (info, holder) in infos.iter_mut().zip(env.lock_holders(&files)) {
@@ -263,7 +265,7 @@ fn session_info(env: &dyn Env, image: &Image) -> Result<Option<SessionInfo>> {
     Ok(Some(SessionInfo { open, host, user, folder }))
 }
 
-/// Describes a defect and the uses of the image that it prevents.
+/// Formats a defect, with a prefix if the defect makes the image read-only.
 fn describe_defect(defect: &Defect) -> String {
     match defect.consequence() {
         Consequence::Warning => defect.to_string(),
@@ -280,7 +282,7 @@ fn locator_infos(image: &Image) -> Result<Vec<LocatorInfo>> {
     Ok(recorded.collect())
 }
 
-/// Returns a text in place of a path that cannot be decoded.
+/// Returns the text to show if a path cannot be decoded.
 fn placeholder_path(platform: Platform) -> String {
     match platform {
         Platform::Mac => "(a Mac alias)".to_owned(),
@@ -299,7 +301,7 @@ fn tag_text(bytes: [u8; 4]) -> String {
 /// Formats Unix time in seconds as `2000-01-01T00:00:00Z`.
 fn rfc3339(unix: u64) -> String {
     let (days, second) = (unix / 86_400, unix % 86_400);
-    // Days from civil, backwards (Howard Hinnant): years begin in March, so that a leap day is the last one.
+    // Howard Hinnant's algorithm `civil_from_days`: years begin in March, so that a leap day is the last day of a year.
     let shifted = days + 719_468;
     let (era, day) = (shifted / 146_097, shifted % 146_097);
     let year_of_era = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;

@@ -8,30 +8,30 @@ use crate::error::Result;
 use crate::storage::Env;
 use crate::units::SECTOR;
 
-/// A range of a disk that lies in one piece in one file, or in none.
+/// A range of a disk that is contiguous in one file, or is in no file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MapRun<'a> {
     /// First byte of the disk.
     pub start: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Its position. `None` if no file contains the range, so that it reads as zeros.
+    /// Position of the range. `None` if no file contains the range. The range then reads as zeros.
     pub position: Option<FilePosition<'a>>,
 }
 
 /// A position in a file of the chain.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FilePosition<'a> {
-    /// Number of the file. The youngest is 0.
+    /// Depth of the file in the chain. The depth of the youngest file is 0.
     pub depth: u16,
-    /// Its path.
+    /// Path of the file.
     pub file: &'a Path,
     /// Offset of the range in the file.
     pub offset: u64,
 }
 
-/// Calls `found` for each range of the disk at `path`: ascending, without gaps, adjacent ranges joined if they lie in
-/// one piece.
+/// Calls `found` for each range of the disk at `path`. The ranges ascend without gaps. Adjacent ranges are joined if
+/// they are contiguous in one file.
 ///
 /// # Errors
 /// - `Busy` if another process has a file open for writing

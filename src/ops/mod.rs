@@ -1,7 +1,7 @@
 //! Floor 4: the verbs of `diffdisk`, on images that no daemon serves.
 //!
-//! Owns: each verb as a function that returns a value. Leaves to others: arguments, printing and exit codes (`cli`),
-//! requests of guests (`device`), the order of writes to one image (`image`).
+//! This floor contains each verb as a function that returns a value. Other floors contain arguments, printing and exit
+//! codes (`cli`), requests of guests (`device`), and the order of writes to one image (`image`).
 //!
 //! ```text
 //!   create  info  check  children  settle  diff  ────────────────────────────────> image, chain
@@ -13,11 +13,11 @@
 //!   compact  resize  ────────────────────────────────────────────────────────────> image::Offline
 //! ```
 //!
-//! A verb that changes an image locks that image exclusively and its parents against writers (`open_exclusive`). The
-//! image is valid at every moment: if the verb is interrupted, the same call continues.
+//! A verb that changes an image locks the image exclusively and locks its parents against writers (`open_exclusive`).
+//! The image is valid at every moment. If a verb is interrupted, the same call completes the work.
 //!
-//! A verb that reads data takes shared locks, so it is refused while a daemon has the image open for writing. `info`
-//! and `children` take no lock. Reports serialize under the key names that `--json` promises.
+//! A verb that reads data takes shared locks, so the verb is refused while a daemon has the image open for writing.
+//! `info` and `children` take no lock. The serialized field names of reports are the documented keys of `--json`.
 
 // The verbs.
 pub mod check;
@@ -36,7 +36,7 @@ pub mod resize;
 pub mod salvage;
 pub mod settle;
 
-// Parts that verbs share.
+// Modules that several verbs share.
 mod copy_up;
 mod device_sink;
 mod extents;

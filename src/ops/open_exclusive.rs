@@ -1,5 +1,5 @@
-//! Opening an image that a verb changes, under an exclusive lock. Refused if a live journal holds writes that the file
-//! lacks.
+//! Opening an image for a verb that changes the image, under an exclusive lock. Opening is refused if a live journal
+//! has writes that the file lacks.
 
 use std::path::Path;
 
@@ -8,22 +8,27 @@ use crate::error::Result;
 use crate::image::{Image, SavedMtime, open_reconciled, refuse_if_file_is_live};
 use crate::storage::{Access, Env, Lock};
 
-/// Opens the image at `path` to change it, and its parents to read them.
+/// Opens the image at `path` for a change of the kind `change`, and its parents for reading.
 ///
 /// # Errors
 /// - `Busy` if another process holds a conflicting lock on a file of the chain
-/// - `Refused` if a live journal holds writes that the image lacks, or if an unfinished merge forbids the change
+/// - `Refused` if a live journal has writes that the image lacks, if the image must not be written, or if an unfinished
+///   merge forbids the change
 /// - `Invalid`, `NotFound`, `Io` for a file of the chain
 pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Chain> {
     Chain::from_image(env, image(env, path, change, policy)?, policy, OpenMode::Write)
 }
 
-/// Opens the image at `path` to change it, without its parents.
+/// Opens the image at `path` for a change of the kind `change`, without its parents.
 ///
 /// # Errors
-/// As [`chain`], for this file.
+/// - `Busy` if another process holds a conflicting lock on the file
+/// - `Refused` if a live journal has writes that the image lacks, if the image must not be written, or if an unfinished
+///   merge forbids the change
+/// - `Invalid`, `NotFound`, `Io`
 pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Image> {
-    // Symbolic links are resolved first: recorded paths to the parent are relative to the folder of the file itself.
+    // Symbolic links are resolved, because recorded paths to the parent are relative to the folder of the link's
+    // target.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     // This check precedes `open_reconciled`, which may write a footer.

@@ -1,4 +1,4 @@
-//! The link from a child to its parent: which paths are recorded, and how a new parent is opened.
+//! The link from a child to its parent: the paths that the child records, and the opening of a new parent.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::format::{Defect, Platform};
 use crate::image::{Image, ParentLink, folder_of};
 use crate::storage::{Env, FileId};
 
-/// Kinds of paths to its parent that a child records.
+/// Kinds of paths to the parent that a child records.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Locators {
     /// Relative to the child's folder: parent and child may be moved together.
@@ -22,7 +22,7 @@ pub enum Locators {
 /// Returns the link that a child in `folder` records for `parent`.
 ///
 /// # Errors
-/// `Io` if the parent or the folder was moved since it was opened.
+/// `NotFound`, `Io` if the path of the parent or of the folder cannot be resolved.
 pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators: Locators) -> Result<ParentLink> {
     let absolute = env.canonical(parent.file().path())?;
     let name = relative_path(&env.canonical(folder)?, &absolute);
@@ -36,10 +36,10 @@ pub(super) fn parent_link(env: &dyn Env, folder: &Path, parent: &Image, locators
 }
 
 /// Returns the link that `child` records when `parent` becomes its parent. The link has the kinds of paths that the
-/// child records now, or `fallback` if the child records no Windows path.
+/// child records now, or the kinds `fallback` if the child records no Windows path.
 ///
 /// # Errors
-/// `Io`.
+/// `NotFound`, `Io` if the path of `parent` or of the child's folder cannot be resolved.
 pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image, fallback: Locators) -> Result<ParentLink> {
     let entries = child.header().map_or([].as_slice(), |header| header.locators.as_slice());
     let has = |platform| entries.iter().any(|entry| entry.platform() == platform);
@@ -52,8 +52,8 @@ pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image, fal
     parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
-/// Opens the chain of a new parent for the image at `child`, locked against writers. Its files may lie in the child's
-/// folder and in the allowed folders.
+/// Opens the chain of a new parent for the image at `child`, and locks the chain against writers. Parents are accepted
+/// in the folder of the child and in the allowed folders.
 ///
 /// # Errors
 /// - `Refused` if the child's chain would be too deep

@@ -1,4 +1,4 @@
-//! `rebase`: gives a child another parent without changing the contents of its disk.
+//! `rebase`: replaces the parent of a child without changing the contents of the child's disk.
 
 use std::path::Path;
 
@@ -19,20 +19,21 @@ use crate::storage::{Access, Env, File};
 pub struct Rebased {
     /// Bytes copied into the child.
     pub copied: u64,
-    /// Whether the parent is the same file as before. Then only the recorded paths and time are new.
+    /// Whether the new parent is the same file as the old one. In this case only the recorded paths and the recorded
+    /// modification time change.
     pub same_parent: bool,
 }
 
 /// Makes the image at `path` a child of the image at `parent`. Data of the old parents that the new parent lacks is
 /// copied into the child first, so the contents of the disk never change.
 ///
-/// With `only_link` nothing is copied, and the old parents need not exist: the disk shows the child's sectors over the
-/// disk of the new parent. An interrupted call is completed by the same call.
+/// With `only_link` nothing is copied, and the old parents need not exist. The disk then has the sectors of the child
+/// over the disk of the new parent. The same call completes an interrupted call.
 ///
 /// # Errors
-/// The image has its old or its new parent in all cases.
-/// - `Refused` if the image is no child, if the new parent is the image itself or its descendant, or if the chain would
-///   be too deep
+/// After any error the image has its old or its new parent.
+/// - `Refused` if the image is no child, if the new parent is the image itself or its descendant, if the chain would be
+///   too deep, or if an unfinished merge forbids the change
 /// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of either chain
 /// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn rebase(
@@ -69,7 +70,8 @@ pub fn rebase(
     }
     let copy = || {
         let new = new.into_frozen();
-        // After an interrupted call that set the link, the new parent is the old one as well: its folder is allowed, too.
+        // If an interrupted call has set the link, the new parent is the current parent already. So the folder of the
+        // new parent is allowed when the current chain is opened.
         let policy = &allowing_folder(policy, folder_of(parent));
         let mut writer =
             ImageWriter::open(env, Chain::from_image(env, image, policy, OpenMode::Write)?, &Durability::FlushOnly)?;
@@ -93,7 +95,7 @@ fn relink_child(env: &dyn Env, file: &File, to: &ParentLink) -> Result<()> {
     Ok(())
 }
 
-/// Whether `parent` is the current parent of `child`. False if the current parent is not found.
+/// Returns whether `parent` is the current parent of `child`. Returns false if the current chain cannot be opened.
 fn is_current_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Policy) -> Result<bool> {
     let again = Image::open(env.open(child.file().path(), Access::Read)?)?;
     let policy = allowing_folder(policy, folder_of(parent.file().path()));
@@ -101,7 +103,7 @@ fn is_current_parent(env: &dyn Env, child: &Image, parent: &Image, policy: &Poli
     Ok(file_ids(&chain)?.get(1) == Some(&parent.file().stat()?.id))
 }
 
-/// Logs a warning for each child of `image`: the contents of its disk may change.
+/// Logs a warning for each child of `image` that the contents of the child's disk may change.
 fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
     for child in children_of(env, image)? {
         let parent = image.file().path().display();
@@ -113,8 +115,8 @@ fn warn_children(env: &dyn Env, image: &Image) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a new parent whose chain contains `child`. Runs before that chain is locked: locks of the same file would
-/// conflict.
+/// Refuses a new parent whose chain contains `child`. Must be called before the new parent's chain is locked: if the
+/// chain contains `child`, its lock would conflict with the exclusive lock on `child`.
 fn refuse_cycle(env: &dyn Env, child: &Image, parent: &Path, policy: &Policy) -> Result<()> {
     let id = child.file().stat()?.id;
     let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child.file().path())), OpenMode::Inspect)?;

@@ -20,15 +20,17 @@ pub struct Resized {
     pub to: u64,
 }
 
-/// Gives the disk at `path` another size. Added sectors read as zeros, and only zeros may be cut off.
+/// Changes the size of the disk at `path`. Added sectors read as zeros, and only zeros may be cut off.
 ///
-/// Children keep their own sizes and contents, since only zeros are added or cut off. Children in the image's folder
-/// are named in the log, because other programs require equal sizes. An interrupted call is completed by the same call.
+/// Children keep their own sizes and contents, since only zeros are added or cut off. A warning is logged for each
+/// child in the folder of the image, because other programs require equal sizes. The same call completes an interrupted
+/// call.
 ///
 /// # Errors
-/// The disk has its old or its new size in all cases.
+/// After any error the disk has its old or its new size.
 /// - `Invalid` if the format does not allow the size
-/// - `Refused` for a smaller size without `shrink`, or if a byte that would be cut off is not zero
+/// - `Refused` for a smaller size without `shrink`, if a byte that would be cut off is not zero, or if an unfinished
+///   merge forbids the change
 /// - `Invalid`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `NoSpace`, `Io`; errors of `progress`
 pub fn resize(
@@ -87,7 +89,7 @@ fn resize_locked(
     Ok(done)
 }
 
-/// Logs a warning for each child in the folder of `parent`, whose size now differs.
+/// Logs a warning for each child of `parent` in the same folder, because the sizes of parent and child now differ.
 fn warn_of_children(env: &dyn Env, parent: &Image) {
     for image in folder_scan::scan(env, &[parent.file().folder()]).unwrap_or_default() {
         if image.identity.parent == Some(parent.uuid()) {
@@ -97,7 +99,7 @@ fn warn_of_children(env: &dyn Env, parent: &Image) {
     }
 }
 
-/// Returns the parts of a range in which the chain may not be zero.
+/// Returns the parts of a range that may be nonzero in the layers `beneath`.
 fn exposed_ranges(beneath: &Version, range: SectorRange, plan: &mut PlanBuffer) -> Result<Vec<SectorRange>> {
     beneath.plan_read_now(range, plan)?;
     Ok(plan.extents.iter().filter(|e| e.source != Source::Zero).map(|e| e.range).collect())

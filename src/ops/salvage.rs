@@ -1,4 +1,4 @@
-//! `convert --salvage`: reads the remaining sectors of a disk whose files have lost some.
+//! `convert --salvage`: reads the remaining sectors of a disk whose files have lost sectors.
 
 use std::path::{Path, PathBuf};
 
@@ -16,23 +16,24 @@ pub struct SalvageLoss {
     pub start: u64,
     /// Length in bytes.
     pub length: u64,
-    /// The file that lost it.
+    /// The file that has lost the range.
     pub file: PathBuf,
 }
 
-/// Opens the disk at `path` although sectors are lost. Returns it with the ranges that a file has lost and no younger
-/// file hides, by file and ascending. A lost sector reads as zeros, never as the old data of a parent. Files are opened
-/// read-only and are not recovered.
+/// Opens the disk at `path` even if sectors are lost. Returns the disk, and the ranges that a file has lost and no
+/// younger file hides: by file from the youngest, and ascending within a file. A lost sector reads as zeros, never as
+/// the old data of a parent. Files are opened read-only and are not recovered.
 ///
 /// # Errors
-/// As [`SourceDisk::open`], except for lost sectors.
+/// - `Busy` if another process has a file open for writing
+/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
 pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, Vec<SalvageLoss>)> {
     let chain = Chain::open(env, path, policy, OpenMode::Salvage)?;
     let (mut losses, mut hidden) = (Vec::new(), Vec::new());
     let disk = SectorRange::between(0, chain.youngest().size() / SECTOR);
     let mut seen = disk;
     for (depth, image) in chain.images().iter().enumerate() {
-        // Sectors after the end of a younger layer are hidden.
+        // Sectors after the end of a younger layer are not visible.
         seen = seen.clip(SectorRange::between(0, image.size() / SECTOR));
         if image.lost().is_empty() {
             continue;
@@ -52,7 +53,8 @@ pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, 
     Ok((SourceDisk::Chain(chain.into_frozen()), losses))
 }
 
-/// Returns the parts of `ranges` that `others` do not cover. Both ascend, and `others` are joined.
+/// Returns the parts of `ranges` that `others` do not cover. Both slices must ascend, and `others` must not overlap or
+/// touch each other.
 fn subtract(ranges: &[SectorRange], others: &[SectorRange]) -> Vec<SectorRange> {
     let (mut left, mut next) = (Vec::new(), 0);
     for range in ranges.iter().filter(|range| !range.is_empty()) {

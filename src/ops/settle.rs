@@ -1,5 +1,5 @@
-//! `settle`: writes the acknowledged writes of a killed daemon to its image. Also `--discard-journal`, which gives them
-//! up.
+//! `settle`: replays the live journal of a killed daemon into its image. Also `--discard-journal`, which discards the
+//! live journal instead.
 
 use std::path::Path;
 
@@ -11,7 +11,8 @@ use crate::storage::{Access, Env, Lock, RuntimeFolder};
 ///
 /// # Errors
 /// - `Busy` if another process has the image open
-/// - `Refused`, with the command to run, if the journal is in none of `folders` or does not fit the image
+/// - `Refused`, with a message that contains the command to run, if the journal is in none of `folders` or does not
+///   belong to the image in its present state
 /// - `Poisoned` if a sync of the killed daemon failed
 /// - `Invalid`, `NoSpace`, `Io`
 pub fn settle(env: &dyn Env, path: &Path, folders: &[RuntimeFolder]) -> Result<bool> {
@@ -23,7 +24,9 @@ pub fn settle(env: &dyn Env, path: &Path, folders: &[RuntimeFolder]) -> Result<b
 /// Discards the live journals of images. Writes that were acknowledged since the last flush are lost.
 ///
 /// # Errors
-/// As [`image::discard_session`].
+/// - `Busy` if another process has an image open
+/// - `Refused`, `Invalid`, `NotFound` if an image cannot be opened
+/// - `Io`
 pub fn discard(env: &dyn Env, paths: &[&Path], folders: &[RuntimeFolder]) -> Result<()> {
     paths.iter().try_for_each(|path| image::discard_session(env, folders, path))
 }

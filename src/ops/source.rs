@@ -1,7 +1,7 @@
 //! Reading a disk for a verb: a chain of VHDs, or a raw file or device.
 //!
-//! [`DataRuns`] returns the ranges that may hold data. It skips ranges for which no layer has a block ([`Extents`]),
-//! and holes in the files.
+//! [`DataRuns`] returns the ranges that may contain data. Ranges for which no layer has a block ([`Extents`]) and holes
+//! in the files are skipped.
 
 use std::path::Path;
 
@@ -17,18 +17,18 @@ use crate::image::next_data;
 use crate::storage::{Access, Buffer, Env, File, FileSlot, Lock};
 use crate::units::{SECTOR, SectorRange};
 
-/// Longest read.
+/// Maximum number of bytes of a read.
 pub(super) const CHUNK_BYTES: usize = 1 << 20;
 /// [`CHUNK_BYTES`] in sectors.
 pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
 
 pub use crate::units::OnProgress as Progress;
 
-/// Format of a source. The user declares it; it is never probed, because a guest could write bytes that look like a
-/// VHD.
+/// Format of a source. The user declares the format. The format is never probed, because a guest could write bytes that
+/// look like a VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SourceFormat {
-    /// The bytes of the disk.
+    /// A file or device with the bytes of the disk.
     Raw,
     /// A VHD and its parents.
     Vhd,
@@ -58,7 +58,7 @@ impl SourceDisk {
         Ok(SourceDisk::Chain(Chain::open(env, path, policy, OpenMode::Read)?.into_frozen()))
     }
 
-    /// Returns the size of the disk in bytes. The last sector of a raw file need not be full.
+    /// Returns the size of the disk in bytes. The size of a raw file need not be a multiple of the sector size.
     pub fn bytes(&self) -> u64 {
         match self {
             SourceDisk::Chain(version) => version.sectors() * SECTOR,
@@ -74,7 +74,7 @@ impl SourceDisk {
         }
     }
 
-    /// Returns the image format that the contents of a raw disk look like, for a warning. `None` for a chain.
+    /// Returns the image format that the contents of a raw disk suggest, for a warning. Returns `None` for a chain.
     ///
     /// # Errors
     /// `Io`.
@@ -91,7 +91,7 @@ impl SourceDisk {
         Ok(ImageFormat::probe(&head[..head_len]).or(at_end))
     }
 
-    /// Returns the number of sectors, including a last one that is not full.
+    /// Returns the number of sectors, including a partial last sector.
     pub fn sectors(&self) -> u64 {
         self.bytes().div_ceil(SECTOR)
     }
@@ -99,7 +99,7 @@ impl SourceDisk {
     /// Reads a range that begins before the end of the disk. Bytes after the end are zero.
     ///
     /// # Errors
-    /// `Io`, naming file and offset.
+    /// `Io`, with the path of the file and the offset.
     pub(super) fn read(&self, range: SectorRange, into: &mut [u8], plan: &mut PlanBuffer) -> Result<()> {
         let start = range.start() * SECTOR;
         let on_disk = usize::try_from(self.bytes().saturating_sub(start)).unwrap_or(usize::MAX).min(into.len());
@@ -111,12 +111,12 @@ impl SourceDisk {
         }
     }
 
-    /// Returns the ranges that may hold data.
+    /// Returns the ranges that may contain data.
     pub(super) fn data_runs(&self) -> DataRuns<'_> {
         self.data_runs_from(0)
     }
 
-    /// Returns the ranges at or after `sector` that may hold data.
+    /// Returns the ranges at or after `sector` that may contain data.
     pub(super) fn data_runs_from(&self, sector: u64) -> DataRuns<'_> {
         let runs = match self {
             SourceDisk::Chain(version) => RunCursor::Chain(Extents::from(version, sector)),
@@ -131,11 +131,11 @@ enum RunCursor<'a> {
     Raw(&'a File, u64),
 }
 
-/// Iterator over the ranges of a disk that may hold data, ascending. All other sectors are zero.
+/// Iterator over the ranges of a disk that may contain data, ascending. All other sectors are zero.
 pub(super) struct DataRuns<'a> {
     sectors: u64,
     cursor: RunCursor<'a>,
-    /// The last result of `next_data`.
+    /// The last result of [`next_data`].
     last_data: FileDataRun,
     /// The part of the last extent that was not returned yet.
     rest: Option<Extent>,
@@ -194,8 +194,8 @@ impl DataRuns<'_> {
     }
 }
 
-/// Reads the disk, and calls `put` for each run of pages that are not zero: ascending, with at most [`CHUNK_BYTES`]
-/// bytes.
+/// Reads the disk, and calls `put` for each run of pages that are not zero. The runs ascend, and a run has at most
+/// [`CHUNK_BYTES`] bytes.
 ///
 /// # Errors
 /// `Io`; errors of `put` and `progress`.

@@ -1,16 +1,16 @@
-//! Early writeback of a file that is being filled.
+//! Writeback of a file while the file is being filled.
 //!
-//! The kernel starts to write finished ranges while the next ones are copied, so the sync at the end has little left to
-//! write. This is a hint: durability does not depend on it.
+//! The kernel writes finished ranges while the following ranges are copied, so the sync at the end is short. Starting
+//! writeback is a hint: durability does not depend on it.
 
 use crate::storage::File;
 
-/// Length of a range for which writeback is started at once.
+/// Minimum length of a range for which writeback is started while the range may still grow.
 const WRITEBACK_BYTES: u64 = 8 << 20;
-/// Longest gap between two writes of one range: the bitmap between two blocks.
+/// Maximum gap between two writes of one range. The bitmap between two blocks is such a gap.
 const MAX_GAP_BYTES: u64 = 64 << 10;
 
-/// The last written range of a file for which writeback was not started yet.
+/// The range of a file that was written last and whose writeback has not been started.
 #[derive(Default)]
 pub(super) struct WriteBehind {
     start: u64,

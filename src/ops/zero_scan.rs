@@ -5,11 +5,10 @@ use crate::image::is_zero;
 /// Size of a page, the unit of the search.
 pub(super) const PAGE_BYTES: usize = 4096;
 
-/// Length of the shortest run of zeros that is worth a hole.
+/// Minimum length of a run of zeros that becomes a hole.
 const MIN_HOLE_BYTES: u64 = 64 << 10;
 
-/// Returns the runs (offset, length) of pages of `bytes` that are not zero. `bytes` begins at offset `into_page` of a
-/// page.
+/// Returns the runs of nonzero pages of `bytes` as (offset, length). `bytes` begins at offset `into_page` of a page.
 pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item = (usize, usize)> {
     let mut at = 0;
     let page = move |at: usize| {
@@ -28,7 +27,8 @@ pub(super) fn nonzero_runs(bytes: &[u8], into_page: usize) -> impl Iterator<Item
     })
 }
 
-/// Appends to `holes` the long runs (file offset, length) of zero pages of `bytes`, which lie at byte `at` of a file.
+/// Appends to `holes` the runs of zero pages of `bytes` that have at least [`MIN_HOLE_BYTES`], as (file offset,
+/// length). `bytes` was read from offset `at` of the file.
 pub(super) fn collect_zero_runs(bytes: &[u8], at: u64, holes: &mut Vec<(u64, u64)>) {
     let first = usize::try_from(at.next_multiple_of(PAGE_BYTES as u64) - at).expect("less than a page");
     let Some(pages) = bytes.get(first..) else { return };

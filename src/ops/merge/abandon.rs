@@ -1,14 +1,14 @@
-//! `merge --abandon`: gives up an unfinished merge.
+//! `merge --abandon`: abandons an unfinished merge.
 //!
 //! | copied | result |
 //! | --- | --- |
-//! | nothing | The record is removed. |
-//! | a part | Record and mark are kept, so the ancestor is not opened by itself. The merge may still be finished. |
-//! | everything | CHILD and the ancestor both have CHILD's disk, and the record is removed. But if a layer between them still |
-//! |     | exists, its disk is neither the old nor the new one: then record and mark are kept as for a part. |
+//! | nothing | The merge record is removed. |
+//! | a part | The record and the mark are kept, so the ancestor is not opened by itself. The merge may be finished. |
+//! | everything, no layer is left between | Record and mark are removed. CHILD and the ancestor have the same disk. |
+//! | everything, a layer is left between | The record and the mark are kept: the layer's disk is a mixture. |
 //!
-//! The record is also removed if the ancestor is gone, or if CHILD is gone and the ancestor has no mark, because it was
-//! restored from a backup.
+//! "Between" means between CHILD and the ancestor. The merge record is also removed if the ancestor no longer exists,
+//! or if CHILD no longer exists and the ancestor has no mark, because the ancestor was restored from a backup.
 
 use std::path::{Path, PathBuf};
 
@@ -24,23 +24,26 @@ use crate::ops::folder_scan;
 use crate::ops::parent_link::{Locators, replacement_link};
 use crate::storage::{Access, Env, File, Folder, Lock};
 
-/// Result of giving up a merge.
+/// Result of abandoning a merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Abandoned {
-    /// The record is removed. No image was changed, or the changed ancestor is gone or was restored.
+    /// The merge record is removed. No image was changed, or the changed ancestor no longer exists or was restored.
     Undone,
-    /// This ancestor received everything. It has the contents of CHILD's disk, and so has CHILD.
+    /// The ancestor at this path received everything: its disk and the disk of CHILD have the same contents.
     Whole(PathBuf),
-    /// This ancestor is partly overwritten and can be read only as a parent of CHILD.
+    /// The ancestor at this path is partly overwritten and can be read only as a parent of CHILD.
     Partial(PathBuf),
 }
 
-/// Gives up an unfinished merge of the image at `child`. With `into` the merge must be into that image.
+/// Abandons an unfinished merge of the image at `child`. If `into` is given, the receiver of the merge must be that
+/// image.
 ///
 /// # Errors
-/// - `Refused` if no such merge was begun, or if CHILD is gone and the ancestor is partly overwritten
-/// - `Busy` while the merge runs
-/// - `Io`, `NoSpace`: the same call may be repeated
+/// - `Refused` if no such merge was begun, or if CHILD no longer exists and the ancestor is partly overwritten
+/// - `Busy` if the merge is running in another process
+/// - `Invalid` if the merge record cannot be read and CHILD was renamed
+/// - `Invalid`, `NotFound` for a file of the chain, if the merge record must be rebuilt
+/// - `Io`, `NoSpace`; the same call may be repeated
 pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Abandoned> {
     let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
     let present = uuid_at(env, child)?;
@@ -66,7 +69,7 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     };
     match record.copied {
         Copied::Nothing => remove_mark_and_record(env, &record, &ancestor).map(|()| Abandoned::Undone),
-        // The disk of a layer between would be a mixture of both disks.
+        // The disk of a layer between CHILD and the ancestor would be a mixture of its own disk and CHILD's.
         Copied::All if has_layer_between(env, &record)? => {
             save_as_abandoned(env, record).map(|()| Abandoned::Partial(path))
         }
@@ -90,8 +93,9 @@ pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy
     }
 }
 
-/// Opens the ancestor and locks it exclusively. Fails with `Busy` while a merge runs, since the merge holds a lock on
-/// the ancestor. Returns `None` if the ancestor is gone or another image has its name.
+/// Opens the ancestor and locks it exclusively. Fails with `Busy` while the merge is running in another process,
+/// because a running merge has the ancestor locked. Returns `None` if the ancestor no longer exists or another image
+/// has its name.
 fn lock_receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Option<File>> {
     let Some(file) = none_if_not_found(env.open(path, Access::Write))? else { return Ok(None) };
     file.lock(Lock::Exclusive)?;
@@ -99,7 +103,8 @@ fn lock_receiver(env: &dyn Env, path: &Path, record: &MergeRecord) -> Result<Opt
     Ok(is_ancestor.then_some(file))
 }
 
-/// Records the ancestor's new time in its child among the layers, because only the merge changed the ancestor.
+/// Records the ancestor's new modification time in the oldest layer, which is a child of the ancestor. This is correct
+/// because only the merge has changed the ancestor.
 fn refresh_parent_time(env: &dyn Env, record: &MergeRecord, ancestor: &File) -> Result<()> {
     let layer = record.layers.last().expect("a merge has a layer");
     let Some(file) = none_if_not_found(env.open(&record.folder.join(&layer.path), Access::Write))? else {
@@ -136,7 +141,7 @@ fn keep_as_partial(env: &dyn Env, record: MergeRecord, ancestor: &File) -> Resul
     save_as_abandoned(env, record)
 }
 
-/// Saves the record as that of a merge that was given up.
+/// Saves the merge record with the state "abandoned".
 fn save_as_abandoned(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     record.abandoned = true;
     record.save(&record_folder(env, &record)?)?;
@@ -144,7 +149,7 @@ fn save_as_abandoned(env: &dyn Env, mut record: MergeRecord) -> Result<()> {
     Ok(())
 }
 
-/// Whether a layer between CHILD and the ancestor still exists.
+/// Returns whether a layer between CHILD and the ancestor still exists.
 fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
     for layer in &record.layers[1..] {
         if FileStamp::of_image_at(env, &record.folder.join(&layer.path), layer.uuid)?.is_some() {
@@ -154,8 +159,8 @@ fn has_layer_between(env: &dyn Env, record: &MergeRecord) -> Result<bool> {
     Ok(false)
 }
 
-/// Builds a record in place of an unreadable one, from the ancestor whose mark names the image at `child`. Returns
-/// `None` if no ancestor has such a mark.
+/// Builds a merge record to replace an unreadable one. The receiver is the ancestor whose mark names the image at
+/// `child`. Returns `None` if no ancestor has such a mark.
 fn rebuild_record(env: &dyn Env, child: &Path, policy: &Policy) -> Result<Option<MergeRecord>> {
     let image = Image::open(env.open(child, Access::Read)?)?;
     let own = image.uuid();
@@ -187,12 +192,13 @@ fn remove_record_file(env: &dyn Env, path: &Path) -> Result<Abandoned> {
     Ok(Abandoned::Undone)
 }
 
-/// Opens the folder of a record.
+/// Opens the folder of a merge record.
 fn record_folder(env: &dyn Env, record: &MergeRecord) -> Result<Folder> {
     env.folder(&record.folder)
 }
 
-/// Removes the unreadable record that the error names, if its CHILD is not in its folder. Otherwise returns the error.
+/// Removes the unreadable merge record at the path of the error `unreadable`, if CHILD of this merge is not in the
+/// folder of the record. Otherwise returns the error.
 fn remove_orphan(env: &dyn Env, unreadable: Error) -> Result<Abandoned> {
     let Some(path) = unreadable.path().map(Path::to_path_buf) else { return Err(unreadable) };
     let images = folder_scan::scan(env, &[env.folder(folder_of(&path))?])?;

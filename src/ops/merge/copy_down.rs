@@ -1,7 +1,7 @@
-//! Copying the sectors of layers into the image below them.
+//! Copying the sectors of layers into the image below the layers.
 //!
-//! Only sectors change that the layers hide. So a reader of the layers sees the same disk before, during and after the
-//! copy, and any part of the copy may be repeated.
+//! The copy changes only sectors that the layers hide. So a reader of the layers sees the same disk before, during and
+//! after the copy, and any part of the copy may be repeated.
 
 use crate::chain::{Frozen, Layer, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
@@ -15,23 +15,24 @@ use crate::ops::zero_scan::{PAGE_BYTES, nonzero_runs};
 use crate::storage::{Buffer, File, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
-/// Longest range that is zeroed at once: 64 MiB.
+/// Maximum length of a range that is zeroed at once: 64 MiB.
 const ZERO_SECTORS: u64 = 1 << 17;
-/// Shortest run of zeros that becomes a hole. A shorter run is written like data.
+/// Minimum length of a run of zeros that becomes a hole. A shorter run is written as data.
 const MIN_HOLE_SECTORS: u64 = 128;
 
-/// Adjacent layers of a chain, without the images below them.
+/// Adjacent layers of a chain, without the images below.
 pub(super) struct LayerStack {
     version: Version,
-    /// End of the smallest layer. From this sector on, the layers hide the images below them.
+    /// Size of the smallest layer in sectors. At and after this sector, the layers hide the images below.
     masked_from: u64,
 }
 
-/// Callback with the sector before which everything is copied. If it fails, the copy stops with its error.
+/// Callback of a copy. It receives the sector before which everything is copied. If the callback fails, the copy stops
+/// and returns the error of the callback.
 pub(super) type OnCopied<'a> = dyn FnMut(&mut ImageWriter<'_>, u64) -> Result<()> + 'a;
 
 impl LayerStack {
-    /// Takes the images, youngest first.
+    /// Creates a stack of the given images, youngest first.
     ///
     /// # Panics
     /// If an image is not differencing.
@@ -52,8 +53,8 @@ impl LayerStack {
         self.version.frozen().layers().iter().map(|layer| &layer.image)
     }
 
-    /// Checks that the file system has space for the data of `blocks` new blocks of the image below. Their data needs
-    /// at most the space that the layers take.
+    /// Checks that the file system of the image `beneath` has space for the data of `blocks` new blocks. The data needs
+    /// at most the space that the layers occupy.
     ///
     /// # Errors
     /// `NoSpace`, `Io`.
@@ -74,8 +75,8 @@ impl LayerStack {
         Err(Error::new(ErrorKind::NoSpace, what).at_path(beneath.file().path()))
     }
 
-    /// Returns an upper bound of the blocks that the data of the layers adds to the image below. (Zeros may add a few
-    /// more, if they hide data of older images.)
+    /// Returns an upper bound of the number of blocks that the data of the layers adds to the image `beneath`. (Zeros
+    /// in the layers may add a few more blocks, if they hide data of older images.)
     ///
     /// # Errors
     /// `Io`.
@@ -104,8 +105,8 @@ impl LayerStack {
         Ok(is_needed.iter().filter(|needed| **needed).count() as u64)
     }
 
-    /// Copies the sectors of the layers, from sector `from` on, into the image of `writer`. Returns the number of bytes
-    /// of data.
+    /// Copies the sectors of the layers at and after sector `from` into the image of `writer`. Returns the number of
+    /// bytes of data that were written.
     ///
     /// # Errors
     /// `Io`, `NoSpace`, `Poisoned`; errors of `on_copied`.
@@ -132,14 +133,14 @@ struct LayerCopier<'a, 'w, 's> {
     writer: &'a mut ImageWriter<'w>,
     on_copied: &'a mut OnCopied<'s>,
     buffer: Buffer,
-    /// The last range without holes that was found: file, first byte, end.
+    /// The last range of a file without holes that [`next_data`] returned: file, first byte, end.
     last_data: Option<(FileSlot, u64, u64)>,
     /// Bytes of data written.
     written: u64,
 }
 
 impl LayerCopier<'_, '_, '_> {
-    /// Makes a range zero, in parts.
+    /// Makes a range read as zeros, in parts of at most [`ZERO_SECTORS`].
     fn zero(&mut self, range: SectorRange) -> Result<()> {
         let mut rest = range;
         while !rest.is_empty() {
@@ -152,7 +153,7 @@ impl LayerCopier<'_, '_, '_> {
         Ok(())
     }
 
-    /// Copies a range that lies at byte `offset` of a file. Holes become zeros.
+    /// Copies a range that lies at byte `offset` of a file. Holes of the file become zeros.
     fn copy(&mut self, slot: FileSlot, file: &File, range: SectorRange, offset: u64) -> Result<()> {
         let (mut rest, mut offset) = (range, offset);
         while !rest.is_empty() {
@@ -172,7 +173,7 @@ impl LayerCopier<'_, '_, '_> {
         Ok(())
     }
 
-    /// Returns the sectors of the hole at byte `offset`, 0 if there is data.
+    /// Returns the number of sectors from byte `offset` to the end of the hole there, or 0 if there is data.
     fn hole_sectors(&mut self, slot: FileSlot, file: &File, offset: u64) -> Result<u64> {
         let (start, end) = match self.last_data {
             Some((last, start, end)) if last == slot && (start..end).contains(&offset) => (start, end),
@@ -182,12 +183,12 @@ impl LayerCopier<'_, '_, '_> {
         Ok(start.saturating_sub(offset) / SECTOR)
     }
 
-    /// Copies at most a chunk. Long runs of zeros become holes.
+    /// Copies `piece`, which has at most [`CHUNK_SECTORS`] sectors. Long runs of zeros become holes.
     fn copy_chunk(&mut self, file: &File, piece: SectorRange, offset: u64) -> Result<()> {
         let bytes = &mut self.buffer[..usize::try_from(piece.bytes()).expect("at most a chunk")];
         file.read_at(bytes, offset)?;
         let into_page = usize::try_from(piece.start() * SECTOR % PAGE_BYTES as u64).expect("in a page");
-        // Runs of data, joined if the zeros between them are short.
+        // Runs of data. Two runs are joined if the run of zeros between them is short.
         let (mut runs, mut done) = (Vec::<SectorRange>::new(), piece.start());
         for (at, len) in nonzero_runs(bytes, into_page) {
             let run = piece.skip(at as u64 / SECTOR).first(len as u64 / SECTOR);

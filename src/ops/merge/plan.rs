@@ -1,4 +1,4 @@
-//! The files of a merge: which they are, whether the merge is allowed, and the locks on them. Changes no file.
+//! Selection of the files of a merge, their locks, and the checks that the merge is allowed. No file is changed.
 
 use std::path::Path;
 
@@ -12,29 +12,30 @@ use crate::ops::folder_scan::{self, ScannedImage};
 use crate::ops::parent_link::{Locators, replacement_link};
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 
-/// The files of a merge, with their locks: shared on the layers, exclusive on the children of CHILD.
+/// The files of a merge, with their locks: shared locks on the layers, exclusive locks on the children of CHILD.
 pub(super) struct MergePlan {
     /// CHILD and the images between CHILD and the ancestor, youngest first.
     pub(super) layers: LayerStack,
-    /// The entry of each layer in the record.
+    /// The entry of each layer in the merge record.
     pub(super) merged_layers: Vec<MergedLayer>,
     /// The folder of each layer.
     pub(super) layer_folders: Vec<Folder>,
     /// The image that receives the data, open for reading.
     pub(super) ancestor: Image,
-    /// Children of CHILD.
+    /// The children of CHILD, locked.
     pub(super) children: Vec<(FileId, File)>,
     /// Folders that were searched for children.
     pub(super) child_folders: Vec<Folder>,
 }
 
-/// Opens the chain of `child` down to `into` (by default its parent), finds the children of its images, and locks the
-/// files.
+/// Opens the chain of `child` down to `into` (by default the parent of `child`), searches for children of these images,
+/// and locks the files.
 ///
 /// # Errors
 /// - `Busy` if another process holds a conflicting lock on a file
-/// - `Refused` if another child would change, if the sizes differ, if a live journal holds writes that a file lacks, or
-///   (without `changed_parent`) if a parent was written to after its child recorded its time
+/// - `Refused` if the disk of another child would change, if the sizes differ, if an unfinished merge forbids the
+///   change, if a live journal has writes that a file lacks, or (without `changed_parent`) if a parent was written to
+///   after its child recorded its modification time
 /// - `Invalid`, `NotFound`, `Io` for a file of the chain
 pub(super) fn plan_merge(
     env: &dyn Env,
@@ -49,7 +50,7 @@ pub(super) fn plan_merge(
     let chain = Chain::from_image(env, Image::open(file)?, policy, OpenMode::Inspect)?;
     let depth = ancestor_depth(env, &chain, into)?;
     let (layers, ancestor) = (&chain.images()[..depth], &chain.images()[depth]);
-    // The chain was opened before its files were locked. Under the locks each file is opened again.
+    // The chain was opened without locks, so each layer is locked and then opened again.
     let mut images = Vec::with_capacity(depth);
     for image in layers {
         let file = image.file().clone();
@@ -65,7 +66,7 @@ pub(super) fn plan_merge(
     for image in images.iter().chain([ancestor]) {
         refuse_if_live(env, &policy.runtime, image)?;
     }
-    // Another unfinished merge must find its images unchanged.
+    // An image of another unfinished merge must not change.
     let own = Some(images[0].uuid());
     for image in &images {
         refuse_change(env, image, ImageChange::Link, &policy.allowed, own)?;
@@ -84,7 +85,8 @@ pub(super) fn plan_merge(
     Ok(MergePlan { layers: LayerStack::new(images), merged_layers, layer_folders, ancestor, children, child_folders })
 }
 
-/// Refuses the merge if the parent of one of the first `depth` images was written to after its child recorded its time.
+/// Refuses the merge if the parent of one of the first `depth` images was written to after the child recorded the
+/// parent's modification time.
 fn refuse_changed_parent(chain: &Chain, depth: usize) -> Result<()> {
     let layers = &chain.images()[..depth];
     let outdated = chain.outdated().find(|(child, _)| layers.iter().any(|image| image.uuid() == child.uuid()));
@@ -97,7 +99,7 @@ fn refuse_changed_parent(chain: &Chain, depth: usize) -> Result<()> {
     Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()))
 }
 
-/// Returns the position of the ancestor in the chain, which is the number of layers to merge.
+/// Returns the depth of the ancestor in the chain, which is the number of layers to merge.
 fn ancestor_depth(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<usize> {
     let refuse = |what: &str, path: &Path| Err(Error::new(ErrorKind::Refused, what).at_path(path));
     let child = chain.youngest().file().path();
@@ -114,7 +116,7 @@ fn ancestor_depth(env: &dyn Env, chain: &Chain, into: Option<&Path>) -> Result<u
     refuse(&format!("it is not an ancestor of {}", child.display()), into)
 }
 
-/// Refuses a file that was cut off inside a block: the lost sectors would be merged as zeros.
+/// Refuses a file that was truncated inside a block, because the lost sectors would be merged as zeros.
 fn check_not_truncated(image: &Image) -> Result<()> {
     if image.used_end() > image.data_end() {
         let what = "a block ends after the end of the file; run `diffdisk check --repair` before the merge";
@@ -123,10 +125,12 @@ fn check_not_truncated(image: &Image) -> Result<()> {
     Ok(())
 }
 
-/// Requires that the disk keeps its size.
+/// Checks that the sizes of CHILD and the ancestor allow the merge: they are equal, or CHILD is smaller and has
+/// children.
 fn check_sizes(child: &Image, ancestor: &Image, youngest: bool) -> Result<()> {
     let (size, received) = (child.size(), ancestor.size());
-    // A smaller CHILD hides the end of its ancestor. For children of CHILD, zeros in the ancestor have the same effect.
+    // A smaller CHILD hides the end of the ancestor's disk from the children of CHILD. The merge writes zeros there,
+    // which has the same effect for these children. Without children, the disk would become larger.
     if size == received || (size < received && !youngest) {
         return Ok(());
     }
@@ -156,7 +160,7 @@ fn lock_children(
             children.push(lock_child(env, &found, ancestor, policy)?);
             continue;
         }
-        // The parent of image n is image n + 1; that of the last one is the ancestor.
+        // The parent of image n is image n + 1, and the parent of the last image is the ancestor.
         for (above, parent) in images[1..].iter().chain([ancestor]).enumerate() {
             if found.identity.parent == Some(parent.uuid()) && found.id != ids[above] {
                 let what = format!("it has another child, {}, whose disk would change", found.path.display());
@@ -167,7 +171,7 @@ fn lock_children(
     Ok(children)
 }
 
-/// Locks a child that the merge will link to the ancestor, and checks that the link fits.
+/// Locks a child that the merge will link to the ancestor, and checks that the new link can be written into the child.
 fn lock_child(env: &dyn Env, child: &ScannedImage, ancestor: &Image, policy: &Policy) -> Result<(FileId, File)> {
     let file = child.open(Access::Write)?;
     file.lock(Lock::Exclusive)?;

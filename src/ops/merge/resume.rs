@@ -1,4 +1,4 @@
-//! Continuing a merge that was begun: whether it is the requested one, and which part of it is done.
+//! Continuing an unfinished merge: whether it is the requested merge, and which part of the copy is complete.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env};
 
-/// Returns the UUID of the image at `path`, or `None` if there is no image.
+/// Returns the UUID of the image at `path`, or `None` if there is no file or the file is no image.
 ///
 /// # Errors
 /// - `Io`
@@ -20,14 +20,15 @@ pub(super) fn uuid_at(env: &dyn Env, path: &Path) -> Result<Option<Uuid>> {
     Ok(ImageIdentity::peek(&file)?.map(|identity| identity.uuid))
 }
 
-/// Copies into `record` of a new call the progress of an earlier, interrupted call.
+/// Copies the progress of an interrupted run from its merge record, `earlier`, into `record`, the merge record of this
+/// run.
 ///
 /// # Errors
-/// - `Refused` if the earlier merge was into another ancestor
+/// - `Refused` if the interrupted merge has another ancestor
 /// - `Io`
 pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, plan: &MergePlan) -> Result<()> {
     let earlier = match earlier {
-        // The ancestor may have a mark although its record was removed by hand.
+        // If the user removed the merge record, the ancestor may still have a mark.
         ExistingRecord::None => {
             let marked = receiver_mark(plan.ancestor.file())?.map(|(uuid, _)| uuid);
             if marked == Some(record.layers[0].uuid) {
@@ -59,13 +60,14 @@ pub(super) fn resume_from(earlier: ExistingRecord, record: &mut MergeRecord, pla
         Copied::Before(_) if all_same => {
             (record.copied, record.ancestor_stamp) = (earlier.copied, earlier.ancestor_stamp);
         }
-        // A layer or the ancestor changed. (A complete copy without changes does not get here: see `is_copy_complete`.)
+        // A layer or the ancestor changed. (`prepare` has handled a complete copy without changes, see
+        // `is_copy_complete`.)
         Copied::Before(_) | Copied::All => record.copied = Copied::Before(0),
     }
     Ok(())
 }
 
-/// Refuses a call whose ancestor differs from that of the merge that was begun.
+/// Refuses a merge into another ancestor than that of the unfinished merge in `record`.
 pub(super) fn check_same_merge(env: &dyn Env, record: &MergeRecord, child: &Path, into: Option<&Path>) -> Result<()> {
     let ancestor = record.folder.join(&record.ancestor_path);
     let same = match into {
@@ -81,11 +83,11 @@ pub(super) fn check_same_merge(env: &dyn Env, record: &MergeRecord, child: &Path
     Err(Error::new(ErrorKind::Refused, what).at_path(child))
 }
 
-/// Whether a recorded complete copy is still valid, so that only links and names are left to change: the ancestor and
-/// the layers have their recorded stamps.
+/// Returns whether a copy that `record` reports as complete is still valid: the ancestor and the existing layers have
+/// the recorded file stamps.
 ///
 /// # Errors
-/// - `Refused` if the ancestor changed and CHILD is gone
+/// - `Refused` if the ancestor changed and CHILD no longer exists
 /// - `Io`
 pub(super) fn is_copy_complete(env: &dyn Env, record: &MergeRecord, child_exists: bool) -> Result<bool> {
     let ancestor = record.folder.join(&record.ancestor_path);

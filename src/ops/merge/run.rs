@@ -20,48 +20,51 @@ use crate::ops::source::Progress;
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 use crate::units::SECTOR;
 
-/// Bytes written between two saves of the progress, or a quarter of the disk if that is less.
+/// Bytes written between two saves of the progress. On small disks a quarter of the disk is used instead.
 const CHECKPOINT_BYTES: u64 = 512 << 20;
 
-/// The changes that one call of `merge` made. An earlier, interrupted call may have made the others.
+/// The changes that one run of the merge made. If earlier runs were interrupted, their changes are not included.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Merged {
     /// The ancestor that received the data.
     pub ancestor: PathBuf,
-    /// Bytes of data copied by this call.
+    /// Bytes of data copied by this run.
     pub copied: u64,
-    /// Children linked to the ancestor by this call.
+    /// Children linked to the ancestor by this run.
     pub relinked: Vec<PathBuf>,
-    /// Images removed by this call.
+    /// Images removed by this run.
     pub removed: Vec<PathBuf>,
 }
 
-/// A merge that was checked and locked. No file is changed yet.
+/// A merge whose files are checked and locked. No file is changed yet.
 pub struct PreparedMerge<'a> {
     env: &'a dyn Env,
     policy: Policy,
     record: MergeRecord,
-    /// The files, with their locks. `None` if everything is copied already.
+    /// The files to copy, with their locks. `None` if an earlier run copied everything.
     plan: Option<MergePlan>,
     /// Folders to search for children of CHILD.
     child_folders: Vec<Folder>,
-    /// Folder of the record. Files are removed in folders that stay open, even if their paths lead elsewhere meanwhile.
+    /// Folder of the merge record. This folder and those of the layers stay open, so that files are removed from the
+    /// checked folders even if the paths are changed to lead to other folders.
     record_folder: Folder,
     /// Folder of each layer.
     layer_folders: Vec<Folder>,
-    /// Whether a record exists on disk.
+    /// Whether a merge record exists on disk.
     is_recorded: bool,
 }
 
 impl<'a> PreparedMerge<'a> {
     /// Opens and locks the files of a merge of the image at `child`, into its parent or into `into`, and checks that
-    /// the merge is possible. Continues a merge that was begun; its CHILD may be removed already. With `changed_parent`
-    /// the merge is possible although a parent was written to after its child recorded its time.
+    /// the merge is possible. If an earlier run was interrupted, this run continues its merge, even if the earlier run
+    /// has removed CHILD. `changed_parent` allows a parent that was written to after its child recorded its
+    /// modification time.
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock on a file
-    /// - `Refused` if another child would change, the sizes differ, another merge of CHILD was begun, or a parent was
-    ///   written to
+    /// - `Refused` if the disk of another child would change, if the sizes differ, if an unfinished merge has another
+    ///   ancestor, if a live journal has writes that a file lacks, or (without `changed_parent`) if a parent was
+    ///   written to after its child recorded its modification time
     /// - `Invalid`, `NotFound`, `Io` for a file of the chain
     pub fn prepare(
         env: &'a dyn Env,
@@ -130,7 +133,8 @@ impl<'a> PreparedMerge<'a> {
         })
     }
 
-    /// Returns the end of the progress in bytes: the size of the disk, or 0 if only links and names are left to change.
+    /// Returns the number of bytes that the progress reaches at the end: the size of the disk, or 0 if everything is
+    /// copied already.
     pub fn bytes(&self) -> u64 {
         self.plan.as_ref().map_or(0, |plan| plan.ancestor.size())
     }
@@ -138,9 +142,10 @@ impl<'a> PreparedMerge<'a> {
     /// Runs the merge.
     ///
     /// # Errors
-    /// All images are valid, the contents of the disk are unchanged, and the same command continues.
+    /// After any error all images are valid, the contents of the disk are unchanged, and the same command continues the
+    /// merge.
     /// - `NoSpace`, `Io`, `Poisoned`, `Busy`
-    /// - `Refused` if a file was replaced or changed meanwhile
+    /// - `Refused` if a file was replaced or changed since [`PreparedMerge::prepare`]
     /// - errors of `progress`
     pub fn run(mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let done = self.run_steps(progress);
@@ -157,10 +162,11 @@ impl<'a> PreparedMerge<'a> {
     fn run_steps(&mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let path = self.record.folder.join(&self.record.ancestor_path);
         if self.is_recorded {
-            // A killed call may not have synced the folder of its record, on which the next steps rely.
+            // The next steps require a durable merge record, but a killed run may not have synced the folder of the
+            // record.
             self.record_folder.sync()?;
         }
-        // The plan holds the locks until the end.
+        // `plan` keeps the locks until this function returns.
         let plan = self.plan.take();
         let (copied, file) = match &plan {
             Some(plan) => self.copy_layers(plan, &path, progress)?,
@@ -190,15 +196,16 @@ impl<'a> PreparedMerge<'a> {
         Err(Error::new(ErrorKind::Refused, what).at_path(image.file().path()))
     }
 
-    /// Steps 1 to 4. Returns the copied bytes and the ancestor's file, which holds its lock.
+    /// Runs steps 1 to 4, except the removal of the mark. Returns the number of copied bytes, and the file of the
+    /// ancestor with its lock.
     fn copy_layers(&mut self, plan: &MergePlan, path: &Path, progress: &mut Progress<'_>) -> Result<(u64, File)> {
-        // The ancestor's parents may lie in the folders in which parents of CHILD may lie.
+        // Parents of the ancestor are accepted in the same folders as parents of CHILD.
         let mut policy = self.policy.clone();
         policy.allowed.push(self.record.folder.clone());
         let ancestor = plan.ancestor.file();
         let file = ancestor.folder().open(ancestor.name(), Access::Write)?;
         file.lock(Lock::Exclusive)?;
-        // The stamps are compared before the ancestor is opened for writing, which may recover it and so change its
+        // The file stamps are compared before the ancestor is opened for writing, because recovery changes the file
         // stamp.
         if FileStamp::of(&file)? != self.record.ancestor_stamp && self.record.copied != Copied::Nothing {
             self.record.copied = Copied::Before(0);
@@ -256,7 +263,7 @@ impl<'a> PreparedMerge<'a> {
                 Ok((copied, file))
             }
             Err(e) => {
-                // The copied part is kept, and the ancestor is closed.
+                // The ancestor is committed and closed, so that the next run continues after the copied part.
                 log_secondary_error(
                     writer.commit().and_then(|()| writer.close()).and_then(|()| self.checkpoint(done, &file)),
                 );
@@ -265,13 +272,14 @@ impl<'a> PreparedMerge<'a> {
         }
     }
 
-    /// Marks the ancestor as partly overwritten and records that copying has begun. Both are durable before the first
-    /// byte is copied.
+    /// Marks the ancestor as partly overwritten and saves in the merge record that copying has begun. The mark and the
+    /// record are durable before the first byte is copied.
     fn mark_ancestor(&mut self, ancestor: &File) -> Result<()> {
         let child = self.record.layers[0].uuid;
         if receiver_mark(ancestor)?.is_none_or(|(uuid, _)| uuid != child) {
             match mark_receiver(ancestor, child, &self.record.child()) {
-                // Without a mark, the record shows that the ancestor is partly overwritten, if both lie in one folder.
+                // Without a mark, the merge record shows that the ancestor is partly overwritten, if the record and the
+                // ancestor are in the same folder.
                 Err(e) if self.record.ancestor_path.components().count() == 1 => log::info!("{}", e.line()),
                 Err(e) => log::warn!("{}; do not open the image by itself until the merge is finished", e.line()),
                 Ok(()) => {}
@@ -286,8 +294,8 @@ impl<'a> PreparedMerge<'a> {
         Ok(())
     }
 
-    /// Records durably that everything before `sector` is copied. If the file system is full, the previous record stays
-    /// and is still valid.
+    /// Saves durably in the merge record that everything before `sector` is copied. If the file system is full, the
+    /// previous merge record remains valid, and no error is returned.
     fn checkpoint(&mut self, sector: u64, ancestor: &File) -> Result<()> {
         self.record.copied = Copied::Before(sector);
         self.record.ancestor_stamp = FileStamp::of(ancestor)?;
@@ -297,8 +305,9 @@ impl<'a> PreparedMerge<'a> {
         }
     }
 
-    /// Step 5: links the children of CHILD to the ancestor, including children that were created since the merge was
-    /// prepared. Also completes children that an interrupted call has linked already, unless they are in use.
+    /// Runs step 5: links the children of CHILD to the ancestor, including children that were created after
+    /// [`PreparedMerge::prepare`]. If an interrupted run has linked a child only partly, completes the link, unless
+    /// another process has the child open.
     fn relink_children(&self, ancestor: &Image, locked: &[(FileId, File)]) -> Result<Vec<PathBuf>> {
         let mut relinked = Vec::new();
         for child in folder_scan::scan(self.env, &self.child_folders)? {
@@ -333,7 +342,7 @@ impl<'a> PreparedMerge<'a> {
         Ok(relinked)
     }
 
-    /// Step 6: removes the layers, youngest first.
+    /// Runs step 6: removes the layers, youngest first.
     fn remove_layers(&self) -> Result<Vec<PathBuf>> {
         let mut removed = Vec::new();
         for (layer, folder) in self.record.layers.iter().zip(&self.layer_folders) {
@@ -342,7 +351,7 @@ impl<'a> PreparedMerge<'a> {
             let file = match folder.open(name, Access::Read) {
                 Ok(file) => file,
                 Err(e) if e.kind() == ErrorKind::NotFound => {
-                    // An interrupted call may have removed this layer without a sync.
+                    // An interrupted run may have removed this layer without a sync of the folder.
                     folder.sync()?;
                     continue;
                 }
@@ -359,8 +368,8 @@ impl<'a> PreparedMerge<'a> {
             }
             folder.remove(name)?;
             failpoint::reached("merge.layer-removed");
-            // The removal of a layer is synced before its parent is removed: after a crash the layer must not come back
-            // without its parent.
+            // The removal of a layer is synced before its parent is removed. Otherwise a crash could undo the removal
+            // of the layer, but not that of its parent.
             folder.sync()?;
             failpoint::reached("merge.layer-gone");
             removed.push(path);
