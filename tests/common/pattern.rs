@@ -1,4 +1,5 @@
-//! Sector contents that name their writer and their place, and a comparison that reports both.
+//! Sector contents that name their writer and their sector number, and a comparison of disks that prints differing
+//! contents.
 
 /// Bytes in a sector.
 pub(crate) const SECTOR: usize = 512;
