@@ -89,7 +89,7 @@ fn a_kill_leaves_no_incomplete_file() {
     assert!(killed >= 7 * 2 + 4, "{killed}");
 }
 
-/// The undo file of a repair gets its name when it is complete.
+/// An undo file gets its name only when it is complete.
 #[test]
 fn a_killed_repair_leaves_no_part_of_an_undo_file() {
     let folder = scratch("drafts");
@@ -152,7 +152,8 @@ fn setup(replaces: bool) -> SimHost {
     host.crash_with(&|_| true)
 }
 
-/// Checks that there is no file, the old file, or the complete new one. Returns whether a temporary name is left.
+/// Checks that `new.vhd` is missing, the old file, or the complete new file; it may be missing only if no file is
+/// replaced. Returns whether a file with a temporary name is left.
 #[track_caller]
 fn check_files(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> bool {
     let (temporary, names): (Vec<_>, Vec<_>) = host.names().into_iter().partition(|name| is_temporary(name));

@@ -160,7 +160,8 @@ impl SequenceRun<'_> {
         said
     }
 
-    /// Removes images, and replaces them as parents by `instead`. The other images are renumbered.
+    /// Removes the images `gone` from the model and replaces them as parents by `instead`. The other images are
+    /// renumbered.
     fn remove_images(&mut self, gone: &[usize], instead: usize) {
         let number = |old: usize| old - gone.iter().filter(|n| **n < old).count();
         for image in &mut self.images {

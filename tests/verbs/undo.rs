@@ -102,7 +102,7 @@ fn an_undo_is_refused_for_another_or_changed_image() {
         refused(&made.path, &made.undo, "changed since");
         fs::write(&made.path, &made.mended).expect("it is written");
     }
-    // The undo was begun, and the image has changed since.
+    // The undo has begun, and the image has changed since then.
     let mut kept = made.kept.clone();
     kept[48..56].copy_from_slice(&2_u64.to_be_bytes());
     fs::write(&made.undo, &kept).expect("it is written");

@@ -25,7 +25,8 @@ use super::temp::RuntimeDir;
 /// The log line of a lost page.
 const LOST: &str = "an access to guest memory failed";
 
-/// A daemon with a dynamic image on its main socket and a fixed one on `b.sock`, and its runtime folder.
+/// Starts a daemon with a dynamic image on its main socket and a fixed image on `b.sock`. Returns the daemon and its
+/// runtime folder.
 fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, RuntimeDir) {
     let runtime = RuntimeDir::new();
     let (a, b) = (dir.join("a.vhd"), dir.join("b.vhd"));

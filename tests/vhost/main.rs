@@ -1,4 +1,4 @@
-//! The daemon over its real socket: as a well-behaved guest sees it, and as a front-end that breaks every rule.
+//! Tests of the daemon over its real socket, with correct guests and with front-ends that send invalid messages.
 #![allow(clippy::cast_possible_truncation, reason = "the small numbers of a test")]
 
 mod blk;
