@@ -1,6 +1,7 @@
-//! Linux in a QEMU virtual machine uses a chain through `diffdiskd`: with its virtio driver, ext4 and fio.
+//! Tests with Linux in a QEMU virtual machine, which uses a chain through `diffdiskd` with its virtio driver, ext4 and
+//! fio.
 //!
-//! `make test` builds the guest that these tests boot (vm-images/). Without it the tests fail.
+//! `make test` builds the guest that these tests boot (vm-images/). Without this guest the tests fail.
 
 mod common;
 

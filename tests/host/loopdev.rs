@@ -1,6 +1,6 @@
-//! Kernel file systems on loop devices. Mounts and devices are removed at the end of a test, also if it panics. After a SIGKILL of
-//! the test process they stay and must be unmounted by hand. (A private mount namespace would be worse: a killed process that
-//! serves FUSE would have to unmount the file system that waits for it, and would never end.)
+//! Kernel file systems on loop devices. Mounts and devices are removed at the end of a test, also if it panics. After a
+//! SIGKILL of the test process they remain and must be removed by hand. (A private mount namespace would be worse: a
+//! killed process that serves FUSE would have to unmount the file system that waits for it, and would never end.)
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,7 +34,7 @@ impl FsKind {
         }
     }
 
-    /// Returns the size of a small device for it; mkfs.xfs and mkfs.btrfs refuse smaller ones.
+    /// Returns the size in bytes of a small device for the file system. mkfs.xfs and mkfs.btrfs refuse smaller devices.
     pub(crate) fn size(self) -> u64 {
         match self {
             FsKind::Ext4 => 128 << 20,
@@ -44,7 +44,7 @@ impl FsKind {
         }
     }
 
-    /// Makes an empty file system on a device or in a file. `options` go to mkfs.
+    /// Makes an empty file system on a device or in a file. `options` are further arguments of mkfs.
     pub(crate) fn make(self, on: &Path, options: &[&str]) {
         let mut mkfs = Command::new(format!("mkfs.{}", self.name()));
         match self {
@@ -61,7 +61,7 @@ impl FsKind {
     fn mount_options(self) -> &'static str {
         match self {
             FsKind::Ext4 => "noatime",
-            // Copies of one device are mounted at the same time.
+            // Copies of one device, which have the same UUID, are mounted at the same time.
             FsKind::Xfs => "noatime,nouuid",
             FsKind::Btrfs | FsKind::BtrfsSeparate => "noatime,max_inline=0",
         }
@@ -98,7 +98,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // A device that is still mounted is detached by the unmount.
+        // If the device is still mounted, the kernel detaches it after the unmount.
         let detached = tool::run(Command::new("losetup").arg("-d").arg(&self.path), TIMEOUT);
         if detached.code != Some(0) {
             eprintln!("{} stays: {}", self.path.display(), detached.stderr);
@@ -106,7 +106,7 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mounted file system. Drop unmounts it.
+/// A mounted file system. Dropping this value unmounts it.
 #[derive(Debug)]
 pub(crate) struct Mounted {
     folder: TempDir,
@@ -176,7 +176,7 @@ pub(crate) fn unmount(path: &Path) -> Result<(), String> {
 impl Drop for Mounted {
     fn drop(&mut self) {
         if self.mounted {
-            // Daemons of a failed test may still use it.
+            // Daemons of a failed test may still use the file system.
             let ended = tool::run(Command::new("umount").arg("-l").arg(self.path()), TIMEOUT);
             if ended.code != Some(0) {
                 eprintln!("{} stays mounted: {}", self.path().display(), ended.stderr);
@@ -185,7 +185,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Runs a program, which must succeed. Returns its output.
+/// Runs a program and returns its output. Panics if the program fails.
 #[track_caller]
 pub(crate) fn run_ok(command: &mut Command) -> String {
     let ended = tool::run(command, TIMEOUT);
