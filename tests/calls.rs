@@ -80,7 +80,8 @@ fn a_flush_costs_none_one_or_two_syncs() {
     }
 }
 
-/// Returns the syncs of a flush after `count` writes of new sectors, after the same writes again, and after no write.
+/// Returns the number of syncs in each of three flushes: after `count` writes of new sectors, after the same writes
+/// again, and after no write.
 fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usize, usize, usize) {
     // Fifty writes go to ten blocks. Each attempt uses other sectors.
     let (first, blocks) = if count == 50 { (40 << 20, 10) } else { (count * (2 << 20), 1) };

@@ -1,7 +1,8 @@
-//! Chains made by `diffdisk create` and filled by a guest through the daemon must read the same with QEMU, 7-Zip and vhd-lib.
+//! Chains made by `diffdisk create` and filled by a guest through the daemon must read the same with QEMU, 7-Zip and
+//! vhd-lib.
 //!
-//! Each reader is used only for images that it reads correctly: QEMU for images without a parent, vhd-lib for chains with one
-//! block size and no fixed root.
+//! Each reader is used only for images that it reads correctly: QEMU for images without a parent, vhd-lib for chains
+//! with one block size and no fixed root.
 
 mod common;
 
@@ -27,7 +28,8 @@ struct Chain {
 }
 
 impl Chain {
-    /// Creates one layer per entry of `layers`, root first. The root gets `--type` and `--block-size`; children inherit them.
+    /// Creates `depth` layers, root first, and runs a guest on each. The root is created with the options `root`;
+    /// children inherit its block size.
     fn build(name: &str, size: u64, root: &[&str], depth: usize, rng: &mut Rng) -> Chain {
         let folder = temp::scratch(name);
         let mut chain =

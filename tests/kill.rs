@@ -89,7 +89,8 @@ struct QueueLoad<'a> {
 }
 
 impl QueueLoad<'_> {
-    /// Submits the requests that `next` returns, one in every free slot, until it returns `None`. Waits for all completions.
+    /// Submits the requests that `next` returns, one in every free slot, until it returns `None`. Waits for all
+    /// completions.
     fn run(&mut self, mut next: impl FnMut(&Model, &[Option<PendingRequest>]) -> Option<PendingRequest>) {
         let mut more = true;
         loop {

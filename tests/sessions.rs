@@ -1,5 +1,5 @@
-//! Sessions, tested with the real programs: the image of a killed daemon is opened by another user, with another runtime
-//! folder, after a move or a restore, as a parent, by the tool, and with hostile folders and journals.
+//! Sessions, tested with the real programs: the image of a killed daemon is opened by another user, with another
+//! runtime folder, after a move or a restore, as a parent, by the tool, and with hostile folders and journals.
 #![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "words of a journal, small numbers")]
 
 mod common;
@@ -281,7 +281,8 @@ fn a_guest_that_only_reads_does_not_change_the_image() {
     let (folder, runtime) = (scratch("session-reader"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
-    // The first open recovers the new image, which was never closed: it zeroes and cuts off the space after the last block.
+    // The first open recovers the new image, which was never closed: it zeroes and cuts off the space after the last
+    // block.
     Daemon::start(&image, &[runtime.option()]).stop();
     let before = fs::read(&image).expect("the image");
     let daemon = Daemon::start(&image, &[runtime.option()]);

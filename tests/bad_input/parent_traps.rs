@@ -15,13 +15,13 @@ use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::measure::{self, Run};
 
-/// The contents of every sector of the files outside the allowed folders. They must never be printed.
+/// The contents of every sector of the files outside the allowed folders. The programs must never print these contents.
 const SECRET: &str = "SECRET";
 /// Minimum number of traps.
 const CLASSES: usize = 40;
 
-/// Folders and files that a run may open in addition to the child's own folder: those that the loader, the C library and the
-/// Rust runtime read, and the daemon's own state.
+/// Folders and files that a run may open in addition to the child's own folder: those that the loader, the C library
+/// and the Rust runtime read, and the daemon's own state.
 const SYSTEM: [&str; 9] = [
     "/lib/",
     "/lib64/",

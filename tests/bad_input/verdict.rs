@@ -41,7 +41,8 @@ pub(crate) enum Expected {
     /// The file alone is valid, so `info` and `check` accept it. Every command that opens the chain refuses it within
     /// `memory_mib`, and the reason contains one of `words`.
     ChainRefused { words: &'static [&'static str], memory_mib: i64 },
-    /// All programs refuse the image, and the reason contains one of `words`. `check` exits with one of the codes in `check`.
+    /// All programs refuse the image, and the reason contains one of `words`. `check` exits with one of the codes in
+    /// `check`.
     Refused { check: &'static [i32], words: &'static [&'static str], place: ErrorLocation },
 }
 

@@ -60,7 +60,7 @@ impl Chain {
         fs::metadata(self.top()).expect("the top is there").blocks() * 512
     }
 
-    /// Fails the test if a parent has changed or `diffdisk check` finds a defect in a layer.
+    /// Panics if a parent has changed or `diffdisk check` finds a defect in a layer.
     pub fn assert_sound(&self) {
         for (layer, before) in self.layers.iter().zip(&self.frozen) {
             assert_eq!(&sha256_of_file(layer), before, "the parent {} has changed", layer.display());

@@ -87,7 +87,7 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Connects to `socket` with one queue and 16 requests in flight.
+    /// Connects to `socket` with one queue and at most 16 requests in flight.
     pub(crate) fn connect(socket: &Path) -> io::Result<Client> {
         Client::connect_with(socket, &Options::default())
     }

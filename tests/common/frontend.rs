@@ -218,8 +218,9 @@ impl MessageChannel<'_, '_> {
 fn atomic_u16(memory: &MmapRaw, at: usize) -> &AtomicU16 {
     assert!(at + 2 <= memory.len() && at.is_multiple_of(2));
     // SAFETY: the assertion has checked that the word is aligned and lies in the mapping, and `memory` is borrowed for
-    // the lifetime of the result. The back-end accesses the words of the rings only atomically, and this process
-    // accesses the words passed to this function only through the result.
+    // the lifetime of the result. Both sides access ring words only atomically. This process writes a status word in
+    // other ways only before it publishes the request, and reads the word only after the used index has shown that the
+    // request is complete.
     unsafe { AtomicU16::from_ptr(memory.as_mut_ptr().add(at).cast()) }
 }
 

@@ -11,8 +11,8 @@ pub struct TestMemory(Arc<HeapBytes>);
 
 struct HeapBytes(Box<[UnsafeCell<u8>]>);
 
-// SAFETY: the bytes are accessed through raw pointers only. A test accesses them while no request over them is in flight, and
-// gives each range to one request at a time, so no two threads access a byte at once.
+// SAFETY: the bytes are accessed through raw pointers only. A test accesses them while no request over these bytes is
+// in flight, and gives each range to one request at a time, so no two threads access a byte at once.
 unsafe impl Sync for HeapBytes {}
 
 impl TestMemory {

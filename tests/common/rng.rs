@@ -1,5 +1,5 @@
-//! Random numbers for tests and benchmarks: SplitMix64, the generator of the simulated host, with a printed seed so that a failure
-//! can be replayed.
+//! Random numbers for tests and benchmarks: SplitMix64, the generator of the simulated host, with a printed seed so
+//! that a failure can be replayed.
 
 /// The generator. Its source file is included, because the library exports the module only with the feature `sim`.
 #[path = "../../src/random.rs"]

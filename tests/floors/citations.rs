@@ -79,7 +79,7 @@ fn section_citations(comment: &str) -> Vec<String> {
             }
             let mut rest = &comment[at + document.len() + 1..];
             if rest.starts_with("1.") && *document == "virtio" {
-                continue; // the standard
+                continue; // "virtio 1.x" names the standard
             }
             loop {
                 let number: String = rest.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();

@@ -1,5 +1,5 @@
-//! A full file system: writes fail or wait, by option; flushes and reads still succeed; no data is lost, and writes succeed again
-//! when there is space (crash-safety 4.1, 6.2; R9).
+//! A full file system: writes fail or wait, by option; flushes and reads still succeed; no data is lost, and writes
+//! succeed again when there is space (crash-safety 4.1, 6.2; R9).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

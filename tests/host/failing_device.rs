@@ -52,8 +52,8 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     let disk = fuse::blank(kind.size());
     let (device, mounted) = mount_on_loop(&disk.path(), kind);
     let image = mounted.path().join("image.vhd");
-    // With sixteen blocks the file grows at the first write only. A second growth in the background might be in progress when
-    // the medium fails, and a growth that can be neither finished nor undone poisons the image.
+    // With sixteen blocks the file grows at the first write only. A second growth in the background might be in
+    // progress when the medium fails, and a growth that can be neither finished nor undone poisons the image.
     diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("32M")]).ok();
     let runtime = RuntimeDir::new();
     let daemon = Daemon::start(&image, &[mode, runtime.option()]);

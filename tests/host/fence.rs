@@ -91,7 +91,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     drop(device);
 }
 
-/// The image is the FUSE file, so all requests to the medium are the daemons'.
+/// The image is the FUSE file, so all requests to the medium come from the daemons.
 fn on_the_medium_itself(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -141,7 +141,8 @@ fn create(image: &Path) {
     diffdisk([Path::new("create"), image, Path::new("--size"), Path::new("16M")]).ok();
 }
 
-/// Starts a daemon, writes, and kills the daemon while the medium delays the write. Returns the daemon and the time of the kill.
+/// Starts a daemon, writes, and kills the daemon while the medium delays the write. Returns the daemon and the time of
+/// the kill.
 fn kill_with_a_write_under_way(disk: &FuseDisk, image: &Path, options: &[&str]) -> (Daemon, Instant) {
     let daemon = Daemon::start(image, options);
     let mut client = daemon.connect();

@@ -1,7 +1,8 @@
-//! A disk that logs its requests, delays them, and fails them: a FUSE file system with one file, served by this process.
+//! A disk that logs its requests, delays them, and fails them: a FUSE file system with one file, served by this
+//! process.
 //!
-//! The file's bytes are in memory. Every write, sync and punch is logged in the order in which it takes effect. A loop device on
-//! the file makes it the medium of a kernel file system.
+//! The file's bytes are in memory. Every write, sync and punch is logged in the order in which it takes effect. A loop
+//! device on the file makes it the medium of a kernel file system.
 //!
 //! The test process itself must not access files below the mount point: if the process were killed during such an
 //! access, it would wait for an answer that only it could give. Programs started by the test may access these files.

@@ -296,7 +296,7 @@ fn a_history_accepts_allowed_contents_and_no_others() {
     torn[100] = 7;
     assert!(identify(&torn, 7).is_err());
 
-    // One half of sector 0 is from one write, the other from another.
+    // The two halves of sector 0 are from different writes.
     let mixed = |a, b| [&tagged(a, 0)[..256], &tagged(b, 0)[256..], &tagged(1, 1)].concat();
     let may_be = |a, b, cut| [Tearing::Whole, Tearing::Torn].map(|s| h.check(&mixed(a, b), cut, s).is_empty());
     assert_eq!(may_be(1, 2, 30), [false, true], "flushed, and being overwritten");

@@ -1,6 +1,7 @@
-//! Kernel file systems on loop devices. Mounts and devices are removed at the end of a test, also if it panics. After a
-//! SIGKILL of the test process they remain and must be removed by hand. (A private mount namespace would be worse: a
-//! killed process that serves FUSE would have to unmount the file system that waits for it, and would never end.)
+//! Kernel file systems on loop devices. Mounts and devices are removed at the end of a test, even if the test panics.
+//! After a SIGKILL of the test process they remain and must be removed by hand. (A private mount namespace would be
+//! worse: a killed process that serves FUSE would have to unmount the file system that waits for it, and would never
+//! end.)
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -144,7 +145,7 @@ impl Mounted {
         s.f_bavail * s.f_frsize
     }
 
-    /// Unmounts the file system. The test fails if the file system is in use.
+    /// Unmounts the file system. Panics if the file system is in use.
     pub(crate) fn unmount(mut self) {
         self.mounted = false;
         unmount(self.path()).expect("the file system is not in use");
@@ -159,8 +160,8 @@ pub(crate) fn mount_on_loop(file: &Path, kind: FsKind) -> (LoopDevice, Mounted) 
     (device, mounted)
 }
 
-/// Unmounts the file system at `path`. The kernel releases files of io_uring rings, and loop devices, some time after their last
-/// user has ended, so a busy file system is tried again for ten seconds.
+/// Unmounts the file system at `path`. The kernel releases files of io_uring rings, and loop devices, some time after
+/// their last user has ended, so a busy file system is tried again for ten seconds.
 pub(crate) fn unmount(path: &Path) -> Result<(), String> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {

@@ -247,8 +247,8 @@ impl MediumReplay<'_> {
     }
 }
 
-/// Mounts the medium after a power cut and checks the images against their guests' histories. With `serve` daemons recover the
-/// images, too. Returns the violations.
+/// Mounts the medium after a power cut and checks the images against their guests' histories. With `serve` daemons
+/// recover the images, too. Returns the violations.
 fn check_after_cut(
     kind: FsKind,
     device: &Path,
@@ -292,10 +292,10 @@ fn check_after_cut(
 
 /// Returns whether a growing file has its new length but not its new footer.
 ///
-/// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) updates the length on disk before it writes the page, and a journal commit
-/// in between makes a length durable that was never synced. In this state the footer at the start is valid, the old trailing
-/// footer is not wiped yet, no block has moved, and recovery writes the new trailing footer. The contents are checked as at any
-/// other cut.
+/// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) updates the length on disk before it writes the page, and a
+/// journal commit in between makes a length durable that was never synced. In this state the footer at the start is
+/// valid, the old trailing footer is not wiped yet, no block has moved, and recovery writes the new trailing footer.
+/// The contents are checked as at any other cut.
 fn lacks_new_footer(image: &Path) -> bool {
     let Ok(bytes) = fs::read(image) else { return false };
     let (front, tail) = (&bytes[..SECTOR.min(bytes.len())], bytes.len().saturating_sub(SECTOR));
@@ -340,8 +340,8 @@ fn read_disk(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
     fs::read(raw).map_err(|e| e.to_string())
 }
 
-/// Checks that a daemon opens the image for writing, shows the same disk, takes a write, and closes the image cleanly. Returns the
-/// violations.
+/// Checks that a daemon opens the image for writing, shows the same disk, takes a write, and closes the image cleanly.
+/// Returns the violations.
 fn check_recovery(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
     // The runtime folder is new, since a power cut loses the live journals in the machine's memory.
     let runtime = RuntimeDir::new();

@@ -1,5 +1,5 @@
-//! Reads by copies from the page cache, and reads by operations, on the simulated host, compared with a flat array: reads of one
-//! and of many extents, copies that fail half-way, and operations that complete in any order.
+//! Reads by copies from the page cache, and reads by operations, on the simulated host, compared with a flat array:
+//! reads of one and of many extents, copies that fail half-way, and operations that complete in any order.
 #![cfg(feature = "sim")]
 
 use std::path::Path;

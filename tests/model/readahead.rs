@@ -1,4 +1,5 @@
-//! Readahead: a guest reads a chain from start to end, not in the page cache, and gets the same bytes with and without readahead.
+//! Readahead: a guest reads a chain that is not in the page cache from start to end, and gets the same bytes with and
+//! without readahead.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -71,7 +72,8 @@ fn readahead_covers_cold_reads_once() {
     assert!(bytes <= SIZE * 4 / 5 + (64 << 10), "more than all data was read ahead: {bytes}");
     disk.abandon();
 
-    // Now the data is in the page cache, unless the kernel has reclaimed some: one read that waits for the medium starts readahead.
+    // Now the data is in the page cache, unless the kernel has reclaimed some: one read that waits for the medium
+    // starts readahead.
     let bytes = |_| {
         let mut disk = chain.open(true);
         read_all(&chain, &mut disk)

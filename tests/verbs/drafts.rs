@@ -1,4 +1,5 @@
-//! Verbs that make a new file leave no incomplete file: after kills at every failpoint and every step, and after power cuts.
+//! Verbs that make a new file leave no incomplete file: after kills at every failpoint and every step, and after power
+//! cuts.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -67,7 +68,7 @@ fn a_kill_leaves_no_incomplete_file() {
                 match point.as_str() {
                     "draft.named" => assert_eq!(more, [PathBuf::from("new.vhd")], "{line}"),
                     "draft.replaced" => assert!(more.is_empty(), "{line}: {more:?}"),
-                    // The only failpoint at which a complete copy has a temporary name.
+                    // This is the only failpoint at which a complete copy has a temporary name.
                     "draft.named-to-replace" => {
                         assert!(more.len() == 1 && is_temporary(&more[0]), "{line}: {more:?}");
                         fs::remove_file(folder.path().join(&more[0])).expect("it is there");

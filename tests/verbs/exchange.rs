@@ -48,7 +48,7 @@ fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -
                 }
             }
         });
-        // Stops the thread also if `work` panics, since the scope waits for it.
+        // Stops the thread even if `work` panics, since the scope waits for it.
         let _ends = SetOnDrop(&done);
         work()
     });

@@ -1,4 +1,4 @@
-//! `flatten`: a child becomes independent of some or all of its parents, with the same disk.
+//! `flatten`: a child becomes independent of some or all of its parents and keeps its disk.
 
 use std::path::Path;
 

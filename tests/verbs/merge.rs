@@ -330,7 +330,7 @@ fn a_child_written_after_a_kill_is_copied_again() {
     }
 }
 
-/// Restores a backup by `cp -p`: into the same file, with the old times.
+/// Restores a backup by `cp -p`: into the same file, with the backup's times.
 fn restore(backup: &Path, onto: &Path) {
     let copied = Command::new("cp").arg("-p").args([backup, onto]).status().expect("cp runs");
     assert!(copied.success());
@@ -395,7 +395,8 @@ fn a_child_restored_after_a_kill_is_copied_again() {
         assert!(failpoints::killed(point, 1, fixture.args()), "{point}");
         // The backup is older than the merge record and has other data.
         restore(&backup, &fixture.child());
-        // Data of the newer child that was copied to the ancestor is visible now where the restored child has no data of its own.
+        // Data of the newer child that was copied to the ancestor is visible now where the restored child has no data
+        // of its own.
         let shown = digest::sha256_of_disk(&fixture.child());
         fixture.merge().ok();
         assert!(!fixture.child().exists(), "{point}");

@@ -1,5 +1,5 @@
-//! `merge` on the simulated host: kills and power cuts at every step, and several in a row; a fault at every step; every amount of
-//! free space.
+//! `merge` on the simulated host: kills and power cuts at every step, and several in a row; a fault at every step;
+//! every amount of free space.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,4 @@
-//! `rebase`: another parent and the same disk; with `--unsafe` another disk.
+//! `rebase`: an image gets another parent and keeps its disk. With `--unsafe` its disk changes.
 
 use std::path::Path;
 

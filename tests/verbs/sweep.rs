@@ -23,8 +23,8 @@ pub(crate) struct SweepCase<'a> {
     pub(crate) verb: &'a dyn Fn(&dyn Env, &Path) -> Result<()>,
     /// Images to check, each with its disk before and after the verb.
     pub(crate) expected: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
-    /// Whether a file's new length survives only with the write that caused it, as on ext4, XFS and btrfs. Growth of a fixed image,
-    /// which has one footer, needs this.
+    /// Whether a file's new length survives only with the write that caused it, as on ext4, XFS and btrfs. Growth of a
+    /// fixed image, which has one footer, needs this.
     pub(crate) lengths_follow_data: bool,
 }
 

@@ -1,5 +1,5 @@
-//! Truncated images: small images of every type, cut at every 512 bytes and inside sectors. Each verb, and each open that serves a
-//! disk, shows the guest's data or refuses the image; no repair makes other bytes visible.
+//! Truncated images: small images of every type, cut at every 512 bytes and inside sectors. Each verb, and each open
+//! that serves a disk, shows the guest's data or refuses the image; no repair makes other bytes visible.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -315,7 +315,8 @@ fn a_lost_sector_never_shows_the_parents_data() {
     let scratch = scratch("truncation");
     child(scratch.path());
     let file = fs::File::options().write(true).open(scratch.path().join("disk.vhd")).expect("it opens");
-    // Cuts off the last block (3) and all but the first sector of the one before (6, with two marked sectors).
+    // Cuts off block 3, the last one in the file, and all sectors except the first of block 6, which precedes block 3
+    // in the file and has two marked sectors.
     let len = file.metadata().expect("its length").len();
     file.set_len(len - 512 - 4608 - 4096 + 512).expect("it is cut");
     let report = check(scratch.path(), false);

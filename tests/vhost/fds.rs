@@ -91,7 +91,8 @@ fn only_eventfds_are_accepted() {
     assert!(daemon.terminate().success());
 }
 
-/// Regions of guest memory may come from tmpfs and hugetlbfs. Every other file is refused, and the log names the remedy.
+/// Regions of guest memory may come from tmpfs and hugetlbfs. Every other file is refused, and the log names the
+/// remedy.
 #[test]
 fn only_memory_files_are_accepted_as_guest_memory() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);

@@ -79,7 +79,8 @@ impl ManualGuest {
         ManualGuest { ram, kick: event(), call: event(), last, submitted: 0 }
     }
 
-    /// Returns the guest address of a part. Parts follow the order of [`PARTS`], but `self.last` and the last part are swapped.
+    /// Returns the guest address of a part. Parts follow the order of [`PARTS`], but `self.last` and the last part are
+    /// swapped.
     fn part_address(&self, part: Part) -> u64 {
         let place = |part: Part| PARTS.iter().position(|p| *p == part).unwrap() as u64;
         let last = PARTS.len() as u64 - 1;

@@ -1,5 +1,5 @@
-//! Settings of the machine: the system configuration and the available runtime folders. Each test runs in a mount namespace
-//! of its own, which needs root.
+//! Settings of the machine: the system configuration and the available runtime folders. Each test runs in a mount
+//! namespace of its own, which needs root.
 
 use std::fs;
 use std::path::Path;

@@ -176,7 +176,7 @@ fn a_guest_without_shared_memory_is_explained() {
     assert!(daemon.log().contains("share=on"), "{}", daemon.log());
 }
 
-/// QEMU compares the number of queues itself, and disconnects.
+/// QEMU compares its number of queues with the daemon's, and disconnects.
 #[test]
 fn a_front_end_that_uses_more_queues_is_explained() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);

@@ -1,8 +1,8 @@
 //! The production code on a simulated machine that crashes, is killed, and fails, with a model of the values that each
 //! sector may contain (crash-safety 1, 11).
 //!
-//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs only that seed.
-//! `DIFFDISK_MUTANT=<name>` searches for one mutant only.
+//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs only that
+//! seed. `DIFFDISK_MUTANT=<name>` searches for one mutant only.
 #![allow(unreachable_pub, clippy::cast_possible_truncation)]
 
 mod checker;

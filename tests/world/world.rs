@@ -112,7 +112,7 @@ impl<'a> World<'a> {
             actions: model::PARENT,
             cached_bitmap_sectors: None,
         };
-        // The first open of a sound disk needs no checks.
+        // The first open of an undamaged disk needs no checks.
         let checks = std::mem::replace(&mut world.checks, CheckOptions { sample: 0, ..checks });
         world.open(lanes).expect("a sound disk opens");
         world.checks = checks;
@@ -300,8 +300,8 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Returns whether a sync has failed on this machine. After a failed sync no write may become durable. Until the
-    /// machine crashes, the page cache hides the contents of the medium from every process.
+    /// Returns whether a sync has failed on this machine. After a failed sync no further write may become durable.
+    /// Until the machine crashes, the page cache hides the contents of the medium from every process.
     fn is_poisoned(&self) -> bool {
         self.host.counts().failed_syncs > 0
     }
