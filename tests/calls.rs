@@ -13,8 +13,8 @@ use common::tool;
 const READS: usize = 10_000;
 const DEPTH: usize = 32;
 
-/// Queued 4 KiB reads of resolved sectors, in a child over a root: one io_uring submit carries many reads, and one interrupt
-/// reports many completions.
+/// Queued 4 KiB reads of sectors whose extents are cached, in a child over a root: one io_uring submission carries many
+/// reads, and one interrupt reports many completions.
 #[test]
 fn queued_reads_share_their_system_calls() {
     tool::require(&["strace"]);
@@ -50,8 +50,8 @@ fn read_many(guest: &mut Client, count: usize) {
     }
 }
 
-/// A flush needs no, one or two syncs (crash-safety 5), for any number of writes. A completed write has caused no other
-/// write. The daemon uses plain system calls here, so that strace sees each.
+/// A flush needs no, one or two syncs (crash-safety 5), for any number of writes before it. A guest's write causes
+/// exactly one write of the daemon. The daemon uses plain system calls here, so that strace records each operation.
 #[test]
 fn a_flush_costs_none_one_or_two_syncs() {
     tool::require(&["strace"]);
@@ -67,7 +67,8 @@ fn a_flush_costs_none_one_or_two_syncs() {
         let mut guest = daemon.connect();
         guest.flush().expect("the first flush, which covers what went before");
         for count in [1, 5, 50] {
-            // The background commit, once in five seconds, may run between a write and its flush. The test then repeats.
+            // The background commit, once in five seconds, may run between a write and its flush. The test then tries
+            // again.
             let seen = (0..4).map(|attempt| syncs(&daemon, &mut guest, count, attempt));
             let mut seen = seen.inspect(|(new, again, clean)| {
                 println!("{count} writes: {new} syncs when new, {again} when written again, {clean} when nothing was");
@@ -79,7 +80,8 @@ fn a_flush_costs_none_one_or_two_syncs() {
     }
 }
 
-/// Returns the syncs of a flush after `count` writes of new sectors, after the same writes again, and after no write.
+/// Returns the number of syncs in each of three flushes: after `count` writes of new sectors, after the same writes
+/// again, and after no write.
 fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usize, usize, usize) {
     // Fifty writes go to ten blocks. Each attempt uses other sectors.
     let (first, blocks) = if count == 50 { (40 << 20, 10) } else { (count * (2 << 20), 1) };
@@ -91,7 +93,7 @@ fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usiz
     let calls = |report: &str, name: &str| report.lines().filter(|l| l.contains(name)).count();
     let writes = traced(daemon, &ask, || (0..count).for_each(|page| write(guest, page)));
     let alone = calls(&writes, "fallocate") == 0 && calls(&writes, "fdatasync") == 0;
-    // The first write within a second gives the session's stamp a new generation.
+    // The first write within a second writes a new generation to the session's stamp.
     let own = writes.lines().filter(|l| l.contains("pwrite") && !l.contains("ddstamp")).count() as u64;
     assert!(!alone || own == count, "a write that is answered is one write:\n{writes}");
     let new = calls(&traced(daemon, &ask, || guest.flush().expect("a flush")), "fdatasync");
@@ -101,7 +103,7 @@ fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usiz
     (new, again, clean)
 }
 
-/// Returns strace's output for the daemon while `work` runs.
+/// Traces the daemon while `done` runs. Returns strace's output.
 fn traced(daemon: &Daemon, options: &[&str], done: impl FnOnce()) -> String {
     let report = tempfile::NamedTempFile::new().expect("a file");
     let mut strace = Command::new("strace")

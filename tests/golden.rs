@@ -11,14 +11,15 @@ use common::golden::{Golden, number, text};
 use common::{pattern, temp, tool};
 use serde_json::Value;
 
-/// The corpus, unpacked into a private folder.
+/// Unpacks the golden images into a private folder. Returns the manifest and the folder.
 fn corpus(name: &str) -> (Golden, tempfile::TempDir) {
     let (golden, folder) = (Golden::load(), temp::scratch(name));
     golden.unpack(folder.path());
     (golden, folder)
 }
 
-/// Allows the corpus as a folder of parents. Chains with parents outside the child's folder need this option.
+/// Returns the option that allows the folder of golden images as a folder of parents, which chains with parents outside
+/// the child's folder need.
 fn allow(root: &Path) -> [String; 2] {
     ["--allow-parents".into(), root.display().to_string()]
 }
@@ -116,7 +117,7 @@ fn a_guest_reads_every_image_through_the_socket() {
 fn a_guest_writes_on_top_of_every_image() {
     let golden = Golden::load();
     for image in golden.images() {
-        // Unpacked for each image: a write to a parent would change the content of its children.
+        // The images are unpacked again for each image, since a write to a parent changes the contents of its children.
         let folder = temp::scratch("golden-write");
         golden.unpack(folder.path());
         let (name, path) = (text(image, "file"), folder.path().join(text(image, "file")));

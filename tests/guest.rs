@@ -1,6 +1,7 @@
-//! Linux in a QEMU virtual machine uses a chain through `diffdiskd`: with its virtio driver, ext4 and fio.
+//! Tests with Linux in a QEMU virtual machine, which uses a chain through `diffdiskd` with its virtio driver, ext4 and
+//! fio.
 //!
-//! `make test` builds the guest that these tests boot (vm-images/). Without it the tests fail.
+//! `make test` builds the guest that these tests boot (vm-images/). Without this guest the tests fail.
 
 mod common;
 
@@ -84,7 +85,7 @@ fn a_daemon_is_killed_again_and_again_and_the_guest_notices_nothing() {
                 let front_ends = daemon.log().matches("front-end connected").count();
                 daemon.kill_and_restart();
                 kills += 1;
-                // The daemon is not killed during the handshake, since QEMU 7.2 may never reconnect after that.
+                // The daemon is not killed during the handshake, since QEMU 7.2 may never reconnect after such a kill.
                 daemon.wait_for_log("front-end connected", front_ends + 1);
                 thread::sleep(Duration::from_millis(200 + 97 * kills % 700));
             }

@@ -1,7 +1,8 @@
-//! Chains made by `diffdisk create` and filled by a guest through the daemon must read the same with QEMU, 7-Zip and vhd-lib.
+//! Chains made by `diffdisk create` and filled by a guest through the daemon must read the same with QEMU, 7-Zip and
+//! vhd-lib.
 //!
-//! Each reader is used only for images that it reads correctly: QEMU for images without a parent, vhd-lib for chains with one
-//! block size and no fixed root.
+//! Each reader is used only for images that it reads correctly: QEMU for images without a parent, vhd-lib for chains
+//! with one block size and no fixed root.
 
 mod common;
 
@@ -19,7 +20,7 @@ use common::{pattern, tool};
 
 const MIB: u64 = 1 << 20;
 
-/// A chain on disk, and the content that a guest must see.
+/// A chain of files, and the contents of the disk that a guest must see.
 struct Chain {
     folder: tempfile::TempDir,
     files: Vec<PathBuf>,
@@ -27,7 +28,8 @@ struct Chain {
 }
 
 impl Chain {
-    /// Creates one layer per entry of `layers`, root first. The root gets `--type` and `--block-size`; children inherit them.
+    /// Creates `depth` layers, root first, and runs a guest on each. The root is created with the options `root`;
+    /// children inherit its block size.
     fn build(name: &str, size: u64, root: &[&str], depth: usize, rng: &mut Rng) -> Chain {
         let folder = temp::scratch(name);
         let mut chain =
@@ -58,7 +60,8 @@ impl Chain {
         self.files.last().expect("a chain has a layer")
     }
 
-    /// Runs a guest on the top layer: writes, zeroes, discards, flushes. `disk` records the expected content.
+    /// Runs a guest on the top layer: writes, zeroes, discards, flushes. The expected contents are recorded in
+    /// `self.disk`.
     fn run_guest(&mut self, guest: &mut Client, layer: usize, rng: &mut Rng) {
         let sectors = self.disk.len() as u64 / 512;
         for step in 0..60 {
@@ -87,7 +90,8 @@ impl Chain {
         pattern::assert_same("the guest's own view", &guest.read_all(MAX_REQUEST_BYTES).expect("reads"), &self.disk);
     }
 
-    /// Reads discarded sectors back. Each may keep its content or read as zeros, and must keep that value from then on.
+    /// Reads discarded sectors. Each sector may keep its contents or read as zeros, and must keep the contents of this
+    /// read from then on.
     fn accept_discarded(&mut self, guest: &mut Client, offset: u64, bytes: std::ops::Range<usize>) {
         let now = guest.read(offset, bytes.len()).expect("a read");
         for (old, new) in self.disk[bytes].chunks_mut(512).zip(now.chunks(512)) {
@@ -104,7 +108,7 @@ impl Chain {
         assert_eq!(check.code, Some(0), "check after a clean stop: {check:?}");
     }
 
-    /// Asserts that all readers agree on an image without a parent.
+    /// Panics unless all readers read the expected disk from an image without a parent.
     fn assert_alone(&self, vhdlib: bool) {
         self.assert_diffdisk();
         self.assert_qemu();
@@ -149,7 +153,7 @@ impl Chain {
     }
 }
 
-/// Runs a program that must succeed.
+/// Runs a program and returns its standard output. Panics if the program fails.
 fn run_program(command: &mut Command) -> Vec<u8> {
     let done = tool::run(command, Duration::from_secs(60));
     assert_eq!(done.code, Some(0), "{command:?}: {}", done.stderr);

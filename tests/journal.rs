@@ -1,4 +1,4 @@
-//! The live journal, tested with the real programs: the tool refuses an image whose daemon was killed, and the next daemon
+//! The live journal, tested with the real programs: the tool refuses the image of a killed daemon, and the next daemon
 //! replays the acknowledged writes.
 
 mod common;

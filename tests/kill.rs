@@ -1,8 +1,8 @@
 //! R5: a guest does not notice that its disk daemon is killed and restarted many times.
 //!
-//! Several queues write, overwrite, zero, flush and read, and compare every byte read with the acknowledged writes. Meanwhile
-//! the daemon gets SIGKILL about every 200 ms: under load, at its start, and during the handshake.
-//! DIFFDISK_KILL_SECONDS sets the duration in seconds (60).
+//! Several queues write, overwrite, zero, flush and read, and compare every byte read with the acknowledged writes.
+//! Meanwhile the daemon gets SIGKILL about every 200 ms: under load, at its start, and during the handshake.
+//! DIFFDISK_KILL_SECONDS sets the duration in seconds (60 by default).
 #![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "a test's pattern and small numbers")]
 
 mod common;
@@ -23,22 +23,23 @@ use common::tool::diffdisk;
 
 const QUEUES: usize = 3;
 const MIB: u64 = 1 << 20;
-/// Bytes of a disk.
+/// Size of a disk in bytes.
 const SIZE: u64 = 128 * MIB;
-/// Sectors per stripe. Stripes belong to the queues in rotation, so that queues share blocks and bitmaps.
+/// Number of sectors in a stripe. Stripes belong to the queues in rotation, so that queues share blocks and bitmaps.
 const STRIPE: u64 = 128;
 const STRIPES: u64 = SIZE / 512 / STRIPE;
 
-/// The expected content of one queue's part of the disk.
+/// The expected contents of one queue's part of the disk.
 struct Model {
     queue: u64,
-    /// The content before the run.
+    /// The contents of each stripe before the run, by the number of the stripe.
     initial: HashMap<u64, Vec<u8>>,
-    /// The number of the last acknowledged write of each sector. 0 means zeros, `None` the content before the run.
+    /// The number of the last acknowledged write of each sector, or 0 for zeros. A sector without an entry has its
+    /// contents from before the run.
     written: HashMap<u64, u64>,
 }
 
-/// Returns the content of a sector after write number `tag`, which is not 0.
+/// Fills `data` with the contents of the sectors from `first` on after write number `tag`, which is not 0.
 fn fill(data: &mut [u8], tag: u64, first: u64) {
     for (sector, chunk) in (first..).zip(data.chunks_mut(512)) {
         let mut word = tag.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ sector.rotate_left(40);
@@ -88,7 +89,8 @@ struct QueueLoad<'a> {
 }
 
 impl QueueLoad<'_> {
-    /// Submits the requests that `next` returns, one in every free slot, until it returns `None`. Waits for all completions.
+    /// Submits the requests that `next` returns, one in every free slot, until it returns `None`. Waits for all
+    /// completions.
     fn run(&mut self, mut next: impl FnMut(&Model, &[Option<PendingRequest>]) -> Option<PendingRequest>) {
         let mut more = true;
         loop {
@@ -104,7 +106,7 @@ impl QueueLoad<'_> {
                 self.driver.add(slot, asked.kind, asked.sector, asked.sectors);
                 self.in_flight[slot] = Some(asked);
                 added += 1;
-                // Some requests are submitted singly.
+                // Some requests get a notification of their own.
                 if asked.tag.is_multiple_of(3) {
                     self.driver.kick(added);
                     added = 0;
@@ -138,7 +140,7 @@ impl QueueLoad<'_> {
         }
     }
 
-    /// Reads all of the queue's part. The first time this sets the expected content.
+    /// Reads the queue's whole part of the disk. The first read sets the expected contents.
     fn read_all(&mut self) {
         let mut stripe = self.model.queue;
         self.run(|_, _| {
@@ -149,7 +151,7 @@ impl QueueLoad<'_> {
         });
     }
 
-    /// Submits random requests until the flag is set, and compares all reads.
+    /// Submits random requests until `stop` is set, and compares all data that is read with the model.
     fn work(&mut self, stop: &AtomicBool, mut rng: Rng) {
         let (queue, mut tag) = (self.model.queue, 0);
         let of_queue = STRIPES / QUEUES as u64;
@@ -186,7 +188,7 @@ impl QueueLoad<'_> {
     }
 }
 
-/// Kills and restarts of one run.
+/// Statistics of the kills and restarts in one run.
 #[derive(Default)]
 struct KillStats {
     kills: u32,
@@ -195,7 +197,8 @@ struct KillStats {
     reconnects: Vec<Duration>,
 }
 
-/// Kills and restarts the daemon until the time `lasts` is over. At the end one daemon serves the guest.
+/// Kills and restarts the daemon for the duration `lasts`. At the end a daemon serves the guest. Returns the statistics
+/// and that daemon's connection.
 fn kill_repeatedly(
     daemon: &mut Daemon,
     machine: &mut Machine,
@@ -262,7 +265,8 @@ impl Drop for Connection {
     }
 }
 
-/// Runs the load on `image`. At the end the image is valid, and another daemon reads the expected content.
+/// Runs the load on `image` while the daemon is killed repeatedly. Then checks that the image is valid and that another
+/// daemon reads the expected contents.
 fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng) {
     // The journal lies on a tmpfs, as in /run.
     let runtime = RuntimeDir::new();
@@ -277,7 +281,7 @@ fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng
             scope.spawn(move || {
                 let model = Model { queue: queue as u64, initial: HashMap::new(), written: HashMap::new() };
                 let mut load = QueueLoad { driver, model, in_flight: [None; DEPTH], requests };
-                // If one thread fails, the others must stop, too.
+                // A thread that fails must stop the other threads, too.
                 struct Stop<'a>(&'a AtomicBool);
                 impl Drop for Stop<'_> {
                     fn drop(&mut self) {

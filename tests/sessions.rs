@@ -1,5 +1,5 @@
-//! Sessions, tested with the real programs: the image of a killed daemon is opened by another user, with another runtime
-//! folder, after a move or a restore, as a parent, by the tool, and with hostile folders and journals.
+//! Sessions, tested with the real programs: the image of a killed daemon is opened by another user, with another
+//! runtime folder, after a move or a restore, as a parent, by the tool, and with hostile folders and journals.
 #![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "words of a journal, small numbers")]
 
 mod common;
@@ -40,7 +40,7 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("a plain path")
 }
 
-/// Runs a daemon that must fail at its start. Returns its error message.
+/// Runs a daemon that must fail to start. Returns its error message.
 #[track_caller]
 fn daemon_refused(image: &Path, extra: &[&str]) -> String {
     let folder = tempfile::tempdir().expect("a folder");
@@ -169,7 +169,7 @@ fn a_killed_image_is_recovered_after_a_move() {
     fs::copy(&image, &moved).expect("a copy on a larger disk");
     let daemon = Daemon::start(&moved, &[runtime.option()]);
     assert_eq!(daemon.connect().read(5 * MIB, 4096).expect("a read"), [7; 4096]);
-    // The journal belongs to the copy now.
+    // The journal was replayed into the copy and belongs to the copy now.
     assert_refused(&diffdisk(["check", text(&image), runtime.option()]), &["did not end cleanly"]);
     daemon.stop();
     let error_text = daemon_refused(&image, &[runtime.option()]);
@@ -281,7 +281,8 @@ fn a_guest_that_only_reads_does_not_change_the_image() {
     let (folder, runtime) = (scratch("session-reader"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
-    // The first open recovers the new image, which was never closed: it zeroes and cuts off the space after the last block.
+    // The first open recovers the new image, which was never closed: it zeroes and cuts off the space after the last
+    // block.
     Daemon::start(&image, &[runtime.option()]).stop();
     let before = fs::read(&image).expect("the image");
     let daemon = Daemon::start(&image, &[runtime.option()]);
@@ -294,9 +295,9 @@ fn a_guest_that_only_reads_does_not_change_the_image() {
     diffdisk(["check", text(&image), "--chain", runtime.option()]).ok();
 }
 
-/// Kills a daemon repeatedly. The next daemon uses the same runtime folder or another one, and the image is unchanged, moved or
-/// replaced by an older copy. No read returns a wrong byte, and no write is lost silently. DIFFDISK_SESSION_ROUNDS sets the
-/// number of rounds (12).
+/// Kills a daemon repeatedly. The next daemon uses the same runtime folder or another one, and the image is unchanged,
+/// moved or replaced by an older copy. No read returns a wrong byte, and no write is lost silently.
+/// DIFFDISK_SESSION_ROUNDS sets the number of rounds (12 by default).
 #[test]
 fn random_successors_of_killed_daemons_lose_nothing_silently() {
     let rounds: u64 = std::env::var("DIFFDISK_SESSION_ROUNDS").map_or(12, |n| n.parse().expect("a number"));
@@ -318,7 +319,7 @@ fn random_successors_of_killed_daemons_lose_nothing_silently() {
             known[usize::try_from(n).expect("small")] = byte;
         };
         write(&mut guest, rng.below(16), 1 + (rng.below(255) as u8));
-        // A copy within the session, followed by a further write.
+        // The image is copied during the session, and a further write follows.
         let older = (rng.below(3) == 0).then(|| fs::read(&image).expect("a copy of the running image"));
         if older.is_some() {
             std::thread::sleep(Duration::from_millis(1100));
@@ -380,7 +381,7 @@ fn root_gets_the_name_of_the_killed_daemons_user() {
         fs::copy(from, &copy).expect("a copy of the program");
         copy
     });
-    // Outside the project's folder, which that user may not enter.
+    // The images are outside the project's folder, which the other user may not enter.
     let (folder, runtime) = (tempfile::tempdir().expect("a folder"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));

@@ -33,7 +33,8 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-/// Runs `diffdisk`, which must exit with `code` and print nothing on standard error.
+/// Runs `diffdisk` and returns its standard output. Panics unless it exits with `code` and prints nothing on standard
+/// error.
 #[track_caller]
 fn run_expecting(folder: &TempDir, line: &str, code: i32) -> String {
     let out = run(folder, line);
@@ -52,7 +53,8 @@ fn json(folder: &TempDir, line: &str) -> Value {
     serde_json::from_str(&ok(folder, line)).unwrap()
 }
 
-/// Runs `diffdisk`, which must fail with one line that begins with `start` and contains `why`, and print nothing else.
+/// Runs `diffdisk`. Panics unless it fails with one line that begins with `start` and contains `why`, and prints
+/// nothing else.
 #[track_caller]
 fn assert_fails(folder: &TempDir, line: &str, start: &str, why: &str) {
     let out = run(folder, line);
@@ -82,8 +84,8 @@ fn allocated(folder: &TempDir, name: &str) -> u64 {
     fs::metadata(folder.path().join(name)).unwrap().blocks() * 512
 }
 
-/// Writes `bytes` at byte `at` of the disk of a dynamic or differencing image, as another program would: one new block, its
-/// bitmap, its BAT entry.
+/// Writes a sector of a dynamic or differencing image as another program would: adds a new block with `bytes` as its
+/// sector `sector`, and sets the block's bitmap and BAT entry.
 fn write_block(image: &Path, block: u32, sector: u64, bytes: &[u8; 512]) {
     let mut file = fs::read(image).unwrap();
     let footer = file.split_off(file.len() - 512);
@@ -207,7 +209,7 @@ fn parents_are_opened_only_below_allowed_folders() {
     let cut: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(cut["chain"].as_array().unwrap().len(), 1);
     assert!(cut["parent"]["resolved"].is_null() && cut["chain"][0]["parent"]["resolved"].is_null());
-    // A missing parent is no corruption.
+    // A missing parent is not reported as corruption.
     assert_fails(&d, "check c/leaf.vhd --chain", "check: c/leaf.vhd", "--allow-parents");
     let chain = json(&d, "info c/leaf.vhd --chain --json --allow-parents a");
     let chain = chain["chain"].as_array().unwrap();
@@ -261,7 +263,7 @@ fn check_distinguishes_corruption_from_leaks() {
     ok(&d, "check r.vhd");
     let write = |bytes: &[u8]| fs::write(d.path().join("r.vhd"), bytes).unwrap();
 
-    // No BAT entry points to the first of the two blocks any more.
+    // After this change no BAT entry points to the first of the two blocks.
     write_block(&d.path().join("r.vhd"), 2, 0, &[1; 512]);
     let mut two = fs::read(d.path().join("r.vhd")).unwrap();
     two[4096 + 4..4096 + 8].copy_from_slice(&[0xFF; 4]);
@@ -293,12 +295,12 @@ fn check_distinguishes_corruption_from_leaks() {
     assert_fails(&d, "check .", "check: .", "not a regular file");
 }
 
-/// Returns the kinds of the entries of a list in a report.
+/// Returns the kinds of the entries in the list `list` of a report.
 fn kinds(report: &Value, list: &str) -> Vec<String> {
     report[list].as_array().unwrap().iter().map(|d| d["kind"].as_str().unwrap().to_owned()).collect()
 }
 
-/// Runs `check --json`, which must exit with `code`. Returns the report.
+/// Runs `check --json` and returns the report. Panics unless it exits with `code`.
 #[track_caller]
 fn checked(folder: &TempDir, line: &str, code: i32) -> Value {
     let out = run(folder, &format!("check {line} --json"));
@@ -508,7 +510,7 @@ fn conversions_between_all_formats_keep_the_disk() {
             assert_eq!(ok(&d, "compare a.raw b.vhd --from raw --from vhd"), "equal\n");
             ok(&d, "convert b.vhd d.vhd --to dynamic");
             assert_eq!(ok(&d, "compare b.vhd d.vhd --quiet"), "");
-            // Blocks of 4 KiB need a page for the bitmap of each, and a large BAT.
+            // An image with blocks of 4 KiB needs a page for the bitmap of each block, and a large BAT.
             let dense = if to.ends_with(" 4K") { 2 } else { 1 };
             for (name, times) in [("b.vhd", dense), ("c.raw", 1), ("d.vhd", 1)] {
                 let (got, of) = (allocated(&d, name), allocated(&d, "a.raw"));
@@ -572,7 +574,7 @@ fn existing_files_are_replaced_only_with_force_and_atomically() {
     fs::write(d.path().join("b.vhd"), "precious").unwrap();
     assert_fails(&d, "convert a.raw b.vhd --from raw --to dynamic", "convert: b.vhd", "--force");
     assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
-    // A failure with --force leaves the existing file, and no other file.
+    // A failure with --force leaves the existing file, and leaves no other file.
     fs::write(d.path().join("none.raw"), []).unwrap();
     assert_fails(&d, "convert none.raw b.vhd --from raw --to dynamic --force", "convert: b.vhd", "virtual size");
     assert_eq!(fs::read(d.path().join("b.vhd")).unwrap(), b"precious");
@@ -595,7 +597,7 @@ fn an_interrupted_conversion_leaves_nothing() {
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("diffdisk"));
     command.current_dir(&d).args(["convert", "a.raw", "b.vhd", "--from", "raw", "--to", "dynamic"]);
     let child = command.stderr(Stdio::piped()).spawn().unwrap();
-    // The copy has no name before it is complete. Its file descriptor shows that the conversion has begun.
+    // The new file has no name before it is complete. Its file descriptor shows that the conversion has begun.
     let descriptors = format!("/proc/{}/fd", child.id());
     let begun =
         |entry: fs::DirEntry| fs::read_link(entry.path()).is_ok_and(|to| to.display().to_string().contains("/#"));

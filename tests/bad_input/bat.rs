@@ -17,7 +17,7 @@ fn sector(at: u64) -> u32 {
     u32::try_from(at / 512).expect("a BAT entry")
 }
 
-/// A case in which the entry of block 7 is set to a given sector.
+/// Returns a case in which the BAT entry of block 7 is set to a given sector.
 fn entry(name: &'static str, want: Expected, place: impl Fn(&VhdFile) -> u32 + 'static) -> Case {
     Case::new(name, want, move |dir| {
         let vhd = dynamic(dir);
@@ -34,7 +34,7 @@ fn with_batmap(dir: &Path, keyhash: u8) -> VhdFile {
     vhd.put(head + 8, &map.to_be_bytes());
     vhd.put(head + 16, &1_u32.to_be_bytes());
     vhd.put(head + 20, &0x0001_0002_u32.to_be_bytes());
-    // The checksum of a map of zeros.
+    // This is the checksum of a map of zeros.
     vhd.put(head + 24, &u32::MAX.to_be_bytes());
     vhd.put(head + 29, &[keyhash]);
     vhd

@@ -1,17 +1,18 @@
-//! Chains: O11 and O17 of the opener's rules. All files lie in one folder; parent_traps.rs has the parents outside of it.
+//! Chains: O11 and O17 of the opener's rules. All files lie in one folder; parent_traps.rs tests parents outside this
+//! folder.
 
 use std::path::{Path, PathBuf};
 
 use crate::common::vhd_bytes::{DIFFERENCING, DYNAMIC, VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::verdict::{Case, Expected};
 
-/// The largest number of files in a chain, by default.
+/// Default maximum number of files in a chain.
 pub(crate) const MAX_DEPTH: u8 = 64;
 
 pub(crate) const BLOCK: u32 = 4096;
 pub(crate) const SIZE: u64 = 16 * BLOCK as u64;
 
-/// Creates `files` images, each the parent of the next. The root has blocks 0 and 1. Returns the leaf.
+/// Creates `files` images, each the parent of the next. Blocks 0 and 1 of the root are allocated. Returns the leaf.
 pub(crate) fn chain(dir: &Path, files: u8) -> PathBuf {
     let root =
         VhdFile::create(&dir.join("n0.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0, 1]).with_uuid(id(0)));
@@ -31,13 +32,13 @@ pub(crate) fn ring(dir: &Path, files: u8) -> PathBuf {
     dir.join("r0.vhd")
 }
 
-/// Creates a child `c.vhd` of `p.vhd`. `parent` creates the parent, or nothing.
+/// Creates a child `c.vhd` of `p.vhd`. `parent` creates the parent, or creates nothing.
 fn pair(dir: &Path, parent: impl Fn(&Path)) -> PathBuf {
     parent(&dir.join("p.vhd"));
     VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, id(1), "p.vhd")).path
 }
 
-/// A case with a valid pair whose child has one more locator.
+/// Returns a case with a valid parent and child, in which the child has one more locator.
 fn with_locator(name: &'static str, add: impl Fn(&VhdFile) + 'static) -> Case {
     Case::new(name, Expected::Accepted, move |dir| {
         VhdFile::create(&dir.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[3]));
@@ -47,7 +48,7 @@ fn with_locator(name: &'static str, add: impl Fn(&VhdFile) + 'static) -> Case {
     })
 }
 
-/// The chain is refused when it is opened. The leaf alone is valid, so `info` and `check` accept it.
+/// Expects that the chain is refused when it is opened. The leaf alone is valid, so `info` and `check` accept it.
 pub(crate) fn refused_as_chain(words: &'static [&'static str]) -> Expected {
     Expected::ChainRefused { words, memory_mib: 64 }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::common::vhd_bytes::{DYNAMIC, UNUSED, VhdFile, VhdSpec, footer, write_file};
 use crate::verdict::{Case, ErrorLocation::Footer, Expected, corrupt, refused};
 
-/// The largest disk that the format allows.
+/// Maximum size in bytes of a disk in this format.
 const MAX_SIZE: u64 = 2040 << 30;
 const SIZE: u64 = 4 << 20;
 const BLOCK: u32 = 2 << 20;
@@ -18,22 +18,22 @@ fn fixed(dir: &Path, size: u64) -> VhdFile {
     VhdFile::create(&dir.join("f.vhd"), VhdSpec::fixed(size))
 }
 
-/// A case with a dynamic image in which one field of both footers is changed.
+/// Returns a case with a dynamic image in which one field of both footers is changed.
 fn with_field(name: &'static str, want: Expected, field: u64, bytes: &'static [u8]) -> Case {
     Case::new(name, want, move |dir| dynamic(dir).set_footers(field, bytes).path.clone())
 }
 
-/// A case with a dynamic image of a given size and a BAT of the required length.
+/// Returns a case with a dynamic image of a given size and a BAT of the required length.
 fn sized(name: &'static str, want: Expected, size: u64) -> Case {
     Case::new(name, want, move |dir| VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(size, BLOCK)).path)
 }
 
-/// A case with a dynamic image whose size field has a wrong value.
+/// Returns a case with a dynamic image whose size field has a wrong value.
 fn claimed(name: &'static str, want: Expected, size: u64) -> Case {
     Case::new(name, want, move |dir| dynamic(dir).set_footers(footer::SIZE, &size.to_be_bytes()).path.clone())
 }
 
-/// A case with a file that is no image.
+/// Returns a case with a file that is not an image.
 fn junk(name: &'static str, bytes: impl Fn() -> Vec<u8> + 'static) -> Case {
     Case::new(name, NO_FOOTER, move |dir| write_file(&dir.join("junk.vhd"), &bytes()))
 }

@@ -12,12 +12,12 @@ fn dynamic(dir: &std::path::Path) -> VhdFile {
     VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[1]))
 }
 
-/// A case with one changed field of the header.
+/// Returns a case with one changed field of the header.
 fn with_field(name: &'static str, want: Expected, field: u64, bytes: &'static [u8]) -> Case {
     Case::new(name, want, move |dir| dynamic(dir).set_header(field, bytes).path.clone())
 }
 
-/// A case in which the footers contain another offset of the header.
+/// Returns a case in which the footers contain another offset of the header.
 fn header_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Case {
     let want = corrupt(ErrorLocation::Footer, &["header", "data offset"]);
     Case::new(name, want, move |dir| {
@@ -26,7 +26,7 @@ fn header_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> C
     })
 }
 
-/// A case in which the header contains another offset of the BAT.
+/// Returns a case in which the header contains another offset of the BAT.
 fn table_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Case {
     let want = corrupt(ErrorLocation::Header, &["table", "bat"]);
     Case::new(name, want, move |dir| {
@@ -35,13 +35,13 @@ fn table_at(name: &'static str, place: impl Fn(&VhdFile) -> u64 + 'static) -> Ca
     })
 }
 
-/// A case in which the header contains a wrong block size.
+/// Returns a case in which the header contains a wrong block size.
 fn block_claimed(name: &'static str, bytes: u32) -> Case {
     let want = Expected::Refused { check: &[1, 3], words: &["block size"], place: ErrorLocation::Header };
     Case::new(name, want, move |dir| dynamic(dir).set_header(header::BLOCK_SIZE, &bytes.to_be_bytes()).path.clone())
 }
 
-/// A case with an image of a given block size.
+/// Returns a case with an image of a given block size.
 fn block_real(name: &'static str, size: u64, bytes: u32) -> Case {
     Case::new(name, Expected::Accepted, move |dir| {
         let blocks: &[u32] = if bytes <= BLOCK { &[0] } else { &[] };
@@ -49,7 +49,7 @@ fn block_real(name: &'static str, size: u64, bytes: u32) -> Case {
     })
 }
 
-/// A case in which the header contains a wrong number of BAT entries.
+/// Returns a case in which the header contains a wrong number of BAT entries.
 fn entries(name: &'static str, count: u32) -> Case {
     let want = Expected::Refused { check: &[1, 3], words: &["entries", "table", "bat"], place: ErrorLocation::Header };
     Case::new(name, want, move |dir| dynamic(dir).set_header(header::ENTRIES, &count.to_be_bytes()).path.clone())
@@ -146,7 +146,7 @@ fn blocks() -> Vec<Case> {
 }
 
 fn counts() -> Vec<Case> {
-    /// Bytes of a disk whose BAT of 4 KiB blocks takes exactly 16 MiB.
+    /// Size in bytes of a disk whose BAT takes exactly 16 MiB with blocks of 4 KiB.
     const FULL: u64 = 16 << 30;
     let more = |count: u32| VhdSpec::dynamic(SIZE, BLOCK).with_entries(count);
     let limit = Expected::Refused {

@@ -1,7 +1,8 @@
-//! Hostile images: every limit of the opener at both sides, and parents outside the allowed folders.
+//! Hostile images: values at both sides of every limit of the opener, and parents outside the allowed folders.
 //!
-//! A case builds a file and states the expected result. Then `info`, `check`, `convert` and the daemon open the file. A refusal
-//! must be one line that names file, rule and offset, within a second and 64 MiB. No case may change a file.
+//! A case builds a file and states the expected result. Then `info`, `check`, `convert` and the daemon open the file. A
+//! refusal must be one line that names the file, the rule and the offset, and must take at most 64 MiB of memory. No
+//! case may change a file.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -18,7 +19,7 @@ mod verdict;
 
 use verdict::{Case, run_case};
 
-/// The classes of cases, without the parent traps.
+/// Minimum number of cases, without the parent traps.
 const CLASSES: usize = 60;
 
 fn all() -> Vec<Case> {

@@ -1,7 +1,7 @@
 //! Runs one program on hostile input with a time limit, and reads its peak memory from the kernel's resource usage.
 //!
-//! The program is run through GNU time. A child's peak memory includes that of the process that forked it, and the test process
-//! has grown large by the time it runs the last case.
+//! The program is run through GNU time. A child's peak memory includes that of the process that forked it, and the
+//! memory of the test process grows during the test.
 
 use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -18,7 +18,7 @@ const MEMORY_MIB: i64 = 64;
 
 /// The result of one run.
 pub(crate) struct Run {
-    /// Exit code, or the negative number of the signal that ended it.
+    /// Exit code, or the negative number of the signal that ended the program.
     pub(crate) code: i32,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: String,
@@ -27,13 +27,13 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Asserts the conditions that hold for every input: no signal (panic, abort, time limit), no backtrace, and no
-    /// memory allocated by a number from the file.
+    /// Panics unless the conditions that hold for every input are met: no signal (panic, abort, time limit), no
+    /// backtrace, and at most [`MEMORY_MIB`] of memory, whatever numbers the file contains.
     pub(crate) fn assert_sane(&self, what: &str) {
         self.assert_sane_within(what, MEMORY_MIB);
     }
 
-    /// [`Run::assert_sane`] with another limit of memory.
+    /// Checks the same conditions as [`Run::assert_sane`], with another limit of memory.
     pub(crate) fn assert_sane_within(&self, what: &str, memory_mib: i64) {
         assert!(self.elapsed < KILL_AFTER, "{what}: still running after {:?}: {}", self.elapsed, self.stderr);
         assert!(self.code >= 0, "{what}: ended by signal {}: {}", -self.code, self.stderr);
@@ -41,7 +41,7 @@ impl Run {
         assert!(self.rss_kib <= memory_mib << 10, "{what}: took {} KiB of memory", self.rss_kib);
     }
 
-    /// Returns the only error line.
+    /// Returns the error line. Panics unless there is exactly one.
     pub(crate) fn error_line(&self, what: &str) -> &str {
         let mut lines = self.stderr.lines().filter(|line| line.starts_with("diffdisk: "));
         let line = lines.next().unwrap_or_else(|| panic!("{what}: no line of diffdisk on stderr: {:?}", self.stderr));
@@ -62,7 +62,7 @@ pub(crate) fn run(command: &mut Command) -> Run {
             None => timed.env_remove(name),
         };
     }
-    // The two processes get a process group of their own, so that the time limit kills both.
+    // GNU time and the program get a process group of their own, so that the time limit kills both.
     timed.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let started = Instant::now();
     let mut child = timed.spawn().unwrap_or_else(|e| panic!("{timed:?}: {e}; `make test` installs it"));

@@ -1,5 +1,5 @@
-//! Parent traps: at least forty children whose parent strings point outside the allowed folders. Each is opened under strace,
-//! and every opened file must be an allowed one.
+//! Parent traps: at least forty children whose parent strings point outside the allowed folders. Each child is opened
+//! under strace, and every file that the program opens must be an allowed one.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,13 +15,13 @@ use crate::common::tool::{self, DIFFDISK, DIFFDISKD};
 use crate::common::vhd_bytes::{VhdFile, VhdSpec, id, utf16le, write_file};
 use crate::measure::{self, Run};
 
-/// The content of every sector of the files outside. It must never be printed.
+/// The contents of every sector of the files outside the allowed folders. The programs must never print these contents.
 const SECRET: &str = "SECRET";
-/// The required classes of traps.
+/// Minimum number of traps.
 const CLASSES: usize = 40;
 
-/// Folders and files that a run may open in addition to the child's own folder: those that the loader, the C library and the
-/// Rust runtime read, and the daemon's own state.
+/// Folders and files that a run may open in addition to the child's own folder: those that the loader, the C library
+/// and the Rust runtime read, and the daemon's own state.
 const SYSTEM: [&str; 9] = [
     "/lib/",
     "/lib64/",
@@ -33,7 +33,7 @@ const SYSTEM: [&str; 9] = [
     "/sys/fs/cgroup",
     "/sys/kernel/mm/",
 ];
-/// Files of the process's own folder in /proc that the runtime reads.
+/// Files in the process's own folder in /proc that the runtime reads.
 const OWN_PROC: [&str; 7] = ["maps", "cgroup", "mountinfo", "fd", "status", "limits", "auxv"];
 
 /// One trap.
@@ -41,12 +41,12 @@ struct Trap {
     name: String,
     /// Creates the files that the child's strings point at. Returns the child.
     build: Box<dyn Fn(&TrapFolders) -> PathBuf>,
-    /// Whether a valid parent in the child's folder must be found nevertheless.
+    /// Whether the programs must find a valid parent in the child's folder despite the trap.
     reads: bool,
 }
 
 /// The folders of a trap: the folder of the child, which is allowed, and a folder next to it, which is not allowed. The
-/// second one contains `secret.vhd`, an image with the UUID that the child records for its parent.
+/// folder that is not allowed contains `secret.vhd`, an image with the UUID that the child records for its parent.
 struct TrapFolders {
     inside: PathBuf,
     outside: PathBuf,
@@ -64,7 +64,7 @@ impl TrapFolders {
         place
     }
 
-    /// Replaces `@` in a trap's string by the path of the folder outside.
+    /// Replaces `@` in a trap's string by the path of the folder that is not allowed.
     fn path(&self, text: &str) -> String {
         text.replace('@', &self.outside.display().to_string())
     }
@@ -90,7 +90,7 @@ fn set(place: &TrapFolders, child: &VhdFile, slot: u64, code: &str, text: &str) 
     }
 }
 
-/// A trap whose child has a single parent string.
+/// Returns a trap whose child has a single parent string.
 fn with_string(code: &'static str, text: &'static str) -> Trap {
     trap(format!("{code} {text}"), move |place| {
         let child = place.child();
@@ -99,7 +99,8 @@ fn with_string(code: &'static str, text: &'static str) -> Trap {
     })
 }
 
-/// A trap whose child names `p.vhd` in its own folder. The entry of that name is no valid parent.
+/// Returns a trap whose child names `p.vhd` in the child's folder. `lay` creates an entry of that name that is not a
+/// valid parent.
 fn with_file(name: &'static str, lay: impl Fn(&TrapFolders, &Path) + 'static) -> Trap {
     trap(format!("p.vhd is {name}"), move |place| {
         lay(place, &place.inside.join("p.vhd"));
@@ -110,7 +111,8 @@ fn with_file(name: &'static str, lay: impl Fn(&TrapFolders, &Path) + 'static) ->
     })
 }
 
-/// A trap whose child's first strings are bad. The last one names a valid parent in the same folder.
+/// Returns a trap whose child has bad parent strings and, as the last one, the name of a valid parent in the child's
+/// folder.
 fn sound_parent_despite(code: &'static str, text: &'static str) -> Trap {
     let build = move |place: &TrapFolders| {
         VhdFile::create(&place.inside.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
@@ -122,7 +124,7 @@ fn sound_parent_despite(code: &'static str, text: &'static str) -> Trap {
     Trap { name: format!("sound parent in spite of {code} {text}"), build: Box::new(build), reads: true }
 }
 
-/// A trap whose child's only string names a valid parent in the same folder.
+/// Returns a trap whose child has a single parent string, which names a valid parent in the child's folder.
 fn sound_parent_by(what: &'static str, code: &'static str, text: &'static str) -> Trap {
     let build = move |place: &TrapFolders| {
         VhdFile::create(&place.inside.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
@@ -251,7 +253,7 @@ fn files() -> Vec<Trap> {
     ]
 }
 
-/// XenServer's dialect: an all-zero parent id means a raw file.
+/// Creates a child as XenServer does for a raw parent, with an all-zero parent UUID and `text` as every parent string.
 fn raw(place: &TrapFolders, text: &str) -> PathBuf {
     let child = VhdFile::create(&place.inside.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, [0; 16], ""));
     for (slot, code) in (0..).zip(["MacX", "W2ku", "W2ru", "name"]) {
@@ -309,7 +311,7 @@ fn run_trap(trap: &Trap) {
     assert_eq!(alone.code, 0, "info of the file alone: {}", alone.stderr);
     let socket = format!("--socket-path={}", state.path().join("sock").display());
     let image = format!("--blk-file={leaf_text}");
-    // The daemon looks for live journals there.
+    // The daemon and the tool look for live journals in the runtime folder.
     let runtime = format!("--runtime-dir={}", state.path().display());
     let mut runs = vec![
         ("info --chain", vec![DIFFDISK, "info", "--chain", &leaf_text, &runtime]),
@@ -326,7 +328,7 @@ fn run_trap(trap: &Trap) {
             assert_eq!(run.code, 0, "{who}: {}", run.stderr);
             assert!(who != "convert" || shown.starts_with("<R s=0>"), "{who}: the sound parent's data is missing");
         } else if who == "info --chain" && run.code == 0 {
-            // `info` prints the child alone, and a warning with the reason why the parent is refused.
+            // `info` prints only the child, and a warning with the reason why the parent is refused.
             assert!(run.stderr.starts_with("warn: "), "{who}: {}", run.stderr);
             assert!(!shown.contains("└─"), "{who}: shows a parent: {shown}");
         } else {
@@ -338,7 +340,8 @@ fn run_trap(trap: &Trap) {
     }
 }
 
-/// Runs a program under strace. Panics if it opened (to read or write) a file that is neither below `allowed` nor the system's.
+/// Runs a program under strace. Panics if it opened (to read or write) a file that is neither below `allowed` nor one
+/// of the system's.
 fn traced(args: &[&str], allowed: &[PathBuf]) -> Run {
     let log = tempfile::NamedTempFile::new().expect("a file for the trace");
     let mut command = Command::new("strace");

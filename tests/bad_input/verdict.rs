@@ -13,7 +13,7 @@ use crate::common::temp;
 use crate::common::tool::{DIFFDISK, DIFFDISKD};
 use crate::measure::{self, Run};
 
-/// Accepted disks up to this size are converted, too.
+/// Maximum size in bytes of an accepted disk that is also converted.
 const CONVERTED: u64 = 64 << 20;
 
 /// The part of the file to which the offset in the error line must point.
@@ -41,7 +41,8 @@ pub(crate) enum Expected {
     /// The file alone is valid, so `info` and `check` accept it. Every command that opens the chain refuses it within
     /// `memory_mib`, and the reason contains one of `words`.
     ChainRefused { words: &'static [&'static str], memory_mib: i64 },
-    /// All programs refuse the image, and the reason contains one of `words`. `check` exits with one of the codes in `check`.
+    /// All programs refuse the image, and the reason contains one of `words`. `check` exits with one of the codes in
+    /// `check`.
     Refused { check: &'static [i32], words: &'static [&'static str], place: ErrorLocation },
 }
 
@@ -49,7 +50,7 @@ pub(crate) enum Expected {
 pub(crate) struct Case {
     pub(crate) name: &'static str,
     pub(crate) want: Expected,
-    /// Creates the files in an empty folder. Returns the one to open.
+    /// Creates the files in an empty folder. Returns the file to open.
     pub(crate) build: Box<dyn Fn(&Path) -> PathBuf>,
 }
 
@@ -64,12 +65,13 @@ pub(crate) fn corrupt(place: ErrorLocation, words: &'static [&'static str]) -> E
     Expected::Refused { check: &[3], words, place }
 }
 
-/// Expects a file that is no image, or one refused by policy: `check` exits with 1, or with 3 if it lists a defect.
+/// Expects a file that is not an image, or that is refused by policy: `check` exits with 1, or with 3 if it lists a
+/// defect.
 pub(crate) fn refused(words: &'static [&'static str]) -> Expected {
     Expected::Refused { check: &[1, 3], words, place: ErrorLocation::Nowhere }
 }
 
-/// Runs every program on the case. The error names the case.
+/// Runs every program on the case. Fails with a message that names the case if a result is unexpected.
 pub(crate) fn run_case(case: &Case) -> Result<(), String> {
     let result = catch_unwind(AssertUnwindSafe(|| {
         let folder = temp::scratch("bad");
@@ -94,7 +96,7 @@ pub(crate) fn run_case(case: &Case) -> Result<(), String> {
     })
 }
 
-/// Returns hash and modification time of every regular file.
+/// Returns the hash and the modification time of every regular file in a folder.
 pub(crate) fn snapshot(folder: &Path) -> BTreeMap<PathBuf, (String, SystemTime)> {
     let mut seen = BTreeMap::new();
     for entry in fs::read_dir(folder).expect("the folder is readable") {
@@ -192,7 +194,7 @@ fn assert_chain_refused(image: &Path, words: &[&str], memory_mib: i64) {
     }
 }
 
-/// Returns whether the line contains `at byte N` with an offset N in `place`.
+/// Returns whether the line contains `at byte N` such that the offset N lies in `place`.
 fn points_at(line: &str, place: ErrorLocation, len: u64) -> bool {
     let offsets = line.split("at byte ").skip(1).filter_map(|rest| {
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();

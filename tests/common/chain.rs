@@ -19,8 +19,8 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Makes a dynamic root of `mebibytes`. Every second MiB holds random bytes from `seed`, so that a child which fails to
-    /// hide its parent's data is noticed.
+    /// Makes a chain of one dynamic root of `mebibytes` MiB. Every second MiB contains random bytes from `seed`, so
+    /// that a child which fails to mask its parent's data is noticed.
     pub fn with_root(mebibytes: u64, seed: u64) -> Self {
         println!("seed of the root's contents: {seed}");
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -41,7 +41,7 @@ impl Chain {
         Self { folder, layers: vec![root], frozen: Vec::new() }
     }
 
-    /// Makes a child of the top. The old top must not change from now on.
+    /// Makes a child of the top image and records the parent's hash, since the parent must not change from then on.
     pub fn push_child(&mut self, name: &str) {
         let parent = self.top().to_owned();
         self.frozen.push(sha256_of_file(&parent));
@@ -50,17 +50,17 @@ impl Chain {
         self.layers.push(child);
     }
 
-    /// Returns the youngest layer.
+    /// Returns the path of the youngest layer.
     pub fn top(&self) -> &Path {
         self.layers.last().expect("a chain has a root")
     }
 
-    /// Returns the bytes that the top takes in the file system.
+    /// Returns the number of bytes allocated to the file of the youngest layer.
     pub fn top_allocated(&self) -> u64 {
         fs::metadata(self.top()).expect("the top is there").blocks() * 512
     }
 
-    /// Fails the test if a parent has changed or `diffdisk check` finds a defect in a layer.
+    /// Panics if a parent has changed or `diffdisk check` finds a defect in a layer.
     pub fn assert_sound(&self) {
         for (layer, before) in self.layers.iter().zip(&self.frozen) {
             assert_eq!(&sha256_of_file(layer), before, "the parent {} has changed", layer.display());

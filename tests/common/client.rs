@@ -1,8 +1,8 @@
 //! A guest for tests: a vhost-user-blk client on the `virtio-driver` crate, with many requests in flight.
 //!
-//! Shared memory is one memfd divided into slots of 1 MiB; each request in flight owns one. [`Client::submit`] queues a
-//! [`Command`], [`Client::wait`] returns the next completion of any queue; `read`, `write` and the others do both, in
-//! pieces of at most one slot.
+//! Shared memory is one memfd divided into slots of 1 MiB. Each request in flight owns one slot. [`Client::submit`]
+//! queues a [`Command`], and [`Client::wait`] returns the next completion of any queue. `read`, `write` and the other
+//! methods submit and wait, in requests of at most one slot.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -19,18 +19,18 @@ use virtio_driver::{
     VirtioFeatureFlags,
 };
 
-/// Largest request in bytes.
+/// Maximum size of a request in bytes.
 pub(crate) const MAX_REQUEST_BYTES: usize = 1 << 20;
-/// Longest wait for a completion.
+/// Maximum wait for a completion.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Options of a connection.
 pub(crate) struct Options {
     /// virtio features to accept if they are offered.
     pub(crate) features: u64,
-    /// Queues to set up.
+    /// Number of queues.
     pub(crate) queues: usize,
-    /// Descriptors per queue.
+    /// Number of descriptors per queue.
     pub(crate) queue_size: u16,
     /// Maximum number of requests in flight, over all queues.
     pub(crate) depth: usize,
@@ -43,7 +43,7 @@ impl Default for Options {
     }
 }
 
-/// One request; offsets and lengths in bytes, multiples of 512.
+/// A request. Offsets and lengths are in bytes and multiples of 512.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Command<'a> {
     /// Read `len` bytes, at most [`MAX_REQUEST_BYTES`].
@@ -52,7 +52,7 @@ pub(crate) enum Command<'a> {
     Write { offset: u64, data: &'a [u8] },
     /// Make completed writes durable.
     Flush,
-    /// The guest no longer needs the range.
+    /// Discard the range, whose data the guest no longer needs.
     Discard { offset: u64, len: u64 },
     /// Zero the range; with `unmap` its space may be deallocated.
     WriteZeroes { offset: u64, len: u64, unmap: bool },
@@ -63,7 +63,7 @@ pub(crate) enum Command<'a> {
 pub(crate) struct Completed {
     /// The ticket that [`Client::submit`] returned for the request.
     pub(crate) ticket: u64,
-    /// EIO, ENOTSUP, or EPROTO for an undefined status byte.
+    /// Success, or the error for the status byte: EIO, ENOTSUP, or EPROTO for an undefined status.
     pub(crate) result: io::Result<()>,
     /// Data of a successful read; empty otherwise.
     pub(crate) data: Vec<u8>,
@@ -77,7 +77,7 @@ struct InFlight {
 
 /// A connected guest.
 pub(crate) struct Client {
-    // Declared before `transport`, which owns the memory of the queues, so that they are dropped first.
+    // Declared before `transport`, so that the queues are dropped before the transport, which owns their memory.
     queues: Vec<VirtioBlkQueue<'static, usize>>,
     transport: Box<VirtioBlkTransport>,
     memory: MmapMut,
@@ -87,12 +87,12 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Connects to `socket` with one queue and 16 requests in flight.
+    /// Connects to `socket` with one queue and at most 16 requests in flight.
     pub(crate) fn connect(socket: &Path) -> io::Result<Client> {
         Client::connect_with(socket, &Options::default())
     }
 
-    /// Connects to `socket`.
+    /// Connects to `socket` with the given options.
     pub(crate) fn connect_with(socket: &Path, options: &Options) -> io::Result<Client> {
         let path = socket.to_str().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let transport = VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path, options.features)?;
@@ -103,8 +103,9 @@ impl Client {
         }
         let memfd: File = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC)?.into();
         memfd.set_len((options.depth * MAX_REQUEST_BYTES) as u64)?;
-        // SAFETY: only this client and the back-end have the memfd, and neither truncates it, so every page of the mapping
-        // exists. The back-end writes only to buffers of requests in flight, of which this client holds no reference.
+        // SAFETY: only this client and the back-end have the memfd, and neither truncates it, so every page of the
+        // mapping exists. The back-end, another process, writes only to the buffers of requests in flight. This client
+        // accesses a slot only while no request in flight uses the slot, so no byte is accessed by both at once.
         let memory = unsafe { MmapMut::map_mut(&memfd)? };
         transport.map_mem_region(memory.as_ptr() as usize, memory.len(), memfd.as_raw_fd(), 0)?;
         let slots = vec![None; options.depth];
@@ -146,7 +147,7 @@ impl Client {
         match command {
             Command::Read { offset, len } => {
                 let buffer = room.get_mut(..len).ok_or(io::ErrorKind::InvalidInput)?;
-                // A byte that the back-end fails to write must not look like old data.
+                // Overwrites old data, so that a byte which the back-end fails to write is noticed.
                 buffer.fill(0xA5);
                 read = len;
                 ring.read(offset, buffer, slot)?;
@@ -169,13 +170,14 @@ impl Client {
         Ok(ticket)
     }
 
-    /// Waits for the next completion of any queue. Fails with `TimedOut` after 30 s, and with `NotFound` if nothing is in
-    /// flight.
+    /// Waits for the next completion of any queue. Fails with `TimedOut` after 30 s, and with `NotFound` if no request
+    /// is in flight.
     pub(crate) fn wait(&mut self) -> io::Result<Completed> {
         self.wait_for(TIMEOUT)
     }
 
-    /// Waits as [`Client::wait`] does, up to `timeout`.
+    /// Waits up to `timeout` for the next completion of any queue. Fails with `TimedOut` after that time, and with
+    /// `NotFound` if no request is in flight.
     pub(crate) fn wait_for(&mut self, timeout: Duration) -> io::Result<Completed> {
         if self.in_flight() == 0 {
             return Err(io::ErrorKind::NotFound.into());
@@ -207,7 +209,8 @@ impl Client {
         Some(Completed { ticket, result, data })
     }
 
-    /// Sleeps until a queue is signalled. A queue that has completed a request since the last poll is signalled already.
+    /// Sleeps until the completion eventfd of a queue is signalled, or until the timeout. Returns at once if a queue
+    /// has completed a request since the eventfd was last read.
     fn sleep_until_signalled(&self, timeout: Duration) -> io::Result<()> {
         let fds: Vec<_> = (0..self.queues.len()).map(|i| self.transport.get_completion_fd(i)).collect();
         let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(fd.as_ref(), PollFlags::IN)).collect();
@@ -221,7 +224,7 @@ impl Client {
         Ok(())
     }
 
-    /// Submits one request and waits for it; nothing else may be in flight.
+    /// Submits one request and waits for its completion. Panics if another request is in flight.
     pub(crate) fn run(&mut self, command: Command<'_>) -> io::Result<Vec<u8>> {
         assert_eq!(self.in_flight(), 0, "run() would take another request's completion");
         self.submit(0, command)?;

@@ -1,4 +1,4 @@
-//! A running `diffdiskd`: started, stopped by SIGTERM, killed, restarted.
+//! A running `diffdiskd` that a test can stop, kill and restart.
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsString;
@@ -13,14 +13,14 @@ use tempfile::TempDir;
 
 use super::client::Client;
 
-/// Longest wait for a daemon's socket, for a line in its log, and for its end after SIGTERM.
+/// Maximum wait for a daemon's socket, for a line in its log, and for its end after SIGTERM.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A running daemon that serves one disk. Drop kills it.
+/// A running daemon that serves one disk. Dropping this value kills the daemon.
 pub struct Daemon {
     child: Child,
     arguments: Vec<OsString>,
-    /// The socket of a killed predecessor.
+    /// Identity of the socket that a killed predecessor left.
     old_socket: Option<SocketIdentity>,
     // This folder is in the system's temporary folder, since a socket's path must be short.
     socket_folder: TempDir,
@@ -59,8 +59,9 @@ impl Daemon {
         fs::read_to_string(self.socket_folder.path().join("log")).unwrap_or_default()
     }
 
-    /// Connects a guest. The previous guest's connection may still be open for a moment, in a program that another thread
-    /// is starting: a connection that is reset is tried again, as QEMU does.
+    /// Connects a guest. The daemon resets a new connection while the previous guest's connection is open, and a
+    /// program that another thread starts may hold a copy of that connection for a moment. A reset connection is tried
+    /// again, as QEMU does.
     #[track_caller]
     pub fn connect(&self) -> Client {
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -75,18 +76,18 @@ impl Daemon {
         }
     }
 
-    /// Sends SIGKILL and waits for the end.
+    /// Sends SIGKILL and waits for the exit.
     pub fn kill(mut self) {
         self.child.kill().expect("the daemon can be killed");
         self.child.wait().expect("a killed daemon ends");
     }
 
-    /// Sends SIGKILL without waiting for the end.
+    /// Sends SIGKILL without waiting for the exit.
     pub fn send_sigkill(&self) {
         kill_process(Pid::from_child(&self.child), Signal::KILL).expect("the daemon can be killed");
     }
 
-    /// Sends SIGTERM. The test fails if the exit status is not 0.
+    /// Sends SIGTERM and waits for the exit. Panics if the exit status is not 0.
     pub fn stop(mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).expect("the daemon can be signalled");
         let status = self.wait_for_end();
@@ -100,7 +101,7 @@ impl Daemon {
         self.wait_until_listening();
     }
 
-    /// Sends SIGKILL and waits for the end. The test fails if the daemon has ended before.
+    /// Sends SIGKILL and waits for the exit. Panics if the daemon has already ended.
     pub fn kill_running(&mut self) {
         let running = self.child.try_wait().expect("the daemon can be asked");
         assert!(running.is_none(), "the daemon ended by itself: {running:?}; its log:\n{}", self.log());
@@ -188,8 +189,8 @@ fn identity(path: &Path) -> Option<SocketIdentity> {
     Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
 }
 
-/// Returns whether a socket bound to `path` accepts connections, by the kernel's table of sockets. A test connection would
-/// take the place of the only front-end.
+/// Returns whether a socket bound to `path` is listening, according to the kernel's table of sockets. A test connection
+/// instead would occupy the daemon's only front-end connection.
 fn listens(path: &Path) -> bool {
     /// Value of the column "Flags" of a listening socket (`__SO_ACCEPTCON`).
     const LISTENS: &str = "00010000";

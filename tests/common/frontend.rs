@@ -1,9 +1,9 @@
-//! A front-end that survives restarts of the daemon: guest memory, rings, event fds and the in-flight region stay while
-//! daemons are killed and started. The crate `virtio-driver` cannot hand back the region, so this front-end has its own
-//! implementation of vhost-user.
+//! A front-end that survives restarts of the daemon: it keeps guest memory, rings, eventfds and the in-flight region
+//! while daemons are killed and started. The crate `virtio-driver` cannot send an in-flight region to a new daemon, so
+//! this front-end has its own implementation of vhost-user.
 //!
-//! [`Machine::connect`] is the front-end. Each [`Driver`] is the guest's driver of one queue, on its own thread, and does
-//! not notice a restart.
+//! [`Machine::connect`] does the work of the front-end. Each [`Driver`] is the guest's driver of one queue, runs on a
+//! thread of its own, and takes no action when the daemon restarts.
 #![allow(clippy::host_endian_bytes, reason = "vhost-user and eventfd use the byte order of the host")]
 #![allow(unsafe_code)]
 
@@ -25,23 +25,23 @@ use rustix::net::{
 };
 use zerocopy::IntoBytes;
 
-/// Largest data of a request in bytes.
+/// Maximum data of a request in bytes.
 pub const MAX_DATA: usize = 64 << 10;
 /// Maximum number of requests in flight in a queue.
 pub const DEPTH: usize = 24;
-/// Descriptors in a ring.
+/// Number of descriptors in a ring.
 const QUEUE_SIZE: u16 = 128;
-/// Layout of a queue's memory: descriptors, avail ring, used ring, then slots. A slot has a page for header and status, and
-/// the data.
+/// Layout of a queue's memory: descriptors, avail ring, used ring, then slots. A slot consists of a page for header and
+/// status, followed by the data.
 const AVAIL_OFFSET: usize = 0x1000;
 const USED_OFFSET: usize = 0x2000;
 const SLOTS_OFFSET: usize = 0x4000;
 const SLOT_BYTES: usize = 0x1000 + MAX_DATA;
 const QUEUE_BYTES: usize = SLOTS_OFFSET + DEPTH * SLOT_BYTES;
-/// Guest address of the memory, and the user address that the front-end announces for it.
+/// Guest address of the memory, and the user address that the front-end announces for the memory.
 const GUEST_BASE: u64 = 0x1_0000_0000;
 const USER_BASE: u64 = 0x7000_0000_0000;
-/// Longest wait for a completion.
+/// Maximum wait for a completion.
 const TIMEOUT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
 const EVENT_IDX: u64 = 1 << 29;
@@ -59,10 +59,10 @@ pub enum RestoredBase {
     Avail,
 }
 
-/// Way in which a front-end connects.
+/// Options of a connection.
 pub struct ConnectOptions<'a> {
     pub base: RestoredBase,
-    /// Waits for an acknowledgement of each message; otherwise sends all messages at once.
+    /// Whether to wait for the acknowledgement of each message. Otherwise all messages are sent at once.
     pub wait_for_ack: bool,
     /// Called before each message.
     pub before_message: &'a mut dyn FnMut(),
@@ -75,7 +75,8 @@ pub struct Machine {
     kicks: Vec<Arc<OwnedFd>>,
     calls: Vec<Arc<OwnedFd>>,
     features: u64,
-    /// The in-flight region: the first back-end's description, and its file.
+    /// The in-flight region that the first back-end created: the message body that describes the region, and the
+    /// region's file.
     inflight: Option<(Vec<u8>, OwnedFd)>,
 }
 
@@ -91,7 +92,7 @@ impl Machine {
         Machine { memory, file, kicks: events(), calls: events(), features, inflight: None }
     }
 
-    /// Returns the driver of a queue. To be called once for each queue.
+    /// Returns the driver of a queue. Must be called once per queue.
     pub fn driver(&self, queue: usize) -> Driver {
         Driver {
             memory: self.memory.clone(),
@@ -104,10 +105,10 @@ impl Machine {
         }
     }
 
-    /// Negotiates with the back-end on `socket` and hands it the rings as they are.
+    /// Connects to the back-end on `socket`, negotiates, and sends the memory and the current state of the rings.
     ///
     /// # Errors
-    /// The back-end closed the connection.
+    /// The socket cannot be connected, or the back-end closed the connection.
     ///
     /// # Panics
     /// The back-end refused a message.
@@ -149,7 +150,7 @@ impl Machine {
             channel.set(12, u64::from(queue).as_bytes(), Some(kick.as_fd()))?;
             channel.set(18, [queue, 1].as_bytes(), None)?;
         }
-        // The answer to this message comes after the back-end has handled all messages before it.
+        // The back-end replies to GET_QUEUE_NUM only after it has handled all earlier messages.
         channel.get(17)?;
         Ok(stream)
     }
@@ -216,12 +217,14 @@ impl MessageChannel<'_, '_> {
 
 fn atomic_u16(memory: &MmapRaw, at: usize) -> &AtomicU16 {
     assert!(at + 2 <= memory.len() && at.is_multiple_of(2));
-    // SAFETY: checked above, the word lies in the mapping, which the reference keeps alive, and is aligned. The back-end
-    // accesses the word only atomically, and so does this process.
+    // SAFETY: the assertion has checked that the word is aligned and lies in the mapping, and `memory` is borrowed for
+    // the lifetime of the result. Both sides access ring words only atomically. This process writes a status word in
+    // other ways only before it publishes the request, and reads the word only after the used index has shown that the
+    // request is complete.
     unsafe { AtomicU16::from_ptr(memory.as_mut_ptr().add(at).cast()) }
 }
 
-/// Types of requests, by their virtio-blk numbers.
+/// Type of a request, with its virtio-blk number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RequestKind {
     Read = 0,
@@ -242,11 +245,12 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// Returns the data of a slot that has no request in flight.
+    /// Returns the data buffer of a slot, which must have no request in flight.
     pub fn data(&mut self, slot: usize) -> &mut [u8] {
         assert!(slot < DEPTH);
-        // SAFETY: the slot lies in the mapping, which `self` keeps alive. While the slot has no request in flight the back-end
-        // does not access it, and `&mut self` excludes other references in this process.
+        // SAFETY: the assertion bounds the slot, so its data lies in the mapping, which `self` keeps alive. Callers
+        // pass only slots without a request in flight, so the back-end does not access the data. Only the driver of a
+        // queue has references to the queue's memory, and `&mut self` excludes a second one.
         unsafe {
             std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(self.slot_offset(slot) + 0x1000), MAX_DATA)
         }
@@ -258,12 +262,13 @@ impl Driver {
 
     fn write_at(&mut self, at: usize, bytes: &[u8]) {
         assert!(at >= self.at && at + bytes.len() <= self.at + QUEUE_BYTES);
-        // SAFETY: checked above, the range lies in this queue's part of the mapping, which `self` keeps alive. The back-end reads
-        // it only after `avail.idx` has been advanced.
+        // SAFETY: the assertion has checked that the range lies in this queue's part of the mapping, which `self` keeps
+        // alive. `bytes` is private memory of this process, so the ranges do not overlap. The back-end reads the range
+        // only after `avail.idx` has been advanced.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.memory.as_mut_ptr().add(at), bytes.len()) };
     }
 
-    /// Adds a request of `sectors` to the ring. The data of reads and writes is in [`Driver::data`].
+    /// Adds a request for `sectors` sectors to the ring. The data of reads and writes is in [`Driver::data`].
     pub fn add(&mut self, slot: usize, kind: RequestKind, sector: u64, sectors: u32) {
         let place = self.slot_offset(slot);
         let guest = |at: usize| GUEST_BASE + at as u64;
@@ -307,10 +312,10 @@ impl Driver {
         }
     }
 
-    /// Waits for completions. Returns slots and their status bytes.
+    /// Waits for at least one completion. Returns the slot and the status byte of each completed request.
     ///
     /// # Panics
-    /// Nothing completes within a minute.
+    /// No request completes within a minute.
     pub fn wait(&mut self) -> Vec<(usize, u8)> {
         loop {
             let back = self.reap();

@@ -1,5 +1,5 @@
-//! A FUSE file system with one file, served by the test process. A test implements [`FileContent`]: the effects of
-//! reads, writes and syncs. This module supplies the rest: folder, attributes, opening.
+//! A FUSE file system with one file, served by the test process. A test implements [`FileContent`], which defines the
+//! effects of reads, writes and syncs. This module implements the folder, the attributes and opening.
 
 use std::ffi::OsStr;
 use std::io;
@@ -14,22 +14,22 @@ use fuser::{
 
 const FILE: INodeNo = INodeNo(2);
 
-/// The file of the file system.
+/// Behaviour of the only file of the file system.
 pub(crate) trait FileContent: Send + Sync + 'static {
-    /// Its name.
+    /// Name of the file.
     const NAME: &'static str;
     /// Time for which the kernel may cache names and attributes.
     const TTL: Duration;
 
-    /// Its length in bytes.
+    /// Returns the length of the file in bytes.
     fn len(&self) -> u64;
 
-    /// Bytes that it takes on the medium.
+    /// Returns the number of bytes that the file occupies on the medium.
     fn allocated(&self) -> u64 {
         self.len()
     }
 
-    /// Cuts or extends the file.
+    /// Truncates or extends the file.
     fn set_len(&self, _len: u64) {}
 
     /// Runs before a look-up of any other name is answered with ENOENT.
@@ -50,7 +50,7 @@ pub(crate) trait FileContent: Send + Sync + 'static {
     }
 }
 
-/// Mounts a file system with this file on a folder.
+/// Mounts a file system with the file `content` on `folder`.
 ///
 /// # Errors
 /// The file system cannot be mounted, for example without root.
@@ -124,7 +124,7 @@ impl<T: FileContent> Filesystem for OneFile<T> {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        // Without this flag an open drops the file's pages, and waits for reads of them that are under way.
+        // Without FOPEN_KEEP_CACHE an open would drop the file's page cache and wait for reads in progress.
         reply.opened(FileHandle(0), FopenFlags::FOPEN_KEEP_CACHE);
     }
 
@@ -158,7 +158,7 @@ impl<T: FileContent> Filesystem for OneFile<T> {
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        // The kernel sends no further FLUSH after this answer, so a close needs none.
+        // After this answer the kernel sends no further FLUSH, so closing the file waits for no reply.
         reply.error(Errno::ENOSYS);
     }
 

@@ -58,7 +58,7 @@ fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("vm-images/golden")
 }
 
-/// Writes `data` so that its zero pages stay holes.
+/// Writes `data` to a new file, with holes for pages of zeros.
 fn write_sparse(path: &Path, data: &[u8]) {
     const PAGE: usize = 4096;
     let file = File::create(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Held by the one machine that runs: an emulated machine uses whole processors.
+/// Lock that a running virtual machine holds, so that only one runs at a time: an emulated machine uses whole
+/// processors.
 static MACHINE_LOCK: Mutex<()> = Mutex::new(());
 
-/// A running guest. Drop switches it off.
+/// A running guest. Dropping this value ends QEMU.
 pub struct Guest {
     child: Child,
     console: BufReader<ChildStdout>,
@@ -21,9 +22,10 @@ pub struct Guest {
 pub struct Console(Vec<String>);
 
 impl Guest {
-    /// Boots with the disk at `socket` and runs vm-images/jobs/`job`.sh. `extra` are arguments of vm-images/run-guest.sh.
+    /// Boots a guest with the disk at `socket`, which runs vm-images/jobs/`job`.sh. `extra` are further arguments of
+    /// vm-images/run-guest.sh.
     ///
-    /// The test fails if QEMU or the guest's image is missing.
+    /// Panics if QEMU or the guest's image is missing.
     pub fn boot(socket: &Path, job: &str, extra: &[&str]) -> Self {
         let lock = MACHINE_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
         let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm-images");
@@ -50,7 +52,7 @@ impl Guest {
         Self { child, console, lines: Vec::new(), _machine_lock: lock }
     }
 
-    /// Reads the console up to a line that begins with `prefix`. The test fails if the guest ends before.
+    /// Reads the console up to a line that begins with `prefix`. Panics if the guest ends without printing such a line.
     pub fn wait_for(&mut self, prefix: &str) {
         while let Some(line) = self.next_line() {
             if line.starts_with(prefix) {
@@ -60,7 +62,7 @@ impl Guest {
         panic!("the guest ended before it printed {prefix:?}:\n{}", self.lines.join("\n"));
     }
 
-    /// Waits for the end of the job, which must have succeeded.
+    /// Waits for the end of the job. Panics if the job failed.
     pub fn finish(mut self) -> Console {
         while self.next_line().is_some() {}
         let status = self.child.wait().expect("the guest can be waited for");
@@ -92,7 +94,7 @@ impl Drop for Guest {
 }
 
 impl Console {
-    /// Returns the value of the line `NAME: value`. The test fails if there is none.
+    /// Returns the value of the line `NAME: value`. Panics if the guest printed no such line.
     pub fn value(&self, name: &str) -> &str {
         let value = self.0.iter().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         value.unwrap_or_else(|| panic!("the guest printed no {name}:\n{}", self.0.join("\n")))

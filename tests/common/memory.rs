@@ -1,4 +1,4 @@
-//! Memory of the test in place of guest memory.
+//! Heap memory that tests use as guest memory.
 #![allow(unsafe_code)]
 
 use std::cell::UnsafeCell;
@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use diffdisk::storage::GuestIovecs;
 
-/// Guest memory on the heap. The iovecs over it share its ownership.
+/// Guest memory on the heap. Iovecs over the memory share its ownership.
 pub struct TestMemory(Arc<HeapBytes>);
 
 struct HeapBytes(Box<[UnsafeCell<u8>]>);
 
-// SAFETY: the bytes are accessed through raw pointers only. A test accesses them while no request over them is in flight, and
-// gives each range to one request at a time, so no two threads access a byte at once.
+// SAFETY: the bytes are accessed through raw pointers only. A test accesses them while no request over these bytes is
+// in flight, and gives each range to one request at a time, so no two threads access a byte at once.
 unsafe impl Sync for HeapBytes {}
 
 impl TestMemory {
@@ -28,8 +28,9 @@ impl TestMemory {
         let mut at = 0;
         for cut in cuts.iter().copied().chain([bytes.len()]) {
             let cut = cut.clamp(at, bytes.len());
-            // SAFETY: the range lies in the boxed slice, which the iovecs' owner keeps alive. The bytes are `UnsafeCell`s, so they
-            // may be written through shared references.
+            // SAFETY: `cut` is clamped to `at ..= bytes.len()`, so the range lies in the boxed slice. The list owns a
+            // clone of the `Arc`, which keeps the slice allocated. The bytes are `UnsafeCell`s, so they may be written
+            // through shared references.
             unsafe { slices.push(start.wrapping_add(at), cut - at) };
             at = cut;
         }
@@ -37,7 +38,8 @@ impl TestMemory {
     }
 
     pub fn bytes(&self) -> Vec<u8> {
-        // SAFETY: the pointer is that of a live `UnsafeCell`. Tests call this only when no request over the memory is in flight.
+        // SAFETY: the pointer is that of an `UnsafeCell` that `self` keeps alive. Tests call this function only while
+        // no request over the memory is in flight, so no other thread writes the byte.
         self.0.0.iter().map(|byte| unsafe { *byte.get() }).collect()
     }
 }

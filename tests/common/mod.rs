@@ -1,5 +1,6 @@
-//! Support of the integration tests: running the two programs, a vhost-user client, golden images, patterns, random numbers,
-//! temporary files, a byte-level VHD builder without `diffdisk::format`, the Linux guest, and other readers of VHD.
+//! Support of the integration tests: running the two programs, a vhost-user client, golden images, patterns, random
+//! numbers, temporary files, a byte-level VHD builder without `diffdisk::format`, the Linux guest, and other readers of
+//! VHD.
 //!
 //! Every test target compiles this module and uses a part of it.
 #![allow(dead_code, unreachable_pub)]

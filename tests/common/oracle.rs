@@ -13,7 +13,7 @@ pub fn sha256_of_disk(leaf: &Path) -> String {
     sha256_of_output(Command::new(program()).current_dir(folder).args(["e", "-so", "-bd", "-tVHD"]).arg(name))
 }
 
-/// Returns the name of the program: `7zz` on Debian 12, elsewhere `7z`.
+/// Returns the name of the 7-Zip program: `7zz` on Debian 12, `7z` elsewhere.
 fn program() -> &'static str {
     ["7zz", "7z"].into_iter().find(|name| starts(name)).expect("7-Zip is installed; `make test` installs it")
 }

@@ -1,10 +1,11 @@
-//! Sector contents that name their writer and their place, and a comparison that reports both.
+//! Sector contents that name their writer and their sector number, and a comparison of disks that prints differing
+//! contents.
 
 /// Bytes in a sector.
 pub(crate) const SECTOR: usize = 512;
 
-/// Fills `data` with the pattern of `tag` for the sectors from `first` on: `<tag s=N>`, repeated and cut to 512 bytes, as
-/// vm-images/golden/manifest.json defines it.
+/// Fills `data` with the pattern of `tag` for the sectors from `first` on: `<tag s=N>`, repeated and cut to 512 bytes,
+/// as vm-images/golden/manifest.json defines it.
 pub(crate) fn fill(data: &mut [u8], tag: &str, first: u64) {
     for (sector, chunk) in (first..).zip(data.chunks_mut(SECTOR)) {
         let text = format!("<{tag} s={sector}>");
@@ -21,7 +22,7 @@ pub(crate) fn sectors(tag: &str, first: u64, count: usize) -> Vec<u8> {
     data
 }
 
-/// Panics if the disks differ, with the first differing sector and its contents in both.
+/// Panics if the disks differ. The message contains the first differing sector and its contents in both disks.
 pub(crate) fn assert_same(what: &str, got: &[u8], want: &[u8]) {
     let differs = got.chunks(SECTOR).zip(want.chunks(SECTOR)).position(|(a, b)| a != b);
     if let Some(sector) = differs {

@@ -1,7 +1,7 @@
-//! Random numbers for tests and benchmarks: SplitMix64, the generator of the simulated host, with a printed seed so that a failure
-//! can be replayed.
+//! Random numbers for tests and benchmarks: SplitMix64, the generator of the simulated host, with a printed seed so
+//! that a failure can be replayed.
 
-/// The generator itself. Its file is included, not imported: the library exports it only with the feature `sim`.
+/// The generator. Its source file is included, because the library exports the module only with the feature `sim`.
 #[path = "../../src/random.rs"]
 #[allow(dead_code, unreachable_pub, unused_imports, reason = "it is written for the library")]
 mod split_mix;
@@ -10,7 +10,7 @@ mod split_mix;
 pub(crate) struct Rng(split_mix::Random);
 
 impl Rng {
-    /// Starts the stream of the seed in `DIFFDISK_SEED`, or of one taken from the clock. Prints `test` and the seed.
+    /// Starts the stream of the seed in `DIFFDISK_SEED`, or of a seed taken from the clock. Prints `test` and the seed.
     pub(crate) fn from_env(test: &str) -> Rng {
         let seed = seed_of_env().unwrap_or_else(|| {
             let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -35,12 +35,12 @@ impl Rng {
         self.0.next_u64()
     }
 
-    /// Returns a number below `end`, which must not be zero.
+    /// Returns a random number below `end`. `end` must not be zero.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0.below(end)
     }
 
-    /// Returns one of `items`.
+    /// Returns a random element of `items`.
     pub(crate) fn pick<T: Copy>(&mut self, items: &[T]) -> T {
         items[self.0.index(items.len())]
     }

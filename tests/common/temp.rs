@@ -1,4 +1,4 @@
-//! Temporary folders and files: where a test puts its own, and how unfinished files of the programs are recognised.
+//! Temporary folders of tests, and recognition of the programs' temporary files.
 //!
 //! `tempfile::tempdir` is for files that may lie anywhere, including sockets, whose paths must be short.
 
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-/// Makes a folder below the target folder: on a real file system, on which holes are holes.
+/// Makes a folder below the target folder, whose file system must support holes.
 pub(crate) fn scratch(name: &str) -> TempDir {
     let within = Path::new(env!("CARGO_TARGET_TMPDIR"));
     tempfile::Builder::new().prefix(name).tempdir_in(within).expect("a folder for the test")
@@ -17,39 +17,40 @@ pub(crate) fn in_memory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").expect("a folder in memory")
 }
 
-/// A runtime folder of the test's own, on tmpfs as `/run` is. No other test finds its live journals, even if another file system
-/// hands out the same inode numbers.
+/// A runtime folder of one test, on tmpfs like `/run`. No other test finds the folder's live journals, even if images
+/// on another file system have the same inode numbers.
 pub(crate) struct RuntimeDir {
     folder: TempDir,
     option: String,
 }
 
 impl RuntimeDir {
-    /// Makes an empty one.
+    /// Makes an empty runtime folder.
     pub(crate) fn new() -> RuntimeDir {
         let folder = in_memory();
         let option = format!("--runtime-dir={}", folder.path().display());
         RuntimeDir { folder, option }
     }
 
-    /// The command-line option that names it, for both programs.
+    /// Returns the command-line option of both programs that selects this folder.
     pub(crate) fn option(&self) -> &str {
         &self.option
     }
 
-    /// The folder itself.
+    /// Returns the path of the folder.
     pub(crate) fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Lists the journals in it.
+    /// Returns the paths of all journals in the folder.
     pub(crate) fn journals(&self) -> Vec<PathBuf> {
         let entries = self.path().read_dir().expect("the folder is there");
         entries.map(|entry| entry.expect("an entry").path()).collect()
     }
 }
 
-/// Returns whether a file is one that the programs are still writing and publish by a rename: its name begins with a dot.
+/// Returns whether the file's name begins with a dot. The programs give such names to files that they later publish by
+/// a rename.
 pub(crate) fn is_temporary(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
 }

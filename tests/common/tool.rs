@@ -1,5 +1,5 @@
-//! Runs programs under a time limit and returns their output; a lock prevents other threads from starting programs
-//! while a test holds it.
+//! Runs programs under a time limit and returns their output. [`lock_spawns`] prevents other threads from starting
+//! programs.
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -9,15 +9,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The image tool.
+/// Path of the image tool.
 pub(crate) const DIFFDISK: &str = env!("CARGO_BIN_EXE_diffdisk");
-/// The daemon.
+/// Path of the daemon.
 pub(crate) const DIFFDISKD: &str = env!("CARGO_BIN_EXE_diffdiskd");
 
 /// The outcome of a finished program.
 #[derive(Debug)]
 pub(crate) struct Finished {
-    /// The exit code; `None` if a signal ended it.
+    /// The exit code; `None` if a signal ended the program.
     pub(crate) code: Option<i32>,
     /// Standard output.
     pub(crate) stdout: Vec<u8>,
@@ -67,14 +67,15 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> Finished {
     }
 }
 
-/// Starts a program; waits while another thread holds [`lock_spawns`].
+/// Starts a program. Waits while another thread holds the guard of [`lock_spawns`].
 pub(crate) fn start(command: &mut Command) -> std::io::Result<Child> {
     let _lock = lock_spawns();
     command.spawn()
 }
 
-/// Keeps other threads from starting programs until the guard is dropped. A test that opens images in its own process holds it: a
-/// program has all open files of this process, with their locks, between fork and exec.
+/// Prevents other threads from starting programs until the returned guard is dropped. A test that opens images in its
+/// own process holds the guard: between fork and exec a child process shares all open files of this process, with their
+/// locks.
 pub(crate) fn lock_spawns() -> MutexGuard<'static, ()> {
     static SPAWN_LOCK: Mutex<()> = Mutex::new(());
     SPAWN_LOCK.lock().unwrap_or_else(PoisonError::into_inner)
@@ -106,8 +107,8 @@ pub(crate) fn require(names: &[&str]) {
     assert!(missing.is_empty(), "not installed: {missing:?}; `make test` installs what the tests need");
 }
 
-/// Makes a socket without a listener. `path` may be longer than a socket's address: the socket is bound through the
-/// descriptor of its folder.
+/// Creates a socket file on which no process listens. `path` may be longer than a socket's address: the socket is bound
+/// through the descriptor of its folder.
 pub(crate) fn leave_socket(path: &Path) {
     let folder = std::fs::File::open(path.parent().expect("a folder")).expect("the folder opens");
     let name = path.file_name().expect("a name").display();

@@ -1,9 +1,9 @@
-//! VHD files byte by byte, valid or invalid, from the format's description. Shares no code with `diffdisk::format`, so that
-//! an error there is not repeated here.
+//! Builder of valid and invalid VHD files, written from the specification of the format. It shares no code with
+//! `diffdisk::format`, so that an error in that module is not repeated here.
 //!
-//! Layout of a file of [`VhdFile::create`]: footer copy at 0, header at 512, BAT at 1536, eight sectors for locator data,
-//! blocks without gaps, footer. Of a fixed image: data, footer. All bytes are written directly to the file, so huge images
-//! take no memory.
+//! A file of [`VhdFile::create`] consists of a footer copy at 0, the header at 512, the BAT at 1536, eight sectors for
+//! locator data, blocks without gaps, and a footer. A fixed image consists of data and a footer. All bytes are written
+//! directly to the file, so huge images take no memory.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -15,7 +15,7 @@ use super::pattern;
 pub(crate) const FIXED: u32 = 2;
 pub(crate) const DYNAMIC: u32 = 3;
 pub(crate) const DIFFERENCING: u32 = 4;
-/// Places of header and BAT in a file of [`VhdFile::create`].
+/// Offsets of header and BAT in a file of [`VhdFile::create`].
 pub(crate) const HEADER_OFFSET: u64 = 512;
 pub(crate) const BAT_OFFSET: u64 = 1536;
 /// BAT entry of an unallocated block.
@@ -48,14 +48,14 @@ pub(crate) mod header {
     pub(crate) const LOCATORS: u64 = 576;
 }
 
-/// The image to build.
+/// Description of an image to build.
 #[derive(Clone, Debug)]
 pub(crate) struct VhdSpec {
     pub(crate) kind: u32,
     /// Size of the disk in bytes.
     pub(crate) size: u64,
     pub(crate) block_size: u32,
-    /// Entries of the BAT; `None` for as many as the disk has blocks.
+    /// Number of BAT entries; `None` for one entry per block of the disk.
     pub(crate) entries: Option<u32>,
     /// Allocated blocks, in file order, with every sector written.
     pub(crate) blocks: Vec<u32>,
@@ -68,12 +68,12 @@ pub(crate) struct VhdSpec {
 }
 
 impl VhdSpec {
-    /// A fixed image.
+    /// Describes a fixed image.
     pub(crate) fn fixed(size: u64) -> VhdSpec {
         VhdSpec { kind: FIXED, ..VhdSpec::dynamic(size, 0) }
     }
 
-    /// A dynamic image without blocks.
+    /// Describes a dynamic image without blocks.
     pub(crate) fn dynamic(size: u64, block_size: u32) -> VhdSpec {
         VhdSpec {
             kind: DYNAMIC,
@@ -88,7 +88,7 @@ impl VhdSpec {
         }
     }
 
-    /// A differencing image without blocks, whose parent has the UUID `parent` and the file name `name`.
+    /// Describes a differencing image without blocks, whose parent has the UUID `parent` and the file name `name`.
     pub(crate) fn child(size: u64, block_size: u32, parent: [u8; 16], name: &str) -> VhdSpec {
         let (kind, uuid) = (DIFFERENCING, id(2));
         VhdSpec { kind, uuid, parent, parent_name: name.into(), tag: "C".into(), ..VhdSpec::dynamic(size, block_size) }
@@ -107,14 +107,14 @@ impl VhdSpec {
     }
 }
 
-/// Returns a recognisable UUID.
+/// Returns a UUID with the last byte `n`. All other bytes are 0x11.
 pub(crate) fn id(n: u8) -> [u8; 16] {
     let mut id = [0x11; 16];
     id[15] = n;
     id
 }
 
-/// A VHD under construction.
+/// A VHD file that a test modifies.
 pub(crate) struct VhdFile {
     pub(crate) file: File,
     pub(crate) path: PathBuf,
@@ -128,7 +128,7 @@ pub(crate) struct VhdFile {
 }
 
 impl VhdFile {
-    /// Writes a valid image.
+    /// Creates a file with the valid image that `spec` describes.
     pub(crate) fn create(path: &Path, spec: VhdSpec) -> VhdFile {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path);
         let file = file.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -157,7 +157,7 @@ impl VhdFile {
         self.spec.entries.unwrap_or_else(needed)
     }
 
-    /// Returns the bytes of a block and its bitmap.
+    /// Returns the size in bytes of a block with its bitmap.
     pub(crate) fn stride(&self) -> u64 {
         let block = u64::from(self.spec.block_size);
         (block / 512).div_ceil(8).next_multiple_of(512) + block
@@ -216,7 +216,8 @@ impl VhdFile {
         self.file.write_all_at(bytes, at).unwrap_or_else(|e| panic!("{} at {at}: {e}", self.path.display()));
     }
 
-    /// Recomputes the checksum of the structure of `len` bytes at `at`.
+    /// Recomputes the checksum of the structure of `len` bytes at `at`. `checksum` is the offset of the checksum in the
+    /// structure.
     pub(crate) fn update_checksum(&self, at: u64, len: usize, checksum: u64) {
         let mut bytes = vec![0; len];
         self.file.read_exact_at(&mut bytes, at).expect("the structure lies in the file");
@@ -253,7 +254,7 @@ impl VhdFile {
         self
     }
 
-    /// Sets a BAT entry.
+    /// Sets the BAT entry of `block` to `sector`.
     pub(crate) fn set_entry(&self, block: u32, sector: u32) -> &VhdFile {
         self.put(BAT_OFFSET + 4 * u64::from(block), &sector.to_be_bytes());
         self
@@ -278,7 +279,7 @@ impl VhdFile {
         self.set_header(header::LOCATORS + slot * 24, &entry)
     }
 
-    /// Writes `data` to the sector of a locator, and sets the locator's entry to it.
+    /// Writes `data` to the sector of a locator, and points the locator's entry to that sector.
     pub(crate) fn set_locator_data(&self, slot: u64, code: &[u8; 4], data: &[u8]) -> &VhdFile {
         assert!(data.len() <= 512, "a sector per locator");
         let at = self.locators_at + slot * 512;
@@ -286,12 +287,12 @@ impl VhdFile {
         self.set_locator(slot, code, 512, u32::try_from(data.len()).expect("at most a sector"), at)
     }
 
-    /// Returns the length of the file.
+    /// Returns the length of the file in bytes.
     pub(crate) fn len(&self) -> u64 {
         self.file.metadata().expect("the file is there").len()
     }
 
-    /// Cuts or grows the file.
+    /// Truncates or extends the file to `len` bytes.
     pub(crate) fn set_len(&self, len: u64) -> &VhdFile {
         self.file.set_len(len).expect("the file takes its length");
         self
@@ -303,7 +304,7 @@ pub(crate) fn utf16le(text: &str) -> Vec<u8> {
     text.encode_utf16().flat_map(|unit| [unit.to_be_bytes()[1], unit.to_be_bytes()[0]]).collect()
 }
 
-/// Writes a file of any bytes, and returns its path.
+/// Writes `bytes` to a file and returns the file's path.
 pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> PathBuf {
     fs::write(path, bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     path.to_path_buf()

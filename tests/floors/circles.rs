@@ -1,8 +1,9 @@
-//! The graph of imports between source files: no circle, and the wings of `image/` use each other in one direction only.
+//! Checks the graph of imports between source files: there is no circle, and the wings (subfolders) of `image/` use
+//! each other in one direction only.
 //!
 //! An edge leads from a file to the file that *defines* the name it uses. A re-export (`pub use`) is followed to the
-//! definition and is no edge of its own, so a `mod.rs` may offer the names of its children. Code under `#[cfg(test)]` is left
-//! out: unit tests import the code that they test.
+//! definition and makes no edge by itself, so a `mod.rs` may offer the names of its children. Code under `#[cfg(test)]`
+//! is left out: unit tests import the code that they test.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -12,7 +13,7 @@ use proc_macro2::{TokenStream, TokenTree};
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, UseTree, Visibility};
 
-/// The wings of a floor, lowest first. A file of one wing uses files of the same wing and of lower ones.
+/// The wings of each floor, lowest first. A file of one wing may use files of the same wing and of lower wings.
 const WINGS: &[(&str, &[&str])] = &[("image", &["image", "image/write", "image/check", "image/offline"])];
 
 #[test]
@@ -53,7 +54,7 @@ fn wings_use_lower_wings_only() {
     assert!(bad.is_empty(), "wings that use a higher wing:\n{}", bad.join("\n"));
 }
 
-/// The check itself: two small trees, one with a circle through a re-export.
+/// Tests the check itself on two small trees, one of which has a circle through a re-export.
 #[test]
 fn a_circle_through_a_re_export_is_found() {
     let tree = |b: &str| {
@@ -75,11 +76,11 @@ struct SourceTree {
     modules: HashMap<Vec<String>, Module>,
 }
 
-/// One module: its file, and the paths for which its names stand.
+/// A module: its file, the paths for which its names stand, and the paths that it uses.
 #[derive(Default)]
 struct Module {
     file: String,
-    /// Names that `use` brings in: the path that each stands for.
+    /// Names that `use` declarations import, each with its path.
     imported: HashMap<String, Vec<String>>,
     /// Paths of `use ...::*`.
     globs: Vec<Vec<String>>,
@@ -140,7 +141,7 @@ impl SourceTree {
         self.modules.insert(path, module);
     }
 
-    /// Edges from file to file, each with one of the names that make it.
+    /// Returns the edges from file to file, each with one of the names that cause it.
     fn edges(&self) -> BTreeMap<(String, String), String> {
         let mut edges = BTreeMap::new();
         for (place, module) in &self.modules {
@@ -157,8 +158,8 @@ impl SourceTree {
         edges
     }
 
-    /// The file that defines the item to which `path` refers in the module at `place`; `None` if it is of another
-    /// crate.
+    /// Returns the file that defines the item to which `path` refers in the module at `place`, or `None` if the item is
+    /// of another crate.
     fn file_of(&self, place: &[String], path: &[String], depth: u32) -> Option<String> {
         if depth > 20 {
             return None;
@@ -258,7 +259,7 @@ impl<'a> Visit<'a> for Module {
     }
 
     fn visit_item_use(&mut self, item: &'a syn::ItemUse) {
-        // A `use` inside a function.
+        // The item is a `use` inside a function.
         self.add_use(&item.tree, &mut Vec::new(), false);
     }
 
@@ -299,7 +300,7 @@ fn attributes(item: &Item) -> &[Attribute] {
     }
 }
 
-/// Whether an item exists in unit tests only.
+/// Returns whether an item exists in unit tests only.
 fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| match &attribute.meta {
         syn::Meta::List(list) => {
@@ -310,7 +311,7 @@ fn is_test(attributes: &[Attribute]) -> bool {
     })
 }
 
-/// The groups of files that reach each other, as one line each.
+/// Returns the groups of files that reach each other, each as one line.
 fn circles(edges: &BTreeMap<(String, String), String>) -> Vec<String> {
     let mut next: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (from, to) in edges.keys() {

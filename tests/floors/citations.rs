@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The documents that comments cite by the number of a section.
+/// Documents of which comments cite numbered sections.
 const DOCUMENTS: &[&str] = &["crash-safety", "format", "virtio", "performance", "space", "page-cache"];
 
 /// Letters of numbered rules, and the document that lists them.
@@ -53,7 +53,7 @@ fn sections() -> BTreeSet<String> {
     found
 }
 
-/// The rules that documents list: in the first column of a table, or in bold.
+/// Returns the rules that documents list in the first column of a table or in bold.
 fn rules() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (letter, document) in RULES {
@@ -68,8 +68,8 @@ fn rules() -> BTreeSet<String> {
     found
 }
 
-/// Sections that a comment cites: the name of a document, then numbers with commas between. One number without a point is
-/// taken for a section only if it closes the sentence or the parenthesis.
+/// Returns the sections that a comment cites: the name of a document, then numbers separated by commas. A number
+/// without a point counts as a section only if it ends the sentence or the parenthesis.
 fn section_citations(comment: &str) -> Vec<String> {
     let mut found = Vec::new();
     for document in DOCUMENTS {
@@ -79,7 +79,7 @@ fn section_citations(comment: &str) -> Vec<String> {
             }
             let mut rest = &comment[at + document.len() + 1..];
             if rest.starts_with("1.") && *document == "virtio" {
-                continue; // the standard
+                continue; // "virtio 1.x" names the standard
             }
             loop {
                 let number: String = rest.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
@@ -101,7 +101,7 @@ fn section_citations(comment: &str) -> Vec<String> {
     found
 }
 
-/// Rules that a comment cites: a letter and digits, alone.
+/// Returns the rules that a comment cites, each a word of one letter and digits.
 fn rule_citations(comment: &str) -> Vec<String> {
     let is_rule = |word: &&str| {
         let mut chars = word.chars();
@@ -117,7 +117,7 @@ fn read(document: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// All Rust files of the crate, its tests and benches, except this check.
+/// Returns all Rust files of the crate, its tests and benches, except this file.
 fn sources() -> Vec<PathBuf> {
     let (mut found, mut open) = (Vec::new(), ["src", "tests", "benches"].map(|folder| root().join(folder)).to_vec());
     while let Some(folder) = open.pop() {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Floor of each top-level module; see `src/lib.rs`.
+/// Floor of each top-level module (see `src/lib.rs`).
 const FLOORS: &[(&str, u32)] = &[
     ("format", 0),
     ("storage", 0),
@@ -42,8 +42,8 @@ const HOMES: &[(&str, &[&str])] = &[
     ("env_logger", &["cli"]),
 ];
 
-/// Files that may contain `unsafe`: memory that other processes share, calls into the kernel, descriptors by number,
-/// and tests that play the guest.
+/// Files that may contain `unsafe`: for memory that other processes share, calls into the kernel, descriptors given by
+/// number, and tests that act as the guest.
 const UNSAFE: &[&str] = &[
     "cli/inherited_fd.rs",
     "device/guest_memory.rs",
@@ -125,7 +125,7 @@ fn files_say_what_they_do_and_stay_readable() {
     assert!(bad.is_empty(), "{}", bad.join("\n"));
 }
 
-/// A type is known by its name alone: two types of one name are one word for two things.
+/// Type names must be unique in the crate, so that a name identifies one type.
 #[test]
 fn names_of_types_are_unique() {
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -148,7 +148,7 @@ fn names_of_types_are_unique() {
     assert!(found.len() > 300, "only {} types were found", found.len());
 }
 
-/// Every source file of a floor: its top-level module, its path, its text.
+/// Returns every source file of the crate: its top-level module, its path, its text.
 fn sources() -> Vec<(String, PathBuf, String)> {
     let mut found = Vec::new();
     let mut open = vec![root()];

@@ -1,5 +1,5 @@
-//! Direct I/O if the file system supports it, otherwise buffered I/O with a warning in the log; the data is right in both cases
-//! (crash-safety 3).
+//! Direct I/O is used if the file system supports it, otherwise buffered I/O with a warning in the log. The data is
+//! correct in both cases (crash-safety 3).
 
 use std::fs;
 use std::fs::File;
@@ -66,7 +66,8 @@ fn made_in(folder: &Path) -> std::path::PathBuf {
     image
 }
 
-/// Runs random requests with `--direct`. Checks that I/O is direct or not, as `expected`, and that the data is right.
+/// Runs random requests with `--direct`. Checks that the daemon uses direct I/O if and only if `expected` is true, and
+/// that the data is correct.
 fn assert_direct(image: &Path, expected: bool) {
     let mut rng = Rng::from_env("alignment");
     let runtime = RuntimeDir::new();

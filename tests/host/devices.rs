@@ -15,7 +15,8 @@ const MIB: usize = 1 << 20;
 /// The byte that devices are filled with.
 const OLD: u8 = 0xD7;
 
-/// A folder with the file of a device, full of old contents, and a disk to write, with data at both ends and between holes.
+/// A folder with the backing file of a device, which is full of old contents, and with a disk to write to the device.
+/// The disk has data at both ends and between holes.
 struct DeviceFixture {
     folder: TempDir,
     disk: Vec<u8>,
@@ -44,7 +45,7 @@ impl DeviceFixture {
         run(command.current_dir(&self.folder).args(line.split(' ')), std::time::Duration::from_secs(60))
     }
 
-    /// Returns the contents of the device, read from its file.
+    /// Returns the contents of the device, read from its backing file.
     fn written(&self) -> Vec<u8> {
         fs::read(self.at("device")).expect("the file of the device")
     }
@@ -71,7 +72,8 @@ fn a_disk_is_written_over_all_that_a_device_held_and_read_back() {
         return;
     }
     for sector in ["512", "4096"] {
-        // A device of the disk's size, and larger ones, whose contents after the disk stay.
+        // One device has the size of the disk. The others are larger, and their contents beyond the end of the disk
+        // must not change.
         for (device, disk) in [(40 * MIB, 40 * MIB), (40 * MIB, 11 * MIB + 1536), (8 * MIB, 8 * MIB - 512)] {
             let fixture = DeviceFixture::new(device, disk);
             let there = attach(&fixture.at("device"), sector);

@@ -1,5 +1,5 @@
-//! A full file system: writes fail or wait, by option; flushes and reads still succeed; no data is lost, and writes succeed again
-//! when there is space (crash-safety 4.1, 6.2; R9).
+//! A full file system: writes fail or wait, by option; flushes and reads still succeed; no data is lost, and writes
+//! succeed again when there is space (crash-safety 4.1, 6.2; R9).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -17,12 +17,12 @@ use crate::common::daemon::Daemon;
 use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::diffdisk;
 
-/// Sectors in a write; a block has four such pieces.
+/// Sectors in a write; a block has four such pieces of data.
 const PIECE: u64 = 128;
 const BLOCK: &str = "256K";
-/// Size of the image's disk, larger than each file system.
+/// Virtual size of the image, larger than each file system.
 const DISK: &str = "1G";
-/// Bytes of a file that is removed to free space.
+/// Size in bytes of a file that is removed to free space.
 const BALLAST: u64 = 24 << 20;
 
 #[test]
@@ -80,7 +80,8 @@ fn again_and_again(test: &str, kind: FsKind, size: u64) {
 fn commits_wait_on_btrfs_with_copies_on_write() {
     if can_mount("commits_wait_on_btrfs_with_copies_on_write") {
         let full = FullFs::new(FsKind::BtrfsSeparate, FsKind::BtrfsSeparate.size(), "sparse");
-        // An image of another program: btrfs copies every write to a new place.
+        // The image becomes a copy without the attribute that makes btrfs overwrite in place, as if another program had
+        // made it: btrfs copies every write to a new place.
         let bytes = fs::read(&full.image).expect("the image");
         fs::remove_file(&full.image).expect("the image goes");
         fs::write(&full.image, bytes).expect("a copy of it");
@@ -88,9 +89,9 @@ fn commits_wait_on_btrfs_with_copies_on_write() {
     }
 }
 
-/// Writes small pieces at scattered places, with flushes, while the file system becomes full at every step of the daemon's work.
-/// Then kills the daemon while the file system is full. `in_place`: commits overwrite allocated space, so flushes succeed while
-/// writes wait. Otherwise flushes may wait, too.
+/// Writes small pieces at scattered places, with flushes, on a file system that becomes full at various points of the
+/// daemon's work. Then kills the daemon while the file system is full. If `in_place` is true, commits overwrite
+/// allocated space, so flushes succeed while writes wait. Otherwise flushes may wait, too.
 fn scattered_writes(full: &FullFs, in_place: bool) {
     let options = full.options("park");
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
@@ -98,7 +99,7 @@ fn scattered_writes(full: &FullFs, in_place: bool) {
     let mut client = daemon.connect();
     let place = |number: u64| (number * 7919 % 16_384) * (64 << 10);
     let page = |number: u64| tagged_run(number + 1, place(number) / SECTOR as u64, 8);
-    // Files that are removed one by one, each for a little space.
+    // Files that the test removes one by one, to free a little space each time.
     let steps: Vec<PathBuf> = (0..10).map(|n| full.mounted.path().join(format!("step{n}"))).collect();
     for step in &steps {
         let file = File::create(step).expect("a step");
@@ -172,9 +173,9 @@ fn fill_up(full: &FullFs) {
     }
 }
 
-/// A small file system with an image and a ballast.
+/// A small file system with an image and a file of [`BALLAST`] bytes.
 struct FullFs {
-    // Declared before `_folder`, so that the file system is unmounted before the file of its device is removed.
+    // Declared before `_folder`, so that the file system is unmounted before the backing file of its device is removed.
     mounted: Mounted,
     _folder: TempDir,
     kind: FsKind,
@@ -208,13 +209,13 @@ impl FullFs {
         Daemon::start(&self.image, &options.each_ref().map(String::as_str))
     }
 
-    /// Checks that the image has no space allocated beyond its end: ext4 keeps the space that a failed fallocate has
-    /// allocated.
+    /// Checks that the image has no space allocated beyond the end of the file: ext4 keeps the space that a failed
+    /// fallocate has allocated.
     fn assert_no_leak(&self) {
         let _settled = self.mounted.available();
         let m = fs::metadata(&self.image).expect("the image");
         let beyond = (m.blocks() * 512).saturating_sub(m.len());
-        // XFS preallocates beyond the end by itself and frees that later.
+        // XFS preallocates space beyond the end of a file and frees that space later.
         if self.kind == FsKind::Ext4 {
             assert!(beyond < 256 << 10, "{beyond} bytes are allocated beyond the end of {} bytes", m.len());
         }
@@ -278,7 +279,7 @@ fn writes_fail(full: &FullFs) {
     assert_eq!(error.raw_os_error(), Some(libc::EIO));
     assert!(done > 50, "only {done} pieces were written: {}", daemon.log());
     client.flush().expect("a flush while the host is full");
-    // XFS may free some space when an allocation fails, but soon has none.
+    // XFS may free some space after a failed allocation, but that space is soon used.
     let found = (0..200).position(|_| {
         submit(&mut client, done).expect("a write is queued");
         let refused = client.wait().expect("an answer").result.is_err();
@@ -326,7 +327,7 @@ fn writes_wait(full: &FullFs) {
         let found = others.run(&mut client, Command::Read { offset: piece * PIECE * SECTOR as u64, len: want.len() });
         assert!(found == want, "piece {piece} of {done} has other contents");
     }
-    // More waiting writes; still nothing fails.
+    // More writes wait, and still no request fails.
     for piece in done + 1..done + 5 {
         submit(&mut client, piece).expect("a write is queued");
     }

@@ -1,5 +1,5 @@
-//! A medium that fails syncs or writes: no flush is acknowledged falsely, a failed sync is final, and data that was flushed before
-//! is there after a restart (crash-safety 6; R10).
+//! A medium that fails syncs or writes: no flush is acknowledged falsely, a failed sync is final, and data that was
+//! flushed before the failure is present after a restart (crash-safety 6; R10).
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::common::daemon::Daemon;
 use crate::common::temp::RuntimeDir;
 use crate::common::tool::{self, diffdisk};
 
-/// Operations that the medium fails.
+/// Operations that fail on the medium.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Failing {
     Syncs,
@@ -52,8 +52,8 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     let disk = fuse::blank(kind.size());
     let (device, mounted) = mount_on_loop(&disk.path(), kind);
     let image = mounted.path().join("image.vhd");
-    // With sixteen blocks the file grows at the first write only. A second growth in the background might be in progress when
-    // the medium fails, and a growth that can be neither finished nor undone poisons the image.
+    // With sixteen blocks the file grows at the first write only. A second growth in the background might be in
+    // progress when the medium fails, and a growth that can be neither finished nor undone poisons the image.
     diffdisk([Path::new("create"), &image, Path::new("--size"), Path::new("32M")]).ok();
     let runtime = RuntimeDir::new();
     let daemon = Daemon::start(&image, &[mode, runtime.option()]);
@@ -102,7 +102,7 @@ fn run(kind: FsKind, failing: Failing, mode: &str) {
     let mut client = daemon.connect();
     let kept = client.read(5000 * SECTOR as u64, 300 * SECTOR).expect("a read after the restart");
     assert!(kept == tagged_run(2, 5000, 300), "{kind:?} {failing:?} {mode}: flushed data is gone");
-    // These sectors were written again but not flushed: each has its old or its new contents.
+    // These sectors were overwritten but not flushed: each has its old or its new contents.
     let either = client.read(0, 64 * SECTOR).expect("a read after the restart");
     let (old, new) = (tagged_run(1, 0, 64), tagged_run(3, 0, 64));
     for (n, sector) in either.chunks(SECTOR).enumerate() {

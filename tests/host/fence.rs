@@ -1,7 +1,7 @@
-//! I/O of a killed daemon continues in the kernel; its successor must wait for it (crash-safety 8; R7).
+//! I/O of a killed daemon continues in the kernel; its successor must wait for this I/O (crash-safety 8; R7).
 //!
-//! The medium delays a write while its daemon is killed and a new daemon is started at once. The medium's log shows whether the
-//! new daemon accessed the image before the old write took effect.
+//! The medium delays a write while the first daemon is killed, and a second daemon is started at once. The medium's log
+//! shows whether the second daemon accessed the image before the delayed write took effect.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,9 +14,9 @@ use crate::common::daemon::Daemon;
 use crate::common::temp::RuntimeDir;
 use crate::common::tool::diffdisk;
 
-/// Time by which the medium delays a request.
+/// Delay of each request on the medium.
 const LATENCY: Duration = Duration::from_secs(3);
-/// First sector, and number of sectors, of the write in flight when its daemon is killed.
+/// First sector, and number of sectors, of the write that is in flight when the daemon is killed.
 const PLACE: (u64, u64) = (640, 16);
 
 const OLD: u64 = 1001;
@@ -52,9 +52,9 @@ fn reads_of_a_killed_thread_are_waited_for() {
     reads_of_a_parent("reads_of_a_killed_thread_are_waited_for", "--io-engine=blocking");
 }
 
-/// Only the parent is on the slow medium. Direct reads of the parent still write to guest memory after their daemon has ended, and
-/// no inode lock makes the successor wait for them: only the lock on the child does. (A buffered read ends with its process; only
-/// the kernel's readahead continues.)
+/// Only the parent is on the slow medium. Direct reads of the parent may still write to guest memory after the daemon
+/// has ended, and no inode lock makes the successor wait for these reads: only the lock on the child does. (A buffered
+/// read ends with its process; only the kernel's readahead continues.)
 fn reads_of_a_parent(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -91,7 +91,7 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     drop(device);
 }
 
-/// The image is the FUSE file, so all requests to the medium are the daemons'.
+/// The image is the FUSE file, so all requests to the medium come from the daemons.
 fn on_the_medium_itself(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -113,7 +113,8 @@ fn on_the_medium_itself(test: &str, engine: &str) {
     drop(old);
 }
 
-/// The image is in ext4, so the medium gets the daemons' direct I/O and the file system's own requests.
+/// The image is in ext4 on the medium, so the medium receives the daemons' direct I/O and the file system's own
+/// requests.
 fn on_ext4(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -140,11 +141,12 @@ fn create(image: &Path) {
     diffdisk([Path::new("create"), image, Path::new("--size"), Path::new("16M")]).ok();
 }
 
-/// Starts a daemon, writes, and kills the daemon while the medium delays the write. Returns the daemon and the time of the kill.
+/// Starts a daemon, writes, and kills the daemon while the medium delays the write. Returns the daemon and the time of
+/// the kill.
 fn kill_with_a_write_under_way(disk: &FuseDisk, image: &Path, options: &[&str]) -> (Daemon, Instant) {
     let daemon = Daemon::start(image, options);
     let mut client = daemon.connect();
-    // The block is allocated now, so the next write needs no other operation.
+    // The first write allocates the block, so the next write needs no other operation.
     client.write(0, &tagged_run(1, 0, 2048)).expect("a first write");
     client.flush().expect("a flush");
     disk.set_delay(LATENCY);
@@ -162,7 +164,7 @@ fn submit(client: &mut Client, tag: u64) {
     client.submit(0, Command::Write { offset: PLACE.0 * SECTOR as u64, data: &data }).expect("a write is queued");
 }
 
-/// Checks that the old write does not replace a new one to the same sectors.
+/// Checks that the old write does not overwrite a new write to the same sectors.
 fn assert_new_write_stays(disk: &FuseDisk, daemon: &Daemon) {
     let mut client = daemon.connect();
     submit(&mut client, NEW);

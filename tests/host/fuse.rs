@@ -1,10 +1,11 @@
-//! A disk that logs its requests, delays them, and fails them: a FUSE file system with one file, served by this process.
+//! A disk that logs its requests, delays them, and fails them: a FUSE file system with one file, served by this
+//! process.
 //!
-//! The file's bytes are in memory. Every write, sync and punch is logged in the order in which it takes effect. A loop device on
-//! the file makes it the medium of a kernel file system.
+//! The file's bytes are in memory. Every write, sync and punch is logged in the order in which it takes effect. A loop
+//! device on the file makes it the medium of a kernel file system.
 //!
-//! The test process itself must not access files below the mount point: if it were killed during that, it would wait for an
-//! answer that only itself could give. Programs started by the test may.
+//! The test process itself must not access files below the mount point: if the process were killed during such an
+//! access, it would wait for an answer that only it could give. Programs started by the test may access these files.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -60,7 +61,7 @@ struct State {
     /// Number of delayed reads, and the time when the last one was answered.
     held_reads: usize,
     last_late_read: Option<Instant>,
-    /// Times when reads, writes, syncs and punches arrived.
+    /// Arrival times of reads, writes, syncs and punches.
     arrivals: Vec<Instant>,
 }
 
@@ -70,7 +71,7 @@ impl Shared {
     }
 }
 
-/// The mounted disk. Drop unmounts it.
+/// The mounted disk. Dropping this value unmounts the file system.
 pub(crate) struct FuseDisk {
     shared: Arc<Shared>,
     session: Option<BackgroundSession>,
@@ -116,7 +117,7 @@ impl FuseDisk {
         self.shared.state().pages.clone()
     }
 
-    /// Delays the effect and the answer of writes and syncs that arrive from now on.
+    /// Delays the effect and the answer of writes, punches and syncs that arrive from now on.
     pub(crate) fn set_delay(&self, delay: Duration) {
         self.shared.delay_ms.store(millis(delay), Ordering::SeqCst);
     }
@@ -126,7 +127,7 @@ impl FuseDisk {
         self.shared.read_delay_ms.store(millis(delay), Ordering::SeqCst);
     }
 
-    /// Sets whether writes fail with EIO, without an effect.
+    /// Sets whether writes fail with EIO and have no effect.
     pub(crate) fn fail_writes(&self, on: bool) {
         self.shared.fail_writes.store(on, Ordering::SeqCst);
     }
@@ -136,12 +137,12 @@ impl FuseDisk {
         self.shared.fail_syncs.store(on, Ordering::SeqCst);
     }
 
-    /// Returns the number of requests that failed.
+    /// Returns the number of requests that were made to fail.
     pub(crate) fn failures(&self) -> u64 {
         self.shared.failures.load(Ordering::SeqCst)
     }
 
-    /// Returns when the first request after `moment` arrived.
+    /// Returns the arrival time of the first request after `moment`.
     pub(crate) fn first_arrival_after(&self, moment: Instant) -> Option<Instant> {
         self.shared.state().arrivals.iter().copied().filter(|at| *at > moment).min()
     }
@@ -156,7 +157,8 @@ impl FuseDisk {
         self.wait("a read to arrive", |state| state.held_reads > 0);
     }
 
-    /// Returns when the last delayed read was answered; `None` while a read is delayed, or if none was.
+    /// Returns the time when the last delayed read was answered, or `None` while a read is delayed or if no read was
+    /// delayed.
     pub(crate) fn held_reads_done_at(&self) -> Option<Instant> {
         let state = self.shared.state();
         state.last_late_read.filter(|_| state.held_reads == 0)
@@ -184,7 +186,8 @@ impl Drop for FuseDisk {
         self.set_read_delay(Duration::ZERO);
         let path = self.mount_point.path();
         if let Err(why) = unmount(path) {
-            // Programs of a failed test may still use it. A forced unmount makes their I/O fail, so that they end.
+            // Programs of a failed test may still use the file system. A forced unmount makes their I/O fail, so that
+            // they end.
             eprintln!("{} is unmounted by force: {why}", path.display());
             let forced = rustix::mount::unmount(path, UnmountFlags::FORCE | UnmountFlags::DETACH);
             if let Err(e) = forced {
@@ -211,7 +214,7 @@ pub(crate) fn contains(data: &[u8], needle: &[u8]) -> bool {
 struct Server(Arc<Shared>);
 
 impl Server {
-    /// Applies an event, now or after the delay, then answers.
+    /// Applies an event, now or after the delay, then calls `answer`.
     fn apply(&self, event: Event, answer: impl FnOnce() + Send + 'static) {
         let shared = self.0.clone();
         let delay = Duration::from_millis(shared.delay_ms.load(Ordering::SeqCst));

@@ -1,5 +1,5 @@
-//! A guest whose disk can be checked after a power cut: every sector names the write that it comes from, and every write and flush
-//! is recorded with the position in the medium's log at its submission and completion.
+//! A guest whose disk can be checked after a power cut. The contents of every sector identify the write that they come
+//! from. The history has, for every write and flush, the position in the medium's log at submission and completion.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,9 +11,9 @@ pub(crate) const SECTOR: usize = 512;
 
 /// Maximum number of requests in flight.
 const DEPTH: usize = 8;
-/// Sectors of the largest request.
+/// Maximum number of sectors in a request.
 const MAX_SECTORS: u64 = 256;
-/// Sectors of the part of the disk that is overwritten most.
+/// Number of sectors in the part of the disk that is overwritten most.
 const HOT_SECTORS: u64 = 2048;
 
 /// The contents of a sector.
@@ -39,7 +39,7 @@ pub(crate) fn tagged_run(tag: u64, first: u64, count: u64) -> Vec<u8> {
     (first..first + count).flat_map(|sector| tagged(tag, sector)).collect()
 }
 
-/// Identifies the contents of sector `sector`. The error describes bytes that were never written to it.
+/// Identifies the contents of sector `sector`. Fails if these bytes were never written to the sector.
 pub(crate) fn identify(bytes: &[u8], sector: u64) -> Result<Content, String> {
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     // All units of 16 bytes must be equal.
@@ -54,7 +54,7 @@ pub(crate) fn identify(bytes: &[u8], sector: u64) -> Result<Content, String> {
     }
 }
 
-/// Returns whether each unit of `bytes` comes from one of the allowed contents of sector `sector`.
+/// Returns whether each unit of 16 bytes comes from one of the allowed contents of sector `sector`.
 fn is_mixture_of(allowed: &[Content], bytes: &[u8], sector: u64) -> bool {
     bytes.chunks_exact(16).all(|unit| {
         allowed.iter().any(|content| match content {
@@ -69,9 +69,9 @@ fn is_mixture_of(allowed: &[Content], bytes: &[u8], sector: u64) -> bool {
 pub(crate) enum Tearing {
     /// The sector has its old or its new contents.
     Whole,
-    /// The sector may be a mixture of its allowed contents. Linux does not freeze a page during writeback: a write at that time may
-    /// be on the medium in part until the page is written again. (Seen with only `pwrite` and `fdatasync` on ext4: one sector in
-    /// 1,400 under constant overwriting.)
+    /// The sector may be a mixture of its allowed contents. Linux does not freeze a page during writeback: a write to
+    /// the page at that time may be on the medium in part, until the page is written back again. (Seen with only
+    /// `pwrite` and `fdatasync` on ext4: one sector in 1,400 under constant overwriting.)
     Torn,
 }
 
@@ -81,14 +81,14 @@ struct Change {
     sectors: Range<u64>,
     /// Position in the medium's log before the submission.
     submitted: usize,
-    /// Number of the guest's event that was the completion.
+    /// Number of the completion among the guest's events; `None` before the completion.
     acknowledged: Option<u64>,
 }
 
 struct Flush {
-    /// Number of the guest's event that was the submission. The flush covers changes acknowledged before it.
+    /// Number of the submission among the guest's events. The flush covers changes acknowledged before this event.
     submitted_event: u64,
-    /// Position in the medium's log at the completion.
+    /// Position in the medium's log at the completion; `None` before the completion.
     complete: Option<usize>,
 }
 
@@ -96,14 +96,14 @@ struct Flush {
 pub(crate) struct History {
     initial: Vec<Content>,
     changes: Vec<Change>,
-    /// Changes of each sector, in order.
+    /// For each sector, the indices of its changes in order of submission.
     by_sector: Vec<Vec<u32>>,
     flushes: Vec<Flush>,
     events: u64,
 }
 
 impl History {
-    /// Begins with a disk of these contents.
+    /// Creates an empty history of a disk with these initial contents.
     pub(crate) fn of(initial: Vec<Content>) -> History {
         let of_sector = vec![Vec::new(); initial.len()];
         History { initial, changes: Vec::new(), by_sector: of_sector, flushes: Vec::new(), events: 0 }
@@ -129,7 +129,8 @@ impl History {
     }
 
     /// Checks a disk after a power cut at position `cut` of the medium's log. Each sector must have the contents that
-    /// the last completed flush covered, or contents written since (S1, S2). Returns the violations.
+    /// the last completed flush covered, or contents written after that flush was submitted (S1, S2). Returns the
+    /// violations.
     pub(crate) fn check(&self, disk: &[u8], cut: usize, sectors: Tearing) -> Vec<String> {
         let complete = self.flushes.iter().filter(|f| f.complete.is_some_and(|at| at <= cut));
         let covered = complete.map(|f| f.submitted_event).max().unwrap_or(0);
@@ -155,7 +156,8 @@ impl History {
         wrong
     }
 
-    /// Checks a disk without a power cut: each sector must have its last acknowledged change. Returns the violations.
+    /// Checks a disk without a power cut: each sector must have the contents of its last change. Returns the
+    /// violations.
     pub(crate) fn check_final(&self, disk: &[u8]) -> Vec<String> {
         let mut wrong = Vec::new();
         for (sector, bytes) in (0..).zip(disk.chunks_exact(SECTOR)) {
@@ -215,7 +217,7 @@ impl<'a> Guest<'a> {
         let count = 1 + rng.below(MAX_SECTORS) / (1 << rng.below(8));
         let within = if rng.below(2) == 0 { HOT_SECTORS } else { self.sectors };
         let start = rng.below(within - count);
-        // Two changes of one sector must not be in flight at once: their order is undefined.
+        // Two changes of one sector must not be in flight at once: the order of such changes is undefined.
         while self.overlaps_in_flight(&(start..start + count)) {
             self.complete_one();
         }
@@ -253,7 +255,7 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Waits for all requests, flushes, and disconnects.
+    /// Waits for all requests, flushes, and disconnects. Returns the history.
     pub(crate) fn finish(mut self) -> History {
         while self.client.in_flight() > 0 {
             self.complete_one();
@@ -294,7 +296,7 @@ fn a_history_accepts_allowed_contents_and_no_others() {
     torn[100] = 7;
     assert!(identify(&torn, 7).is_err());
 
-    // One half of sector 0 is from one write, the other from another.
+    // The two halves of sector 0 are from different writes.
     let mixed = |a, b| [&tagged(a, 0)[..256], &tagged(b, 0)[256..], &tagged(1, 1)].concat();
     let may_be = |a, b, cut| [Tearing::Whole, Tearing::Torn].map(|s| h.check(&mixed(a, b), cut, s).is_empty());
     assert_eq!(may_be(1, 2, 30), [false, true], "flushed, and being overwritten");

@@ -1,6 +1,7 @@
-//! Kernel file systems on loop devices. Mounts and devices are removed at the end of a test, also if it panics. After a SIGKILL of
-//! the test process they stay and must be unmounted by hand. (A private mount namespace would be worse: a killed process that
-//! serves FUSE would have to unmount the file system that waits for it, and would never end.)
+//! Kernel file systems on loop devices. Mounts and devices are removed at the end of a test, even if the test panics.
+//! After a SIGKILL of the test process they remain and must be removed by hand. (A private mount namespace would be
+//! worse: a killed process that serves FUSE would have to unmount the file system that waits for it, and would never
+//! end.)
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,7 +35,7 @@ impl FsKind {
         }
     }
 
-    /// Returns the size of a small device for it; mkfs.xfs and mkfs.btrfs refuse smaller ones.
+    /// Returns the size in bytes of a small device for the file system. mkfs.xfs and mkfs.btrfs refuse smaller devices.
     pub(crate) fn size(self) -> u64 {
         match self {
             FsKind::Ext4 => 128 << 20,
@@ -44,7 +45,7 @@ impl FsKind {
         }
     }
 
-    /// Makes an empty file system on a device or in a file. `options` go to mkfs.
+    /// Makes an empty file system on a device or in a file. `options` are further arguments of mkfs.
     pub(crate) fn make(self, on: &Path, options: &[&str]) {
         let mut mkfs = Command::new(format!("mkfs.{}", self.name()));
         match self {
@@ -61,7 +62,7 @@ impl FsKind {
     fn mount_options(self) -> &'static str {
         match self {
             FsKind::Ext4 => "noatime",
-            // Copies of one device are mounted at the same time.
+            // Copies of one device, which have the same UUID, are mounted at the same time.
             FsKind::Xfs => "noatime,nouuid",
             FsKind::Btrfs | FsKind::BtrfsSeparate => "noatime,max_inline=0",
         }
@@ -98,7 +99,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // A device that is still mounted is detached by the unmount.
+        // If the device is still mounted, the kernel detaches it after the unmount.
         let detached = tool::run(Command::new("losetup").arg("-d").arg(&self.path), TIMEOUT);
         if detached.code != Some(0) {
             eprintln!("{} stays: {}", self.path.display(), detached.stderr);
@@ -106,7 +107,7 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mounted file system. Drop unmounts it.
+/// A mounted file system. Dropping this value unmounts it.
 #[derive(Debug)]
 pub(crate) struct Mounted {
     folder: TempDir,
@@ -144,7 +145,7 @@ impl Mounted {
         s.f_bavail * s.f_frsize
     }
 
-    /// Unmounts the file system. The test fails if the file system is in use.
+    /// Unmounts the file system. Panics if the file system is in use.
     pub(crate) fn unmount(mut self) {
         self.mounted = false;
         unmount(self.path()).expect("the file system is not in use");
@@ -159,8 +160,8 @@ pub(crate) fn mount_on_loop(file: &Path, kind: FsKind) -> (LoopDevice, Mounted) 
     (device, mounted)
 }
 
-/// Unmounts the file system at `path`. The kernel releases files of io_uring rings, and loop devices, some time after their last
-/// user has ended, so a busy file system is tried again for ten seconds.
+/// Unmounts the file system at `path`. The kernel releases files of io_uring rings, and loop devices, some time after
+/// their last user has ended, so a busy file system is tried again for ten seconds.
 pub(crate) fn unmount(path: &Path) -> Result<(), String> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -176,7 +177,7 @@ pub(crate) fn unmount(path: &Path) -> Result<(), String> {
 impl Drop for Mounted {
     fn drop(&mut self) {
         if self.mounted {
-            // Daemons of a failed test may still use it.
+            // Daemons of a failed test may still use the file system.
             let ended = tool::run(Command::new("umount").arg("-l").arg(self.path()), TIMEOUT);
             if ended.code != Some(0) {
                 eprintln!("{} stays mounted: {}", self.path().display(), ended.stderr);
@@ -185,7 +186,7 @@ impl Drop for Mounted {
     }
 }
 
-/// Runs a program, which must succeed. Returns its output.
+/// Runs a program and returns its output. Panics if the program fails.
 #[track_caller]
 pub(crate) fn run_ok(command: &mut Command) -> String {
     let ended = tool::run(command, TIMEOUT);

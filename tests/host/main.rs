@@ -1,9 +1,9 @@
 //! The daemon on real file systems and failing media: power cuts, full disks, I/O errors, slow disks (crash-safety 11,
 //! R7 to R10).
 //!
-//! The test support of crash-safety 11.2: `fuse` is a medium that logs, delays and fails requests, `pages` has its contents,
-//! `loopdev` puts kernel file systems on it, `guest` checks the disk afterwards. All tests need root; without it each prints
-//! "skipped: needs root".
+//! The test support of crash-safety 11.2: `fuse` is a medium that logs, delays and fails requests, `pages` stores the
+//! contents of the medium, `loopdev` makes kernel file systems on the medium, `guest` checks the guest's disk
+//! afterwards. All tests need root; without root each prints "skipped: needs root".
 #![allow(unreachable_pub)]
 
 #[path = "../common/mod.rs"]

@@ -20,12 +20,12 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Makes contents of `len` zeros.
+    /// Returns contents of `len` zero bytes.
     pub(crate) fn zeroed(len: u64) -> Pages {
         Pages { len, pages: BTreeMap::new() }
     }
 
-    /// Makes contents of `bytes`.
+    /// Returns contents equal to `bytes`.
     pub(crate) fn of(bytes: &[u8]) -> Pages {
         let mut pages = Pages::default();
         pages.write(0, bytes);
@@ -36,12 +36,12 @@ impl Pages {
         self.len
     }
 
-    /// Returns the bytes that take memory.
+    /// Returns the number of bytes of memory that the pages occupy.
     pub(crate) fn used(&self) -> u64 {
         (self.pages.len() * PAGE) as u64
     }
 
-    /// Cuts or extends the contents.
+    /// Truncates or extends the contents.
     pub(crate) fn set_len(&mut self, len: u64) {
         if len < self.len {
             self.zero(len, self.len - len);
@@ -49,7 +49,7 @@ impl Pages {
         self.len = len;
     }
 
-    /// Reads up to `count` bytes at `offset`; fewer at the end.
+    /// Reads up to `count` bytes at `offset`. Returns fewer bytes at the end of the contents.
     pub(crate) fn read(&self, offset: u64, count: usize) -> Vec<u8> {
         let count = usize::try_from(self.len.saturating_sub(offset)).map_or(count, |left| left.min(count));
         let mut bytes = vec![0; count];
@@ -61,7 +61,7 @@ impl Pages {
         bytes
     }
 
-    /// Writes bytes, and extends the contents if they end before.
+    /// Writes bytes, and extends the contents if the write ends beyond their end.
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
         for (number, from, at, len) in pieces(offset, bytes.len()) {
             let page = self.pages.entry(number).or_insert_with(|| Arc::new([0; PAGE]));

@@ -1,9 +1,10 @@
-//! Power cuts under a real file system: daemons serve images in ext4 or XFS on a loop device, whose medium logs all requests. From
-//! the log the medium is rebuilt as a power cut at many moments could leave it, and is mounted. The images are compared
-//! with the writes and flushes of their guests up to that moment (crash-safety 11; R8: S1, S2, S4).
+//! Power cuts under a real file system: daemons serve images in ext4 or XFS on a loop device, whose medium logs all
+//! requests. From the log the test rebuilds the states in which power cuts at many moments could leave the medium, and
+//! mounts each state. The images are compared with the writes and flushes of their guests up to the moment of the cut
+//! (crash-safety 11; R8: S1, S2, S4).
 //!
-//! After a cut the medium has everything up to the last sync, and any subset of the later pages. A sync covers a write
-//! if the sync reached the medium after the write.
+//! After a power cut the medium has all changes up to the last sync, and any subset of the later changes, page by page.
+//! A sync covers a write if the sync reached the medium after the write.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -21,19 +22,19 @@ use crate::common::rng::Rng;
 use crate::common::temp::{self, RuntimeDir};
 use crate::common::tool::{self, diffdisk};
 
-/// Size of the guests' disks.
+/// Size in bytes of the guests' disks.
 const DISK: u64 = 12 << 20;
 /// Block size of the images: small, so that the files grow several times.
 const BLOCK: &str = "256K";
-/// Requests of each guest.
+/// Number of requests of each guest.
 const REQUESTS: usize = 500;
-/// Tag of the root's contents.
+/// Tag of the data in the root.
 const ROOT: u64 = 1 << 40;
 
 /// The images under test: a child of a root, and a dynamic image without a parent.
 const TOPS: [&str; 2] = ["child.vhd", "alone.vhd"];
 
-// A small journal of the file system wraps around, so that the log has more of the file system's own writes.
+// The small journal of this file system wraps around, so that the log contains more of the file system's own writes.
 #[test]
 fn power_fails_under_ext4() {
     power_fails(
@@ -44,7 +45,7 @@ fn power_fails_under_ext4() {
     );
 }
 
-// The block size of ext4 on disks of usual size.
+// This file system has the block size that mkfs chooses for ext4 on disks of usual size.
 #[test]
 fn power_fails_under_ext4_with_large_blocks() {
     power_fails(
@@ -60,7 +61,8 @@ fn power_fails_under_xfs() {
     power_fails("power_fails_under_xfs", FsKind::Xfs, &[], ["--cache=writeback", "--direct"]);
 }
 
-/// `options` go to mkfs. `modes`: an option of each image's daemon.
+/// Runs the test on a file system. `options` are arguments of mkfs, and `modes` has one option for the daemon of each
+/// image.
 fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str; 2]) {
     if !can_mount(test) {
         return;
@@ -81,18 +83,19 @@ fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str;
 
     let mut places: Vec<usize> = (0..cuts)
         .map(|n| match n % 2 {
-            // Right before a sync the most writes can be lost.
+            // Directly before a sync, most writes can be lost.
             0 => syncs[usize::try_from(rng.below(syncs.len() as u64)).expect("an index")],
             _ => usize::try_from(rng.below(log.len() as u64 + 1)).expect("an index"),
         })
         .collect();
     places.sort_unstable();
     let mut medium = MediumReplay { synced: base, log: &log, at: 0 };
-    // The folder is in memory, since nothing in it has to be durable.
+    // The folder is in memory, since its contents need not be durable.
     let folder = temp::in_memory();
     let sectors = modes.map(|mode| if mode == "--direct" { Tearing::Whole } else { Tearing::Torn });
-    // Each cut gets a new file: for a file that an old loop device still uses, a mount may find that device again. The
-    // cache of that device may have the superblock of the previous cut, by which there is no journal to replay.
+    // Each cut gets a new file: if an old loop device still uses a file, a mount of this file may reuse that device.
+    // The cache of the old device may contain the superblock of the previous cut, according to which there is no
+    // journal to replay.
     let look = |pages: &Pages, name: String, cut: usize, serve: bool| {
         let device = folder.path().join(name);
         pages.save(&device).expect("room in memory");
@@ -118,11 +121,11 @@ fn power_fails(test: &str, kind: FsKind, options: &[&str], modes: [&'static str;
         wrong.iter().take(10).for_each(|line| report += &format!("\n  {line}"));
     }
     println!("{test}: {cuts} cuts, {violations} violations, {:.1} s", started.elapsed().as_secs_f64());
-    // The whole report is in the failure message, since often only the end of a log is kept.
+    // The failure message contains the whole report, since often only the end of a log is kept.
     assert_eq!(violations, 0, "{report}");
 }
 
-/// Runs the guests. Returns the medium's contents at the start, its log, and the guests' histories.
+/// Runs the guests. Returns the contents of the medium at the start, the medium's log, and the guests' histories.
 fn record(
     kind: FsKind,
     options: &[&str],
@@ -198,17 +201,17 @@ fn work(
     histories
 }
 
-/// Rebuilds the medium at one cut after another, in order.
+/// Rebuilds the medium for a sequence of cuts at increasing positions.
 struct MediumReplay<'a> {
     log: &'a [Entry],
-    /// The contents with all events before `at`: up to the last sync before the previous cut.
+    /// The contents after the first `at` events, the last of which is a sync.
     synced: Pages,
     at: usize,
 }
 
 impl MediumReplay<'_> {
-    /// Returns contents that a power cut at `cut` may leave: all events up to the last sync before it, and a random subset of the
-    /// pages written between that sync and `cut`.
+    /// Returns contents that a power cut at `cut` may leave: all changes up to the last sync before `cut`, and a random
+    /// subset of the pages changed between that sync and `cut`. The cuts must not decrease.
     fn cut(&mut self, cut: usize, rng: &mut Rng) -> Pages {
         let is_sync = |entry: &Entry| matches!(entry.event, Event::Sync);
         if let Some(sync) = self.log[self.at..cut].iter().rposition(is_sync) {
@@ -222,14 +225,14 @@ impl MediumReplay<'_> {
             self.at += sync + 1;
         }
         let mut pages = self.synced.clone();
-        // One eighth, half, or seven eighths survive.
+        // On average one eighth, half, or seven eighths of the changes survive.
         let chance = rng.pick(&[1, 4, 7]);
         let mut survives = || rng.below(8) < chance;
         for entry in &self.log[self.at..cut] {
             match &entry.event {
                 Event::Write { offset, data } => {
-                    // File systems rely on whole blocks, so pages survive whole. A write smaller than a page survives or not as a
-                    // whole.
+                    // File systems rely on whole blocks, so pages survive whole. A write smaller than a page survives
+                    // or is lost as a whole.
                     for (at, piece) in (*offset..).step_by(PAGE).zip(data.chunks(PAGE)) {
                         if survives() {
                             pages.write(at, piece);
@@ -244,8 +247,8 @@ impl MediumReplay<'_> {
     }
 }
 
-/// Mounts the medium after a power cut and checks the images against their guests' histories. With `serve` daemons recover the
-/// images, too. Returns the violations.
+/// Mounts the medium after a power cut and checks the images against their guests' histories. With `serve` daemons
+/// recover the images, too. Returns the violations.
 fn check_after_cut(
     kind: FsKind,
     device: &Path,
@@ -262,14 +265,15 @@ fn check_after_cut(
     for ((top, history), sectors) in TOPS.iter().zip(histories).zip(sectors) {
         let image = mounted.path().join(top);
         let mut note = |what: String| wrong.push(format!("{top}: {what}"));
-        // In this case `check` reports the missing footer, and the daemon writes it.
+        // If the new footer is missing, `check` reports this, and the daemon writes the footer.
         let short = kind == FsKind::Ext4 && lacks_new_footer(&image);
         if !short {
             footers_are_valid(&image).into_iter().for_each(&mut note);
         }
-        // This machine was not restarted, so its sessions are still valid: the option discards them.
+        // This machine was not restarted, so the sessions of its daemons are still valid. The option discards their
+        // journals.
         let check = diffdisk([Path::new("check"), &image, Path::new("--chain"), Path::new("--discard-journal")]);
-        // 4: a crash may leave leaks.
+        // Exit code 4 is allowed because a crash may leave leaks.
         if !matches!((check.code, short), (Some(0 | 4), _) | (Some(3), true)) {
             note(format!("check: {}", check.stderr));
         }
@@ -288,10 +292,10 @@ fn check_after_cut(
 
 /// Returns whether a growing file has its new length but not its new footer.
 ///
-/// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) updates the length on disk before it writes the page, and a journal commit
-/// in between makes a length durable that was never synced. In this state the footer at the start is valid, the old trailing
-/// footer is not wiped yet, no block has moved, and recovery writes the new trailing footer. The contents are checked as at any
-/// other cut.
+/// ext4 (fs/ext4/inode.c, `mpage_map_and_submit_extent`) updates the length on disk before it writes the page, and a
+/// journal commit in between makes a length durable that was never synced. In this state the footer at the start is
+/// valid, the old trailing footer is not wiped yet, no block has moved, and recovery writes the new trailing footer.
+/// The contents are checked as at any other cut.
 fn lacks_new_footer(image: &Path) -> bool {
     let Ok(bytes) = fs::read(image) else { return false };
     let (front, tail) = (&bytes[..SECTOR.min(bytes.len())], bytes.len().saturating_sub(SECTOR));
@@ -299,7 +303,7 @@ fn lacks_new_footer(image: &Path) -> bool {
     front.starts_with(b"conectix") && bytes[tail..].iter().all(|byte| *byte == 0) && has_old_one
 }
 
-/// Checks that both footers are valid and equal (S4). Returns the violations.
+/// Checks that both footers of an image are valid and equal (S4). Returns the violations.
 fn footers_are_valid(image: &Path) -> Vec<String> {
     let ends = File::open(image).and_then(|file| {
         let (mut front, mut tail) = ([0; SECTOR], [0; SECTOR]);
@@ -336,10 +340,10 @@ fn read_disk(image: &Path, raw: &PathBuf) -> Result<Vec<u8>, String> {
     fs::read(raw).map_err(|e| e.to_string())
 }
 
-/// Checks that a daemon opens the image for writing, shows the same disk, takes a write, and closes the image cleanly. Returns the
-/// violations.
+/// Checks that a daemon opens the image for writing, shows the same disk, takes a write, and closes the image cleanly.
+/// Returns the violations.
 fn check_recovery(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
-    // A new runtime folder, since the live journals are lost with the machine's memory.
+    // The runtime folder is new, since a power cut loses the live journals in the machine's memory.
     let runtime = RuntimeDir::new();
     let daemon = Daemon::start(image, &[runtime.option()]);
     let mut client = daemon.connect();
@@ -368,7 +372,7 @@ fn check_recovery(image: &Path, before: &[u8], raw: &PathBuf) -> Vec<String> {
     wrong
 }
 
-/// Log and replay agree with the medium's real contents.
+/// A replay of the whole log must equal the real contents of the medium.
 #[test]
 fn a_replay_of_everything_is_the_medium() {
     if !can_mount("a_replay_of_everything_is_the_medium") {

@@ -1,4 +1,4 @@
-//! Space that images take: served, after each verb, preallocated, and many on one file system.
+//! Space that images occupy: while served, after each verb, if preallocated, and with many images on one file system.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -62,7 +62,7 @@ impl SpaceFixture {
         (daemon, client)
     }
 
-    /// Returns the bytes allocated to a file.
+    /// Returns the number of bytes allocated to a file.
     fn allocated_bytes(&self, name: &str) -> u64 {
         fs::metadata(self.path(name)).expect("it is there").blocks() * 512
     }
@@ -209,7 +209,7 @@ fn holes_stay_holes_in_every_verb() {
     fixture.assert_scattered("root.vhd", GIB, 200);
 }
 
-/// With `DIFFDISK_FARM=64,100` there are 64 children that each write 100 MiB, on a file system of 8 GiB.
+/// `DIFFDISK_FARM=64,100` makes the test use 64 children that each write 100 MiB, on a file system of 8 GiB.
 #[test]
 fn many_children_take_what_they_write() {
     if !can_mount("many_children_take_what_they_write") {

@@ -1,5 +1,5 @@
-//! Reads by copies from the page cache, and reads by operations, on the simulated host, compared with a flat array: reads of one
-//! and of many extents, copies that fail half-way, and operations that complete in any order.
+//! Reads by copies from the page cache, and reads by operations, on the simulated host, compared with a flat array:
+//! reads of one and of many extents, copies that fail half-way, and operations that complete in any order.
 #![cfg(feature = "sim")]
 
 use std::path::Path;
@@ -53,7 +53,8 @@ fn run(seed: u64) -> u64 {
             let (written, read) = (range(), [range(), range(), range(), range()]);
             if random.below(4) == 0 {
                 disk.discard(vec![written]);
-                // A discarded range of a child does not show the parent's data; of a root it reads as zeros.
+                // A discarded range of a child does not show the parent's data; a discarded range of a root reads as
+                // zeros.
                 model[bytes_of(written)].copy_from_slice(&disk.read(written));
             } else {
                 let data: Vec<u8> = (0..written.bytes()).map(|_| random.below(256) as u8).collect();
@@ -84,7 +85,7 @@ fn copies_and_operations_read_the_same() {
     }
 }
 
-/// A read fails if its copy fails and then the operation that replaces the copy.
+/// A read fails if both its copy and the operation that replaces the copy fail.
 #[test]
 fn a_read_fails_if_copy_and_operation_fail() {
     let host = host(1);
@@ -105,7 +106,7 @@ fn a_read_fails_if_copy_and_operation_fail() {
     assert!(failed > 5 && disk.lane.engine().copy_count() > copies + 5, "{failed} of 40 failed");
 }
 
-/// A planned copy may fail and become an operation, so it counts as one for the capacity of a lane.
+/// A planned copy may fail and become an operation, so it counts as an operation for the capacity of a lane.
 #[test]
 fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     let host = host(2);

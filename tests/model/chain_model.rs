@@ -27,7 +27,7 @@ pub(crate) struct ChainModel {
     pub(crate) engine: EngineKind,
     pub(crate) direct: bool,
     pub(crate) layers: Vec<PathBuf>,
-    /// The expected contents.
+    /// The expected contents of the disk, in bytes.
     pub(crate) model: Vec<u8>,
     /// Bitmap sectors that the disk may cache; `None` for its default.
     pub(crate) cached_bitmap_sectors: Option<usize>,
@@ -147,7 +147,7 @@ impl ChainModel {
         self.model_bytes(range).copy_from_slice(&now);
     }
 
-    /// Runs 16 requests at once, each on its own part of the disk.
+    /// Runs 16 requests at once, each on a separate part of the disk.
     pub(crate) fn burst(&mut self, disk: &mut TestDisk) {
         let sectors = self.model.len() as u64 / SECTOR;
         let share = sectors / 16;

@@ -15,7 +15,7 @@ use crate::testing::TestDisk;
 
 const PATH: &str = "/d/disk.vhd";
 
-/// Makes and opens a root of 1 MiB with blocks of 64 KiB. Writes wait for space (`park`).
+/// Makes and opens a root of 1 MiB with blocks of 64 KiB. Without space, writes wait (`WhenFull::Park`).
 fn disk(host: &SimHost) -> Arc<Disk> {
     let block_size = BlockSize::from_bytes(64 << 10).expect("a legal size");
     let spec = ImageSpec { kind: ImageKind::Dynamic, size: 1 << 20, block_size, reserve: 0 };

@@ -24,7 +24,8 @@ fn early_writebacks(engine: EngineKind, direct: bool, writes: u64, through: bool
             let range = SectorRange::between(start, start + 8);
             let bytes = chain.pattern(range);
             let memory = TestMemory::new(&bytes);
-            // One after the other, since two writes to one place in flight have no order.
+            // Writes are submitted one after the other, since the order of two writes in flight to one place is
+            // undefined.
             assert_eq!(disk.run(Work::Write { range, from: memory.iovecs(&[]) }), Outcome::Done);
             chain.model_bytes(range).copy_from_slice(&bytes);
         }

@@ -1,4 +1,5 @@
-//! Readahead: a guest reads a chain from start to end, not in the page cache, and gets the same bytes with and without readahead.
+//! Readahead: a guest reads a chain that is not in the page cache from start to end, and gets the same bytes with and
+//! without readahead.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -14,7 +15,8 @@ use crate::testing::{TestDisk, TestMemory};
 
 const SIZE: u64 = 24 << 20;
 
-/// Makes a chain of four layers that have the data by turns, in pieces of 64 KiB.
+/// Makes a chain of four layers. The disk consists of pieces of 64 KiB; of each five consecutive pieces, one has data
+/// in each layer, and the last has no data.
 fn chain(direct: bool) -> ChainModel {
     let mut chain = ChainModel::new(7, EngineKind::Uring, direct);
     for layer in 0..4 {
@@ -70,7 +72,8 @@ fn readahead_covers_cold_reads_once() {
     assert!(bytes <= SIZE * 4 / 5 + (64 << 10), "more than all data was read ahead: {bytes}");
     disk.abandon();
 
-    // Now the data is in the page cache, unless the kernel has reclaimed some: one read that waits for the medium starts readahead.
+    // Now the data is in the page cache, unless the kernel has reclaimed some: one read that waits for the medium
+    // starts readahead.
     let bytes = |_| {
         let mut disk = chain.open(true);
         read_all(&chain, &mut disk)

@@ -1,4 +1,4 @@
-//! A disk with one lane, whose requests use memory of the test.
+//! A disk with one lane for tests, whose requests use memory of the test.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use diffdisk::units::SectorRange;
 
 pub use crate::memory::TestMemory;
 
-/// A disk and its lane.
+/// A disk with one lane, and the answers that the test has not taken yet.
 pub struct TestDisk {
     pub disk: Arc<Disk>,
     pub lane: Lane,

@@ -1,4 +1,5 @@
-//! Descriptions of chains: layers, the writes to each, and the disk that each must show. They are built on any host.
+//! Descriptions of chains: the layers, the writes to each layer, and the disk that each layer must show. A chain can be
+//! built on any host.
 
 use std::path::{Path, PathBuf};
 
@@ -11,25 +12,25 @@ use diffdisk::units::{BlockSize, SectorRange};
 /// The contents of a sector: 0 for zeros, otherwise a pattern of this byte and the sector's number.
 pub(crate) type Value = u8;
 
-/// A layer. Positions are in units of the chain's scale.
+/// A layer. Its size and the positions of its writes are in units of [`ChainSpec::scale`] sectors.
 #[derive(Clone, Debug)]
 pub(crate) struct Layer {
     pub(crate) name: &'static str,
-    /// Index of its parent among the layers before it.
+    /// Index of the parent, which is an earlier layer; `None` for a root.
     pub(crate) parent: Option<usize>,
     pub(crate) fixed: bool,
-    /// Bytes of a block.
+    /// Block size in bytes if the scale is 1.
     pub(crate) block: u32,
     pub(crate) sectors: u64,
     /// Writes: start, end, value.
     pub(crate) writes: Vec<(u64, u64, Value)>,
 }
 
-/// Layers, parents before children.
+/// Layers with their parents. Parents come before their children.
 #[derive(Clone, Debug)]
 pub(crate) struct ChainSpec {
     pub(crate) layers: Vec<Layer>,
-    /// Sectors in a unit, and the factor of block sizes.
+    /// Number of sectors in a unit. Block sizes are multiplied by the same number.
     pub(crate) scale: u32,
 }
 
@@ -54,7 +55,7 @@ impl ChainSpec {
         folder.join(self.layers[layer].name)
     }
 
-    /// Makes all files in `folder`.
+    /// Creates the images of all layers in `folder`.
     pub(crate) fn build(&self, env: &dyn Env, folder: &Path) -> Result<()> {
         for (number, layer) in self.layers.iter().enumerate() {
             let path = self.path(folder, number);
@@ -77,7 +78,7 @@ impl ChainSpec {
     }
 }
 
-/// Writes values, among them zeros, to an image and closes it.
+/// Writes values to an image and closes it. Zeros are written, too.
 pub(crate) fn fill(env: &dyn Env, path: &Path, writes: &[(u64, u64, Value)], scale: u64) -> Result<()> {
     let runs = writes.iter().map(|&(from, to, value)| {
         let range = SectorRange::between(from * scale, to * scale);

@@ -1,5 +1,5 @@
-//! `check --repair` with kills at every failpoint, stops at every step, power cuts, faults, and full file systems: the guest's disk
-//! does not change, the undo file has all replaced bytes, and the next repair completes the work.
+//! `check --repair` with kills at every failpoint, stops at every step, power cuts, faults, and full file systems: the
+//! guest's disk does not change, the undo file contains all replaced bytes, and the next repair completes the work.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -47,12 +47,12 @@ impl VhdBytes {
         self.0[at..at + 4].copy_from_slice(&sector.to_be_bytes());
     }
 
-    /// Returns the bytes of a block and its bitmap of one sector.
+    /// Returns the size in bytes of a block with its bitmap of one sector.
     fn stride(&self) -> usize {
         self.number(512 + 32, 4) + 512
     }
 
-    /// Returns the block with the highest offset.
+    /// Returns the number of the block with the highest offset.
     fn last(&self) -> usize {
         let entries = (0..self.number(512 + 28, 4)).filter(|block| self.place(*block) != 0xFFFF_FFFF * 512);
         entries.max_by_key(|block| self.place(*block)).expect("a block")
@@ -93,8 +93,8 @@ fn tail_and_pointers(bytes: &mut VhdBytes) {
     bytes.0[last] = 0x81;
 }
 
-/// Makes a child of 64 blocks of 4 KiB and one of four sectors, with spare BAT entries, and damages it with `f`, which must not
-/// change its disk.
+/// Makes a child that has 64 blocks of 4 KiB, a last block of four sectors, and spare BAT entries. Then damages the
+/// child with `f`, which must not change the child's disk.
 fn broken(folder: &Path, f: impl FnOnce(&mut VhdBytes)) -> PathBuf {
     let (root, child) = (folder.join("root.vhd"), folder.join("child.vhd"));
     let size = (64 * 4096 + 2048).to_string();
@@ -125,7 +125,7 @@ fn fill(path: &Path, ranges: &[(u64, u64)], byte: u8) {
     fixture::write(&Host, path, filled).expect("it can be written");
 }
 
-/// Reads the disk.
+/// Reads the whole disk of an image.
 fn read_disk(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
     let chain = Chain::open(env, path, policy, OpenMode::Read).unwrap_or_else(|e| panic!("{}", e.line()));
     let version = chain.into_frozen();
@@ -135,7 +135,7 @@ fn read_disk(env: &dyn Env, path: &Path, policy: &Policy) -> Vec<u8> {
     bytes
 }
 
-/// Applies an undo file to a repaired image. Returns `None` if the undo file has no replaced bytes.
+/// Applies an undo file to a repaired image. Returns `None` if the undo file contains no replaced bytes.
 fn apply_undo(mut image: Vec<u8>, undo: &[u8]) -> Option<Vec<u8>> {
     let number =
         |at: usize| usize::try_from(u64::from_be_bytes(undo[at..at + 8].try_into().expect("8"))).expect("small");
@@ -169,7 +169,8 @@ fn list_files(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
     (images, undo)
 }
 
-/// Repairs `image`, killed at every failpoint and run again. Returns the number of kills.
+/// Repairs `image` once per failpoint: kills the repair at the failpoint and runs it again. Returns the number of
+/// kills.
 fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str]) -> u32 {
     let folder = image.parent().expect("a folder");
     let (before, _) = list_files(folder);
@@ -230,7 +231,7 @@ fn images_of_xenserver_are_repaired_with_their_batmaps() {
     let (leaf, base) = (folder.join("s4.vhd"), folder.join("base.vhd"));
     let policy = Policy::default();
     let want = read_disk(&Host, &leaf, &policy);
-    // The batmap calls block 0 of the root fully present, which is wrong; its checksum is updated.
+    // The batmap wrongly marks block 0 of the root as fully present. The checksum of the batmap is updated.
     let mut bytes = VhdBytes::read(&base);
     let (header, map) = (2048, 2560);
     assert_eq!(&bytes.0[header..header + 8], b"tdbatmap");
@@ -251,7 +252,7 @@ fn images_of_xenserver_are_repaired_with_their_batmaps() {
 
 const CHILD: &str = "/disk/child.vhd";
 
-/// Makes a simulated machine with the two images, all of it durable.
+/// Makes a simulated machine with durable copies of the two images.
 fn simulated_host(folder: &Path) -> SimHost {
     let host = SimHost::new(7);
     let disk = host.folder(Path::new("/disk")).expect("a folder");
@@ -307,8 +308,8 @@ fn a_repair_survives_power_cuts_and_faults_at_every_step() {
             let units = host.unsynced().len();
             for fate in 0..30 {
                 let (few, salt) = (random.below(8), random.next_u64());
-                // In most cases one unit alone survives or is lost, which finds wrong orders: lengths come last, footers among the
-                // first.
+                // In the first 22 outcomes one unit alone survives or is lost, which detects writes in the wrong order.
+                // Lengths are the last units, and footers are among the first.
                 let lone = if fate < 20 { units.saturating_sub(1 + fate / 2) } else { random.index(units.max(1)) };
                 let survives = |unit: usize| match fate {
                     0..22 if fate % 2 == 0 => unit == lone,

@@ -27,7 +27,7 @@ fn verb(env: &dyn Env, folder: &Path) -> Result<()> {
     compacted(env, folder).map(drop)
 }
 
-/// Makes a root with zeros in the first blocks of its file and in one in the middle, and a child of it.
+/// Makes a root whose file has blocks of zeros at its start and in its middle, and a child of the root.
 fn root(fixture: &Fixture<'_>) {
     fixture.dynamic("i.vhd", SMALL, 100);
     fixture.write("i.vhd", &[(80, 96, Z)]);
@@ -39,8 +39,8 @@ fn root(fixture: &Fixture<'_>) {
 const ROOT: &Runs = &[(0, 3, T), (40, 48, T), (97, 99, T)];
 const OF_ROOT: &Runs = &[(0, 3, T), (26, 27, P), (40, 48, T), (80, 90, P), (97, 99, T)];
 
-/// Makes a child that repeats its parent's data in some blocks and has other data in others, with another block size, and a child
-/// of it.
+/// Makes a child whose block size differs from its parent's. In some blocks the child repeats its parent's data, in
+/// others it has different data. Also makes a grandchild.
 fn child(fixture: &Fixture<'_>) {
     fixture.dynamic("p.vhd", 2 * SMALL, 100);
     fixture.write("p.vhd", &[(0, 20, P), (40, 60, P)]);
@@ -52,7 +52,8 @@ fn child(fixture: &Fixture<'_>) {
 
 const CHILD: &Runs = &[(0, 20, P), (40, 60, P), (40, 48, Z), (56, 57, T), (64, 66, T)];
 
-/// Makes a root like `root`, with block data aligned at 8 KiB: blocks at the end move into gaps.
+/// Makes a root similar to that of `root`, but with block data aligned at 8 KiB, so that blocks at the end move into
+/// gaps.
 fn larger_blocks(fixture: &Fixture<'_>) {
     fixture.dynamic("i.vhd", 64 * SMALL, 4096);
     fixture.write("i.vhd", &[(520, 523, Z), (1500, 1600, T)]);
@@ -61,7 +62,7 @@ fn larger_blocks(fixture: &Fixture<'_>) {
 
 const LARGER: &Runs = &[(1500, 1600, T), (0, 3, T), (3700, 3705, T)];
 
-/// Makes a root whose BAT is after the blocks, most of which are zeros.
+/// Makes a root whose BAT is after the blocks. Most of the blocks contain only zeros.
 fn moved_table(fixture: &Fixture<'_>) {
     root(fixture);
     let (env, path) = (fixture.env, fixture.path("i.vhd"));
@@ -178,7 +179,7 @@ fn zeros_in_blocks_and_reserved_room_become_holes() {
     fixture.write("i.vhd", &[(0, 1024, T), (1024, 1100, T)]);
     fixture.write("i.vhd", &[(100, 900, Z)]);
     let file = host.open(&fixture.path("i.vhd"), Access::Write).expect("it opens");
-    // A preallocated file: space is allocated, but nothing was written there.
+    // The file is preallocated: it has allocated space that was never written.
     let len = file.stat().expect("it is there").len;
     file.allocate(0, len).expect("there is room");
     let before = file.stat().expect("it is there").allocated;
@@ -191,7 +192,8 @@ fn zeros_in_blocks_and_reserved_room_become_holes() {
     assert!(fixture.read_disk("i.vhd").expect("it opens") == disk(4096, &[(0, 1100, T), (100, 900, Z)]));
 }
 
-/// Block size with data aligned at 16 KiB, and sectors of a block without and with its bitmap.
+/// Block size for which data is aligned at 16 KiB. The next constants are the numbers of sectors of a block without and
+/// with its bitmap.
 const LARGE: u32 = 512 << 10;
 const SECTORS: u64 = 1024;
 const STRIDE: u64 = SECTORS + 1;
@@ -209,8 +211,9 @@ fn places(host: &SimHost, path: &Path, blocks: usize) -> Vec<u32> {
     entries.chunks(4).map(|entry| u32::from_be_bytes(entry.try_into().expect("four"))).collect()
 }
 
-/// Makes a root whose first blocks are placed as XenServer and old versions of this program do: with page-aligned data, here in
-/// these `slots` of a gapless row. The first 64 sectors of each block have data. Returns the BAT entries.
+/// Makes a root whose first blocks have page-aligned data, as XenServer and old versions of this program place them.
+/// `slots` are the positions of these blocks in a gapless row. The first 64 sectors of each block have data. Returns
+/// the BAT entries.
 fn at_pages(fixture: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
     fixture.dynamic("i.vhd", LARGE, 64 * SECTORS);
     let (path, mut footer) = (fixture.path("i.vhd"), [0; 512]);
@@ -234,7 +237,7 @@ fn at_pages(fixture: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
 
 #[test]
 fn page_aligned_blocks_move_only_into_gaps() {
-    // Slots of the blocks before and after.
+    // Slots of the blocks before and after compaction.
     let cases: [(&[u64], &[u64]); 5] = [
         (&[0, 1, 2, 3, 4], &[0, 1, 2, 3, 4]),
         (&[3, 0, 1, 2], &[3, 0, 1, 2]),
@@ -278,7 +281,8 @@ fn alignment_gaps_are_no_leaks_and_take_no_space() {
     let host = SimHost::new(1);
     let fixture = Fixture::new(&host, Path::new(FOLDER));
     fixture.dynamic("i.vhd", LARGE, 64 * SECTORS);
-    // Each time the file grows from an unaligned end; the gap, which has the old footer, is zeroed.
+    // Each write of a block makes the file grow from an unaligned end. The resulting gap contains the old footer and is
+    // zeroed.
     (0..5).for_each(|block| fixture.write("i.vhd", &[(block * SECTORS, (block + 1) * SECTORS, T)]));
     let path = fixture.path("i.vhd");
     let before = places(&host, &path, 5);

@@ -15,7 +15,7 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-/// Makes a folder with a root of 100 sectors and a child of it.
+/// Makes a folder with a root of 100 sectors and its child.
 fn chain() -> tempfile::TempDir {
     let folder = scratch("convert");
     let _lock = lock_spawns();

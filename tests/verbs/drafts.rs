@@ -1,4 +1,5 @@
-//! Verbs that make a new file leave no incomplete file: after kills at every failpoint and every step, and after power cuts.
+//! Verbs that make a new file leave no incomplete file: after kills at every failpoint and every step, and after power
+//! cuts.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -67,7 +68,7 @@ fn a_kill_leaves_no_incomplete_file() {
                 match point.as_str() {
                     "draft.named" => assert_eq!(more, [PathBuf::from("new.vhd")], "{line}"),
                     "draft.replaced" => assert!(more.is_empty(), "{line}: {more:?}"),
-                    // The only failpoint at which a complete copy has a temporary name.
+                    // This is the only failpoint at which a complete copy has a temporary name.
                     "draft.named-to-replace" => {
                         assert!(more.len() == 1 && is_temporary(&more[0]), "{line}: {more:?}");
                         fs::remove_file(folder.path().join(&more[0])).expect("it is there");
@@ -89,7 +90,7 @@ fn a_kill_leaves_no_incomplete_file() {
     assert!(killed >= 7 * 2 + 4, "{killed}");
 }
 
-/// The undo file of a repair gets its name when it is complete.
+/// An undo file gets its name only when it is complete.
 #[test]
 fn a_killed_repair_leaves_no_part_of_an_undo_file() {
     let folder = scratch("drafts");
@@ -152,7 +153,8 @@ fn setup(replaces: bool) -> SimHost {
     host.crash_with(&|_| true)
 }
 
-/// Checks that there is no file, the old file, or the complete new one. Returns whether a temporary name is left.
+/// Checks that `new.vhd` is missing, the old file, or the complete new file; it may be missing only if no file is
+/// replaced. Returns whether a file with a temporary name is left.
 #[track_caller]
 fn check_files(host: &SimHost, wanted: &[u8], replaces: bool, when: &str) -> bool {
     let (temporary, names): (Vec<_>, Vec<_>) = host.names().into_iter().partition(|name| is_temporary(name));

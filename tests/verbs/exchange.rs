@@ -1,5 +1,6 @@
-//! Folders, files and links are exchanged while images are opened and merged: no file outside the folder in which the child was
-//! found is read, written or removed. Takes some seconds; `DIFFDISK_EXCHANGE_SECONDS=60` makes it longer.
+//! Folders, files and links are exchanged while images are opened and merged: no file outside the folder in which the
+//! child was found is read, written or removed. The test takes some seconds; `DIFFDISK_EXCHANGE_SECONDS=60` makes it
+//! run longer.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -21,7 +22,7 @@ fn seconds() -> Duration {
     Duration::from_secs(asked.unwrap_or(3))
 }
 
-/// Exchanges two names. Returns false if one does not exist.
+/// Exchanges two names. Returns false if the exchange fails, for example because one name does not exist.
 fn exchange(one: &Path, other: &Path) -> bool {
     renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok()
 }
@@ -35,7 +36,8 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Exchanges the pairs in turn, without a pause, while `work` runs. Returns the number of exchanges, too.
+/// Exchanges the pairs in turn, without a pause, while `work` runs. Returns the result of `work` and the number of
+/// exchanges.
 fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -> (T, u64) {
     let (done, exchanges) = (AtomicBool::new(false), AtomicU64::new(0));
     let outcome = std::thread::scope(|scope| {
@@ -46,7 +48,7 @@ fn while_exchanging<T>(pairs: &[(PathBuf, PathBuf)], work: impl FnOnce() -> T) -
                 }
             }
         });
-        // Stops the thread also if `work` panics, since the scope waits for it.
+        // Stops the thread even if `work` panics, since the scope waits for it.
         let _ends = SetOnDrop(&done);
         work()
     });
@@ -131,7 +133,8 @@ fn a_merge_changes_one_folder_during_exchanges() {
         let root = d.path().canonicalize().expect("a path");
         two_copies(&root, ["a", "b"]);
         let at = |path: &str| root.join(path);
-        // The folders are held open, since their paths may lead to the other one after the exchanges.
+        // The folders are accessed through open descriptors, since after an exchange each path may lead to the other
+        // folder.
         let folders = ["a/vm", "b/vm"].map(|path| fs::File::open(at(path)).expect("a folder"));
         let held = |n: usize| {
             use std::os::fd::AsRawFd;
@@ -151,7 +154,7 @@ fn a_merge_changes_one_folder_during_exchanges() {
                 merged += 1;
                 let done = usize::from(gone(1));
                 assert!(gone(done) && !changed(1 - done), "two folders were changed by one merge");
-                // Only with more than one exchange did the path lead to the other folder during the merge.
+                // The path can have led to the other folder during the merge only if there was more than one exchange.
                 beside += u64::from(exchanges > 1);
             }
             Err(_) => {

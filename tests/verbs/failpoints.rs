@@ -31,8 +31,8 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files.into_iter().chain(folders.iter().flat_map(|folder| sources(folder))).collect()
 }
 
-/// Runs `diffdisk` with `args` and kills it when it reaches `point` for the `count`-th time. Returns false if the program succeeds
-/// without reaching it.
+/// Runs `diffdisk` with `args` and kills it when it reaches `point` for the `count`-th time. Returns false if the
+/// program succeeds without reaching `point` that often.
 #[track_caller]
 pub(crate) fn killed<S: AsRef<OsStr>>(point: &str, count: u32, args: impl IntoIterator<Item = S>) -> bool {
     let mut command = Command::new(DIFFDISK);

@@ -1,4 +1,5 @@
-//! Chains for the tests of verbs, on any host: made by the library, written by sectors, read like a guest.
+//! Chains for the tests of verbs, on any host. Tests create them with the library, write runs of sectors, and read
+//! whole disks.
 
 use std::path::{Path, PathBuf};
 
@@ -58,7 +59,7 @@ impl<'a> Fixture<'a> {
         self.sized_child(name, parent, block, None);
     }
 
-    /// Makes a child with a size of its own.
+    /// Makes a child with the given number of sectors, or with the size of its parent.
     pub(crate) fn sized_child(&self, name: &str, parent: &str, block: u32, sectors: Option<u64>) {
         let child = ChildSpec {
             parent: self.path(parent),
@@ -135,14 +136,14 @@ fn put(env: &dyn Env, version: &Version, range: SectorRange, bytes: &[u8]) -> Re
     Ok(())
 }
 
-/// Returns a disk of zeros with runs written to it.
+/// Returns the bytes of a disk of zeros to which the runs were written.
 pub(crate) fn disk(sectors: u64, runs: &[(u64, u64, Fill<'_>)]) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(sectors * SECTOR).expect("small")];
     overwrite(&mut bytes, runs);
     bytes
 }
 
-/// Writes runs to a disk.
+/// Writes runs to the bytes of a disk.
 pub(crate) fn overwrite(disk: &mut [u8], runs: &[(u64, u64, Fill<'_>)]) {
     for &(from, to, fill) in runs {
         let run = usize::try_from(from * SECTOR).expect("small")..usize::try_from(to * SECTOR).expect("small");

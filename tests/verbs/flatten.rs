@@ -1,4 +1,4 @@
-//! `flatten`: a child becomes independent of some or all of its parents, with the same disk.
+//! `flatten`: a child becomes independent of some or all of its parents and keeps its disk.
 
 use std::path::Path;
 
@@ -25,8 +25,8 @@ fn flattened(env: &dyn Env, folder: &Path, keep: Option<&str>) -> Result<u64> {
     ops::flatten::flatten(env, &folder.join("i.vhd"), keep.as_deref(), &Policy::default(), &mut |_| Ok(()))
 }
 
-/// Makes five layers with several block sizes. The second hides parts of the first with zeros and by its smaller size; beyond its
-/// end the third reads as zeros.
+/// Makes five layers with several block sizes. The second layer is smaller than the first and also masks parts of it
+/// with zeros. Beyond the end of the second layer, the third layer reads as zeros.
 fn chain(fixture: &Fixture<'_>) {
     fixture.dynamic("r.vhd", 2 * SMALL, 200);
     fixture.write("r.vhd", &[(0, 60, R), (150, 200, R)]);
@@ -102,7 +102,7 @@ fn bytes_under_clear_bits_stay_hidden() {
     fixture.dynamic("r.vhd", SMALL, 16);
     fixture.child("i.vhd", "r.vhd", SMALL);
     fixture.write("i.vhd", &[(1, 2, T)]);
-    // A write that a power cut interrupted: data without a bit.
+    // A write that a power cut interrupted: the data is written, but its bit in the bitmap is not set.
     let path = fixture.path("i.vhd");
     let file = host.open(&path, diffdisk::storage::Access::Write).expect("it opens");
     let at = file.stat().expect("it is there").len - 512 - 4096 + 5 * 512;

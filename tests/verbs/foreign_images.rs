@@ -28,7 +28,7 @@ fn assert_healthy(folder: &Path, name: &str) {
     assert_eq!(kinds(folder, name), (Some(0), vec![]), "{name}");
 }
 
-/// Makes a child as Windows does: with 64 KiB reserved for the relative path.
+/// Makes a child as Windows does, with 64 KiB reserved for the relative path.
 fn windows(folder: &Path) -> VhdFile {
     let parent = VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[1]).with_uuid(id(7));
     VhdFile::create(&folder.join("win-parent.vhd"), parent);
@@ -92,7 +92,7 @@ fn an_export_of_xen_orchestra_has_no_batmap() {
     run(folder, &["convert", "tap.vhd", "tap.raw", "--to", "raw"]).ok();
     run(folder, &["resize", "tap.vhd", "1M"]).ok();
     assert_healthy(folder, "tap.vhd");
-    // Unreferenced bytes at the place of a batmap's header are a damaged batmap.
+    // Unreferenced bytes at the place of a batmap's header are reported as a damaged batmap.
     let spec = VhdSpec::dynamic(256 << 10, 64 << 10).with_blocks(&[0]);
     let vhd = VhdFile::create(&folder.join("damaged.vhd"), spec);
     vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());

@@ -30,8 +30,8 @@ impl KillCase<'_> {
         self.args.iter().map(in_folder).collect()
     }
 
-    /// Makes the images on a simulated host and copies them: programs that other tests start at this time would hold a lock of this
-    /// process for a moment.
+    /// Makes the images on a simulated host and copies them to `folder`. If this process opened them in `folder`, a
+    /// program that another test starts at the same time could hold the locks on them for a moment.
     fn make(&self, folder: &Path) {
         let host = SimHost::new(3);
         (self.setup)(&Fixture::new(&host, Path::new(FOLDER)));
@@ -41,8 +41,8 @@ impl KillCase<'_> {
         }
     }
 
-    /// Kills the program at a failpoint, checks the images, runs it again, and checks that it has completed. Returns whether the
-    /// failpoint was reached.
+    /// Kills the program at a failpoint, checks the images, runs the program again, and checks the final images.
+    /// Returns whether the failpoint was reached.
     fn kill(&self, point: &str) -> bool {
         let folder = temp::scratch("verbs");
         self.make(folder.path());

@@ -85,7 +85,7 @@ fn children_are_listed_by_the_uuid_that_they_record() {
 #[test]
 fn info_names_the_process_that_has_an_image_in_use() {
     let folder = scratch("in-use");
-    // The folder is readable for another user.
+    // Other users may read the folder.
     fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("a folder of ours");
     let [root, child] = ["root.vhd", "child.vhd"].map(|name| text(&folder.path().join(name)));
     diffdisk(["create", &root, "--size", "1M"]).ok();

@@ -1,4 +1,5 @@
-//! The verbs that change images: their results, and kills at every failpoint, after which they are run again.
+//! Tests of the verbs that change images: their results, and kills at every failpoint, each followed by a second run of
+//! the verb.
 
 mod chain_spec;
 mod check;

@@ -64,7 +64,7 @@ impl MergeFixture {
         diffdisk(self.args())
     }
 
-    /// Checks that the remaining images show the same disks, and that `check` finds no corruption.
+    /// Checks that the remaining images show the same disks as before the merge, and that `check` finds no corruption.
     #[track_caller]
     fn assert_same(&self, when: &str) {
         let (child, chain) = (self.case.merged_layers[0], &self.case.chain);
@@ -87,7 +87,7 @@ impl MergeFixture {
         }
     }
 
-    /// Checks that the merge is complete, without other files and without defects.
+    /// Checks that the merge is complete, that no other file is left, and that no image has a defect.
     #[track_caller]
     fn assert_done(&self, when: &str) {
         self.assert_same(when);
@@ -231,7 +231,7 @@ fn assert_refused(done: &Finished, why: &str) {
     assert!(done.stderr.contains(why) && done.stderr.lines().count() == 1 && done.stdout.is_empty(), "{}", done.stderr);
 }
 
-/// Returns the digests of all files.
+/// Returns the paths and digests of all files in a folder.
 fn digests(folder: &Path) -> Vec<(PathBuf, String)> {
     let entries = fs::read_dir(folder).expect("the folder").map(|entry| entry.expect("a file").path());
     let mut all: Vec<_> = entries.map(|path| (path.clone(), digest::sha256_of_file(&path))).collect();
@@ -300,7 +300,7 @@ fn a_different_merge_than_the_one_begun_is_refused() {
     fixture.merge().ok();
     fs::remove_file(aside).expect("it is there");
     fixture.assert_done("after the other image was moved");
-    // The record of the killed merge cannot be read.
+    // The merge record that the killed merge left cannot be read.
     let fixture = whole.copy();
     assert!(failpoints::killed("merge.noted", 1, fixture.args()));
     let entries = fs::read_dir(fixture.folder.path()).expect("the folder").flatten();
@@ -330,7 +330,7 @@ fn a_child_written_after_a_kill_is_copied_again() {
     }
 }
 
-/// Restores a backup by `cp -p`: into the same file, with the old times.
+/// Restores a backup by `cp -p`: into the same file, with the backup's times.
 fn restore(backup: &Path, onto: &Path) {
     let copied = Command::new("cp").arg("-p").args([backup, onto]).status().expect("cp runs");
     assert!(copied.success());
@@ -340,7 +340,7 @@ fn restore(backup: &Path, onto: &Path) {
 fn an_ancestor_restored_after_a_kill_is_copied_to_again() {
     let whole = merge_fixture("leaf");
     for point in ["merge.noted", "merge.copied", "merge.closed", "merge.marked", "merge.relinked"] {
-        // The backup is restored into the same file, and as another file of the same name.
+        // The backup is restored once into the same file, and once as another file of the same name.
         for renamed in [false, true] {
             let fixture = whole.copy();
             let aside = scratch("backup");
@@ -393,9 +393,10 @@ fn a_child_restored_after_a_kill_is_copied_again() {
         };
         filled.expect("it takes writes");
         assert!(failpoints::killed(point, 1, fixture.args()), "{point}");
-        // The backup is older than the record, and has other data.
+        // The backup is older than the merge record and has other data.
         restore(&backup, &fixture.child());
-        // Data of the newer child that was copied to the ancestor is visible now where the restored child has no data of its own.
+        // Data of the newer child that was copied to the ancestor is visible now where the restored child has no data
+        // of its own.
         let shown = digest::sha256_of_disk(&fixture.child());
         fixture.merge().ok();
         assert!(!fixture.child().exists(), "{point}");

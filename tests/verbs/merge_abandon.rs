@@ -1,5 +1,5 @@
-//! Abandoning a merge, on the simulated host: the merge is stopped at every step. After that no image shows a wrong disk, and the
-//! merge can be finished or abandoned. Abandoning is stopped at every step, too.
+//! Abandoning a merge, on the simulated host. The merge is stopped at every step. After each stop no image shows a
+//! wrong disk, and the merge can be finished or abandoned. Abandoning is stopped at every step, too.
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +30,7 @@ fn merge(case: &MergeCase, host: &SimHost) -> Result<Merged> {
         .run(&mut |_| Ok(()))
 }
 
-/// Reads the disk of an image by itself; `None` if it is refused as partly overwritten.
+/// Reads the disk of an image by itself; `None` if the open is refused because the image is partly overwritten.
 fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
     let version = match Chain::open(host, path, &Policy::default(), OpenMode::Read) {
         Ok(chain) => chain.into_frozen(),
@@ -43,8 +43,8 @@ fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(disk))
 }
 
-/// Checks that each image by itself shows its own disk or CHILD's, or is refused, and that CHILD shows its disk. Returns whether
-/// one was refused.
+/// Checks that each parent of CHILD, opened by itself, shows its own disk or CHILD's, or is refused, and that CHILD and
+/// the kept descendants show their disks. Returns whether an image was refused.
 fn check(case: &MergeCase, host: &SimHost) -> Result<bool, String> {
     let disk = |mut values: Vec<u8>, layer: usize| {
         values.resize(usize::try_from(case.chain.sectors(layer)).expect("small"), 0);
@@ -78,7 +78,7 @@ fn check(case: &MergeCase, host: &SimHost) -> Result<bool, String> {
     Ok(refused)
 }
 
-/// Abandons the merge; `None` if there is none.
+/// Abandons the merge. Returns `None` if no merge was begun.
 fn abandon_merge(case: &MergeCase, host: &SimHost) -> Result<Option<Abandoned>, String> {
     match abandon(host, &at(case, case.merged_layers[0]), None, &Policy::default()) {
         Ok(done) => Ok(Some(done)),
@@ -129,7 +129,8 @@ fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut 
                 }
             }
             if here {
-                // The merge can be finished, unless that would change a child that was relinked already.
+                // The merge can be finished. It may be refused if no image is partly overwritten and a child whose
+                // parent link was already changed would show another disk.
                 match merge(case, &host) {
                     Ok(_) => seen[2] += 1,
                     Err(e) if e.line().contains("another child") && !after => {}

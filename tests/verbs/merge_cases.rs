@@ -18,19 +18,20 @@ fn layer(name: &'static str, parent: Option<usize>, writes: &[(u64, u64, u8)]) -
     Layer { name, parent, fixed: false, block: 4096, sectors: 128, writes: writes.to_vec() }
 }
 
-/// A root with data in some blocks, in full and in part.
+/// Returns a root with data in whole blocks and in parts of blocks.
 fn root() -> Layer {
     layer("root.vhd", None, &[(0, 20, 1), (32, 40, 1), (45, 50, 1), (120, 128, 1)])
 }
 
-/// A child with data over data and over nothing, in full blocks and in parts, and with zeros that hide data.
+/// Returns a child with data over its parent's data and over unallocated space, in whole blocks and in parts, and with
+/// zeros that mask its parent's data.
 fn child(parent: usize) -> Layer {
     let writes =
         [(3, 9, 2), (12, 14, 0), (32, 40, 0), (47, 48, 2), (60, 64, 2), (72, 80, 0), (88, 112, 2), (127, 128, 2)];
     layer("child.vhd", Some(parent), &writes)
 }
 
-/// Returns all cases. A unit is `scale` sectors, and blocks of 4 KiB are `scale` times as large.
+/// Returns all cases. A unit is `scale` sectors, and block sizes are multiplied by `scale`.
 pub(crate) fn all(scale: u32) -> Vec<MergeCase> {
     let chain = |layers: Vec<Layer>| ChainSpec { layers, scale };
     let grand =

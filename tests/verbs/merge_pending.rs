@@ -1,4 +1,4 @@
-//! Images of a killed merge, by the real programs: which verbs are allowed, and abandoning.
+//! Images after a killed merge, with the real programs: the verbs that are allowed, and abandoning the merge.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ impl PendingFixture {
         create("child", "parent");
         let daemon = Daemon::start(&fixture.at("child"), &[]);
         let mut guest = daemon.connect();
-        // Enough data for a record of progress in the middle of the merge.
+        // There is enough data that the merge records its progress before its end.
         for at in (0..40u64).chain(80..120) {
             guest.write(at << 16, &[7; 64 << 10]).expect("it is written");
         }
@@ -52,7 +52,7 @@ impl PendingFixture {
         names.filter(|entry| entry.path().extension().is_some_and(|ending| ending == "merge")).count()
     }
 
-    /// Returns whether the verbs that read the image refuse it as partly overwritten. All must agree.
+    /// Returns whether the verbs that read the image refuse it as partly overwritten. Panics if the verbs disagree.
     fn is_refused(&self, name: &str) -> bool {
         let (path, other) = (self.at(name), self.0.path().join("made"));
         let verbs: [Vec<PathBuf>; 5] = [
@@ -161,7 +161,7 @@ fn an_abandoned_merge_can_be_finished() {
             );
             assert_eq!(shown(&fixture.at("grand")), before, "{when}");
             if partial {
-                // CHILD is usable, and can be made independent of the damaged image.
+                // Other verbs accept both CHILD and the partly overwritten parent.
                 diffdisk(["compact".into(), fixture.at("child")]).ok();
                 diffdisk(["compact".into(), fixture.at("parent")]).ok();
             }
@@ -174,7 +174,7 @@ fn an_abandoned_merge_can_be_finished() {
 
 #[test]
 fn every_state_ends_without_deleting_the_record_by_hand() {
-    // The damaged receiver is deleted.
+    // The partly overwritten parent is deleted.
     let fixture = PendingFixture::new();
     let before = shown(&fixture.at("grand"));
     assert!(failpoints::killed("merge.noted", 1, fixture.args()));
@@ -184,7 +184,7 @@ fn every_state_ends_without_deleting_the_record_by_hand() {
     fs::remove_file(fixture.at("parent")).unwrap();
     fixture.abandon().ok();
     assert_eq!((fixture.merge_records(), shown(&fixture.at("grand"))), (0, before));
-    // CHILD is deleted, and the receiver is restored from a backup.
+    // CHILD is deleted, and the parent is restored from a backup.
     let fixture = PendingFixture::new();
     let backup = fs::read(fixture.at("parent")).unwrap();
     assert!(failpoints::killed("merge.noted", 1, fixture.args()));
@@ -198,7 +198,7 @@ fn every_state_ends_without_deleting_the_record_by_hand() {
     }
     assert_eq!(fixture.merge_records(), 0);
     diffdisk(["map".into(), fixture.at("parent")]).ok();
-    // A record that cannot be read: with CHILD the merge begins again, without CHILD the record is removed.
+    // The merge record cannot be read. If CHILD exists, the merge begins again; otherwise the record is removed.
     for gone in [false, true] {
         let fixture = PendingFixture::new();
         assert!(failpoints::killed(if gone { "merge.layer-removed" } else { "merge.noted" }, 1, fixture.args()));

@@ -1,5 +1,5 @@
-//! `merge` on the simulated host: kills and power cuts at every step, and several in a row; a fault at every step; every amount of
-//! free space.
+//! `merge` on the simulated host: kills and power cuts at every step, and several in a row; a fault at every step;
+//! every amount of free space.
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,7 @@ impl MergeCase {
             .run(&mut |_| Ok(()))
     }
 
-    /// Checks that the remaining images show the same disks.
+    /// Checks that the remaining images show the same disks as before the merge.
     fn check(&self, host: &SimHost) -> Result<(), String> {
         for &kept in &self.kept {
             check_disk(host, &self.at(kept), &self.chain.expected(kept))?;
@@ -56,7 +56,7 @@ impl MergeCase {
         shows
     }
 
-    /// Checks that the merge is complete, without other files and without defects.
+    /// Checks that the merge is complete, that no other file is left, and that no image has a defect.
     fn check_done(&self, host: &SimHost) -> Result<(), String> {
         self.check(host)?;
         let left = (0..self.chain.layers.len()).filter(|layer| !self.merged_layers.contains(layer));
@@ -76,11 +76,11 @@ impl MergeCase {
         Ok(())
     }
 
-    /// Runs the merge again, which must complete it.
+    /// Runs the merge again. The second run must complete the merge, unless the first one had completed it.
     fn end(&self, host: &SimHost) -> Result<(), String> {
         match self.merge(host) {
             Ok(_) => {}
-            // The merge was complete but had not returned.
+            // The first merge was complete but had not returned.
             Err(e) if e.kind() == ErrorKind::NotFound && !host.exists(&self.at(self.merged_layers[0])) => {}
             Err(e) => return Err(format!("the second merge: {}", e.line())),
         }

@@ -1,5 +1,5 @@
-//! The modification time of a parent: verbs that keep its disk restore the time, verbs that change its disk advance it. Opening a
-//! child of a changed parent warns.
+//! The modification time of a parent: verbs that keep its disk restore the time, verbs that change its disk advance it.
+//! Opening a child of a changed parent warns.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -107,7 +107,7 @@ fn changes_of_the_disk_advance_the_time() {
     drop(version);
     assert_eq!(time(&host, &path), before, "an open without a write changes the time");
     assert_eq!(notes(&fixture, "c.vhd"), [""; 0]);
-    // The simulated clock stands still, so this is in the same second.
+    // The simulated clock stands still, so this write falls into the same second.
     fixture.write("p.vhd", &[(10, 11, Fill::Tag("new"))]);
     assert!(time(&host, &path).seconds > before.seconds);
     assert_eq!(notes(&fixture, "c.vhd"), ["parent-changed"]);
@@ -189,7 +189,7 @@ fn every_open_warns_once_of_a_changed_parent() {
     daemon.stop();
     let refused = diffdisk(["merge".into(), child.clone()]);
     assert!(refused.code == Some(1) && refused.stderr.contains("--changed-parent"), "{refused:?}");
-    // This records the time again, and copies no bytes.
+    // This rebase records the time again and copies no bytes.
     let done = diffdisk(["rebase".into(), child.clone(), "--unsafe".into(), "--parent".into(), parent.clone()]).ok();
     assert!(String::from_utf8_lossy(&done.stdout).contains("the time of that file is recorded again"), "{done:?}");
     assert_eq!(names(&diffdisk(&read[0]).ok()), 0);

@@ -29,7 +29,8 @@ const TAGS: [&[u8; 4]; 14] = [
     b"\0\0\0\0",
 ];
 
-/// Returns the sizes by the rules of QEMU before version 10 and since, after `block/vpc.c`.
+/// Returns the size that QEMU derives from the footer (`block/vpc.c`): by the rules before version 10, and by those
+/// since.
 fn by_rules(image: &Path) -> [u64; 2] {
     let bytes = fs::read(image).expect("the image");
     let footer = &bytes[bytes.len() - 512..];

@@ -1,4 +1,4 @@
-//! `rebase`: another parent and the same disk; with `--unsafe` another disk.
+//! `rebase`: an image gets another parent and keeps its disk. With `--unsafe` its disk changes.
 
 use std::path::Path;
 
@@ -96,7 +96,7 @@ fn data_that_both_chains_share_is_not_read() {
     fixture.write("r.vhd", &[(60, 140, R)]);
     let reads = host.counts().reads;
     assert_eq!(rebased(&host, &fixture.folder, "b.vhd", false).expect("it is on that parent already"), 0);
-    // Bitmaps may be read, but no data: blocks of a root that both chains share are skipped.
+    // Bitmaps may be read, but no data: the blocks of the root, which both chains share, are skipped.
     assert!(host.counts().reads - reads <= again + 20, "{again} reads, then {}", host.counts().reads - reads);
 }
 

@@ -24,7 +24,7 @@ fn resized(sectors: u64, shrink: bool) -> impl Fn(&dyn Env, &Path) -> Result<()>
     }
 }
 
-/// Makes a dynamic root of 100 sectors, which end in the middle of a block, and a child of it.
+/// Makes a dynamic root and its child. The 100 sectors of the root end in the middle of a block.
 fn dynamic(fixture: &Fixture<'_>) {
     fixture.dynamic("i.vhd", SMALL, 100);
     fixture.write("i.vhd", &[(0, 3, T), (50, 60, T), (97, 100, T)]);
@@ -52,7 +52,7 @@ fn a_dynamic_root_grows_with_a_new_bat() {
     grown("grow with a new table", 9_000).sweep();
 }
 
-/// Makes a child smaller than its parent, which has data where the child grows.
+/// Makes a child smaller than its parent. The parent has data in the range into which the child grows.
 fn smaller_child(fixture: &Fixture<'_>) {
     fixture.dynamic("p.vhd", SMALL, 100);
     fixture.write("p.vhd", &[(0, 20, P), (22, 37, P), (90, 100, P)]);

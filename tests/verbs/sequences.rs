@@ -1,5 +1,5 @@
-//! Random sequences of verbs on random chains, with a flat array as the model of each disk. After every verb each disk equals its
-//! array, and no file has a defect.
+//! Random sequences of verbs on random chains, with a flat array as the model of each disk. After every verb each disk
+//! equals its array, and no file has a defect.
 
 use std::path::Path;
 
@@ -122,8 +122,8 @@ impl SequenceRun<'_> {
         format!("rebase {of} on {to}")
     }
 
-    /// Merges an image, and perhaps some of its parents, into one of its parents. The merge is refused if another child would
-    /// change or the sizes do not fit.
+    /// Merges an image, and perhaps some of its parents, into one of its parents. The merge is refused if another child
+    /// would change or the sizes do not fit.
     fn merge(&mut self) -> String {
         let Some(of) = self.pick(|_, image| image.parent.is_some()) else { return "-".into() };
         let chain = self.chain(of);
@@ -160,7 +160,8 @@ impl SequenceRun<'_> {
         said
     }
 
-    /// Removes images, and replaces them as parents by `instead`. The other images are renumbered.
+    /// Removes the images `gone` from the model and replaces them as parents by `instead`. The other images are
+    /// renumbered.
     fn remove_images(&mut self, gone: &[usize], instead: usize) {
         let number = |old: usize| old - gone.iter().filter(|n| **n < old).count();
         for image in &mut self.images {

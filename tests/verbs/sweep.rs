@@ -1,5 +1,5 @@
-//! A verb on the simulated host: power cuts at every change, kills at every step, a fault at every step, full file systems. Each
-//! time the image must be valid with the old or the new disk, and a second call of the verb must complete it.
+//! A verb on the simulated host: power cuts at every change, kills at every step, a fault at every step, full file
+//! systems. Each time the image must be valid with the old or the new disk, and a second call of the verb must succeed.
 
 use std::path::Path;
 
@@ -23,8 +23,8 @@ pub(crate) struct SweepCase<'a> {
     pub(crate) verb: &'a dyn Fn(&dyn Env, &Path) -> Result<()>,
     /// Images to check, each with its disk before and after the verb.
     pub(crate) expected: Vec<(&'a str, Vec<u8>, Vec<u8>)>,
-    /// Whether a file's new length survives only with the write that caused it, as on ext4, XFS and btrfs. Growth of a fixed image,
-    /// which has one footer, needs this.
+    /// Whether a file's new length survives only with the write that caused it, as on ext4, XFS and btrfs. Growth of a
+    /// fixed image, which has one footer, needs this.
     pub(crate) lengths_follow_data: bool,
 }
 
@@ -74,7 +74,7 @@ impl SweepCase<'_> {
         }
     }
 
-    /// Calls the verb again. It must complete, without defects and without temporary files.
+    /// Calls the verb again. The call must succeed and leave no defects and no temporary files.
     fn complete(&self, host: &SimHost, when: &dyn Fn() -> String) {
         self.call(host).unwrap_or_else(|e| panic!("{}: {}: called again: {}", self.name, when(), e.line()));
         let fixture = Fixture::new(host, Path::new(FOLDER));
@@ -125,7 +125,8 @@ impl SweepCase<'_> {
                     .copied()
                     .unwrap_or_else(|| random.next_u64() & random.next_u64() | random.next_u64());
                 let units = moment.unsynced_steps();
-                // The unit whose bit decides: the unit itself, or with `lengths_follow_data` the length of the same step.
+                // The unit whose bit decides whether `unit` survives: `unit` itself, or with `lengths_follow_data` the
+                // length of the same step.
                 let deciding_unit = |unit: usize| match self.lengths_follow_data && units[unit].0 != 0 {
                     true => {
                         units.iter().position(|(step, other)| *step == units[unit].0 && is_len(other)).unwrap_or(unit)

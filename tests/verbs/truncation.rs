@@ -1,5 +1,5 @@
-//! Truncated images: small images of every type, cut at every 512 bytes and inside sectors. Each verb, and each open that serves a
-//! disk, shows the guest's data or refuses the image; no repair makes other bytes visible.
+//! Truncated images: small images of every type, cut at every 512 bytes and inside sectors. Each verb, and each open
+//! that serves a disk, shows the guest's data or refuses the image; no repair makes other bytes visible.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::fixture::{Fill, Fixture};
 const DISK: u64 = 6 * 4096 + 1024;
 const PARENT: &str = "parent.vhd";
 
-/// The files of a chain, and which of them is cut.
+/// The files of a chain, and the name of the file to cut.
 struct TruncationCase {
     name: &'static str,
     /// Youngest first.
@@ -121,7 +121,7 @@ fn cut_copy(case: &TruncationCase, whole: &Path, to: &Path, len: u64) {
     file.set_len(len).expect("it is cut");
 }
 
-/// Runs a verb on the image in a folder. Returns the image that shows the disk afterwards.
+/// Function that runs a verb on the image in a folder and returns the path of the image that shows the disk afterwards.
 type Verb = fn(&Path) -> diffdisk::error::Result<PathBuf>;
 
 const VERBS: &[(&str, Verb)] = &[
@@ -211,7 +211,8 @@ fn repair(folder: &Path) -> ops::check::CheckReport {
     ops::check::repair(&Host, &path, Some(&policy), &[], None, &mut |_| Ok(())).expect("a repair")
 }
 
-/// Salvages the disk: sectors that are given up must be zero, all others must be right. Returns false if nothing can be salvaged.
+/// Salvages the disk: sectors that are given up must be zero, all others must equal `want`. Returns false if nothing
+/// can be salvaged.
 fn salvaged(folder: &Path, want: &[u8], what: &str) -> bool {
     let before = fs::read(folder.join("disk.vhd")).expect("a file");
     let Ok((disk, given_up)) = salvage::open(&Host, &folder.join("disk.vhd"), &Policy::default()) else { return false };
@@ -239,7 +240,7 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
         cut_copy(case, &whole, &copy, cut);
         figures.cuts += 1;
         let report = check(&copy, true);
-        // A footer without its last byte is valid in the form of before 2004, but is reported.
+        // A footer without its last byte is valid in the form that was written before 2004, but is reported.
         assert!(!report.ok, "{what}: the check reports nothing");
         let readable = match read_disk(&copy) {
             Some(bytes) => {
@@ -314,7 +315,8 @@ fn a_lost_sector_never_shows_the_parents_data() {
     let scratch = scratch("truncation");
     child(scratch.path());
     let file = fs::File::options().write(true).open(scratch.path().join("disk.vhd")).expect("it opens");
-    // Cuts off the last block (3) and all but the first sector of the one before (6, with two marked sectors).
+    // Cuts off block 3, the last one in the file, and all sectors except the first of block 6, which precedes block 3
+    // in the file and has two marked sectors.
     let len = file.metadata().expect("its length").len();
     file.set_len(len - 512 - 4608 - 4096 + 512).expect("it is cut");
     let report = check(scratch.path(), false);

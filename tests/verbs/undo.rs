@@ -1,4 +1,5 @@
-//! `check --undo`, killed at every failpoint and run again: the image has the same bytes as before the repair.
+//! `check --undo`, killed at every failpoint and run again: afterwards the image has the same bytes as before the
+//! repair.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,8 @@ fn repaired(folder: &Path, name: &str, break_it: fn(&VhdFile)) -> Repaired {
     Repaired { path: vhd.path, broken, mended, undo, kept }
 }
 
-/// Damages an image: a wrong footer at the start, BAT entries of 0, a block beyond the end of the disk, a leak at the end.
+/// Damages an image: a wrong footer at the start, BAT entries of 0, a block beyond the end of the disk, a leak at the
+/// end.
 fn many_defects(vhd: &VhdFile) {
     vhd.set_entry(5, 0).set_entry(130, 0);
     let footer = fs::read(&vhd.path).expect("the image").split_off(usize::try_from(vhd.footer_at).expect("small"));
@@ -102,7 +104,7 @@ fn an_undo_is_refused_for_another_or_changed_image() {
         refused(&made.path, &made.undo, "changed since");
         fs::write(&made.path, &made.mended).expect("it is written");
     }
-    // The undo was begun, and the image has changed since.
+    // The undo has begun, and the image has changed since then.
     let mut kept = made.kept.clone();
     kept[48..56].copy_from_slice(&2_u64.to_be_bytes());
     fs::write(&made.undo, &kept).expect("it is written");

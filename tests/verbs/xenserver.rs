@@ -19,8 +19,8 @@ fn header_at(file: &File) -> u64 {
     number(file, 512 + 16, 8) + (number(file, 512 + 28, 4) * 4).next_multiple_of(512)
 }
 
-/// Turns an image of this library, which has free space after the BAT, into one of tapdisk. The batmap calls all allocated blocks
-/// fully present.
+/// Turns an image of this library, which has free space after the BAT, into an image of tapdisk. Its batmap marks all
+/// allocated blocks as fully present.
 pub(crate) fn make(fixture: &Fixture<'_>, name: &str) {
     let file = fixture.env.open(&fixture.path(name), Access::Write).expect("it opens");
     let (table, entries, at) = (number(&file, 512 + 16, 8), number(&file, 512 + 28, 4), header_at(&file));
@@ -49,7 +49,7 @@ pub(crate) fn make(fixture: &Fixture<'_>, name: &str) {
     file.sync().expect("it is durable");
 }
 
-/// Returns the blocks that the batmap calls fully present. Checks its checksum.
+/// Returns the blocks that the batmap marks as fully present. Panics if the checksum of the batmap is wrong.
 pub(crate) fn whole(fixture: &Fixture<'_>, name: &str) -> Vec<u64> {
     let file = fixture.env.open(&fixture.path(name), Access::Read).expect("it opens");
     let at = header_at(&file);

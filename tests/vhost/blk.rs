@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 type Memory = vm_memory::GuestMemoryMmap<()>;
 
-/// Bytes of the shared buffer of one queue.
+/// Size in bytes of the shared buffer of one queue.
 const BUFFER: usize = 64 << 10;
 
 pub(crate) struct Guest {
@@ -71,9 +71,9 @@ impl Guest {
     pub(crate) fn write(&mut self, queue: usize, offset: u64, data: &[u8]) -> i32 {
         let (at, buffer) = self.buffer(queue);
         self.memory.write_slice(data, at).unwrap();
-        // SAFETY: `write_slice` above has checked that `data.len()` bytes at `buffer` lie in the mapping, and `self.memory`
-        // keeps the mapping as long as self. `finish` returns only after the request has completed, so the daemon does not
-        // use the buffer after this call.
+        // SAFETY: `write_slice` above has checked that `data.len()` bytes at `buffer` lie in the mapping, and
+        // `self.memory` keeps the mapping alive as long as `self`. `finish` returns only after the request has
+        // completed, so the daemon does not use the buffer after this call.
         unsafe { self.queues[queue].write_raw(offset, buffer, data.len(), ()) }.unwrap();
         self.finish(queue)
     }
@@ -82,8 +82,8 @@ impl Guest {
         assert!(len <= BUFFER);
         let (at, buffer) = self.buffer(queue);
         // SAFETY: the queue's part of the mapping has `BUFFER` bytes, at least `len` by the assertion above, and
-        // `self.memory` keeps the mapping as long as self. No reference into it exists. `finish` returns only after the
-        // request has completed, so the daemon does not use the buffer after this call.
+        // `self.memory` keeps the mapping alive as long as `self`. No reference into it exists. `finish` returns only
+        // after the request has completed, so the daemon does not use the buffer after this call.
         unsafe { self.queues[queue].read_raw(offset, buffer, len, ()) }.unwrap();
         match self.finish(queue) {
             0 => {

@@ -28,7 +28,7 @@ impl Daemon {
         Daemon::run(dir, command)
     }
 
-    /// Serves disks of which the last has the socket [`SOCKET`] in `dir`.
+    /// Serves `disks`, the last of which must have the socket [`SOCKET`] in `dir`.
     pub(crate) fn start_disks(dir: &Path, disks: &[String], options: &[&str]) -> Daemon {
         let mut command = Command::new(cargo_bin!("diffdiskd"));
         command.args(disks.iter().flat_map(|disk| ["--disk", disk])).args(options);
@@ -84,7 +84,7 @@ impl Daemon {
         self.child.wait().unwrap()
     }
 
-    /// Sends SIGTERM and waits at most `time`. Returns `None` if the daemon still runs then.
+    /// Sends SIGTERM and waits at most `time`. Returns `None` if the daemon still runs after this time.
     pub(crate) fn terminate_within(&mut self, time: Duration) -> Option<ExitStatus> {
         self.send_term();
         let begun = Instant::now();

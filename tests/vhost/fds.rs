@@ -13,7 +13,7 @@ use super::raw::*;
 use super::setup::{MIB, event, memory, started};
 use super::stuck_storage::StuckDisk;
 
-/// Sets an eventfd to its limit. A blocking write to it would wait for a read that never happens.
+/// Sets an eventfd to its maximum, so that a blocking write to it would wait for a read that never happens.
 fn fill_counter(counter: &File) {
     rustix::io::write(counter, (u64::MAX - 1).as_bytes()).unwrap();
 }
@@ -91,7 +91,8 @@ fn only_eventfds_are_accepted() {
     assert!(daemon.terminate().success());
 }
 
-/// Regions of guest memory may come from tmpfs and hugetlbfs. Every other file is refused, and the log names the remedy.
+/// Regions of guest memory may come from tmpfs and hugetlbfs. Every other file is refused, and the log names the
+/// remedy.
 #[test]
 fn only_memory_files_are_accepted_as_guest_memory() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);
@@ -127,7 +128,8 @@ fn a_file_on_stuck_storage_is_refused_at_once() {
     assert!(daemon.terminate_within(Duration::from_secs(5)).is_some_and(|status| status.success()), "{}", daemon.log());
 }
 
-/// One system call transfers at most 1024 runs. The rest of a longer transfer must not wait for the next tick of the queue.
+/// One system call transfers at most 1024 memory ranges. The rest of a longer transfer must not wait for the next tick
+/// of the queue.
 #[test]
 fn a_transfer_of_very_many_runs_does_not_wait_for_a_tick() {
     const RUNS: u64 = 4096;
@@ -153,7 +155,7 @@ fn a_transfer_of_very_many_runs_does_not_wait_for_a_tick() {
             table.extend([addr.as_bytes(), len.as_bytes(), flags.as_bytes(), next.as_bytes()].concat());
         };
         describe(header, 16, 1);
-        // Every second sector, so that no two runs are neighbours.
+        // Every second sector, so that no two descriptors are merged into one memory range.
         (0..RUNS).for_each(|run| describe(data + run * 1024, 512, if write { 1 } else { 3 }));
         describe(header + 64, 1, 2);
         put(0, &table);
@@ -180,7 +182,7 @@ fn a_transfer_of_very_many_runs_does_not_wait_for_a_tick() {
     assert!(slowest < Duration::from_millis(400), "{slowest:?}");
 }
 
-/// Control characters in names and messages reach neither the terminal that shows the log nor forge a log line.
+/// Control characters in names and messages must neither reach the terminal that shows the log nor forge a log line.
 #[test]
 fn the_log_escapes_control_characters() {
     let dir = tempfile::tempdir().unwrap();

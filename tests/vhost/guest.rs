@@ -13,9 +13,9 @@ use super::setup::event;
 /// Front-end address of the guest's memory, which begins at guest address 0.
 pub(crate) const USER: u64 = 0x7000_0000;
 pub(crate) const PAGE: u64 = 4096;
-/// Entries of the ring.
+/// Number of descriptors in the ring.
 const SIZE: u16 = 64;
-/// Requests that may be in flight at once.
+/// Maximum number of requests in flight.
 pub(crate) const SLOTS: u16 = 8;
 /// DISCARD, WRITE_ZEROES, indirect descriptors.
 const MORE_FEATURES: u64 = 1 << 13 | 1 << 14 | 1 << 28;
@@ -60,7 +60,7 @@ pub(crate) struct ManualGuest {
     pub(crate) call: File,
     /// The part in the last page.
     last: Part,
-    /// Requests published.
+    /// Number of published requests.
     pub(crate) submitted: u16,
 }
 
@@ -69,17 +69,18 @@ impl ManualGuest {
     pub(crate) fn new(last: Part) -> ManualGuest {
         let ram = File::from(memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
         ram.set_len(PARTS.len() as u64 * PAGE).unwrap();
-        // A write after the file was cut must not bring the page back.
+        // The seal prevents a write after a truncation from bringing the removed page back.
         fcntl_add_seals(&ram, SealFlags::GROW).unwrap();
         ManualGuest::with_memory(ram, last)
     }
 
-    /// Creates a guest over a given file of at least 7 pages, with the part `last` in the last one.
+    /// Creates a guest over a given file of at least 7 pages, with the part `last` in the last page.
     pub(crate) fn with_memory(ram: File, last: Part) -> ManualGuest {
         ManualGuest { ram, kick: event(), call: event(), last, submitted: 0 }
     }
 
-    /// Returns the guest address of a part. Parts follow the order of [`PARTS`], but `self.last` and the last part are swapped.
+    /// Returns the guest address of a part. Parts follow the order of [`PARTS`], but `self.last` and the last part are
+    /// swapped.
     fn part_address(&self, part: Part) -> u64 {
         let place = |part: Part| PARTS.iter().position(|p| *p == part).unwrap() as u64;
         let last = PARTS.len() as u64 - 1;
@@ -95,12 +96,12 @@ impl ManualGuest {
         let _ = self.ram.write_all_at(bytes, self.part_address(part) + offset);
     }
 
-    /// Describes memory and ring 0 to the daemon, up to and without SET_VRING_ENABLE.
+    /// Describes memory and ring 0 to the daemon, without SET_VRING_ENABLE.
     pub(crate) fn attach(&self, front_end: &mut FrontEnd) {
         self.attach_to(front_end, 0);
     }
 
-    /// Describes memory and the ring of a given queue to the daemon.
+    /// Describes memory and the ring of a given queue to the daemon, without SET_VRING_ENABLE.
     pub(crate) fn attach_to(&self, front_end: &mut FrontEnd, queue: u32) {
         assert!(front_end.set(SET_FEATURES, (FEATURES | MORE_FEATURES).as_bytes(), &[]));
         let region = [0u64.as_bytes(), [0, PARTS.len() as u64 * PAGE, USER, 0].as_bytes()].concat();
@@ -173,7 +174,7 @@ impl ManualGuest {
         rustix::io::write(&self.kick, 1u64.as_bytes()).unwrap();
     }
 
-    /// Touches every page but the last, so that a file with holes has its only hole there.
+    /// Writes to every page except the last, so that a file with holes has its only hole there.
     pub(crate) fn allocate_pages(&self) {
         for part in PARTS.into_iter().filter(|part| *part != self.last) {
             self.put(part, PAGE - 1, &[1]);
@@ -183,12 +184,12 @@ impl ManualGuest {
     /// Returns the number of completed requests.
     pub(crate) fn completed(&self) -> u16 {
         let mut index = 0u16;
-        // Zero if the page was removed.
+        // The index stays zero if the page was removed.
         let _ = self.ram.read_exact_at(index.as_mut_bytes(), self.part_address(Part::Used) + 2);
         index
     }
 
-    /// Waits until all requests are completed. Returns false after some seconds.
+    /// Waits until all requests are completed. Returns false after 20 seconds.
     pub(crate) fn wait(&self) -> bool {
         let begun = std::time::Instant::now();
         while self.completed() != self.submitted {
@@ -208,7 +209,7 @@ impl ManualGuest {
         status[0]
     }
 
-    /// Removes the last page: cuts the memory file before it.
+    /// Removes the last page by truncating the memory file.
     pub(crate) fn truncate_last_page(&self) {
         self.ram.set_len((PARTS.len() as u64 - 1) * PAGE).unwrap();
     }

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-/// Creates a fixed VHD of `size` bytes of zeros (format 2: all fields are big-endian, and the checksum is that of all
-/// other bytes).
+/// Creates a fixed VHD of `size` bytes of zeros (format 2: all fields are big-endian, and the checksum covers all other
+/// bytes of the footer).
 pub(crate) fn make_fixed(path: &Path, size: u64) {
     let mut footer = [0u8; 512];
     footer[..8].copy_from_slice(b"conectix");

@@ -1,5 +1,5 @@
-//! Guest memory that cannot be accessed: a front-end cuts its memory file, or the host has no pages for it. The disk is then
-//! out of service until a front-end connects again. All other disks stay in service.
+//! Guest memory that cannot be accessed: a front-end cuts its memory file, or the host has no pages for it. The disk is
+//! then out of service until a front-end connects again. All other disks stay in service.
 
 use std::fs::File;
 use std::io::Read;
@@ -25,7 +25,8 @@ use super::temp::RuntimeDir;
 /// The log line of a lost page.
 const LOST: &str = "an access to guest memory failed";
 
-/// A daemon with a dynamic image on its main socket and a fixed one on `b.sock`, and its runtime folder.
+/// Starts a daemon with a dynamic image on its main socket and a fixed image on `b.sock`. Returns the daemon and its
+/// runtime folder.
 fn two_disks(dir: &Path, options: &[&str]) -> (Daemon, RuntimeDir) {
     let runtime = RuntimeDir::new();
     let (a, b) = (dir.join("a.vhd"), dir.join("b.vhd"));
@@ -88,7 +89,7 @@ fn a_disk_survives_the_loss_of_any_part_of_a_request() {
     assert!(daemon.terminate().success());
 }
 
-/// One front-end shrinks the guest's memory at random moments under load, while the data of another one is verified.
+/// One front-end shrinks the guest's memory at random moments under load, while the data on another disk is verified.
 #[test]
 fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
     let dir = tempfile::tempdir().unwrap();
@@ -144,7 +145,7 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
     assert!(daemon.terminate().success());
 }
 
-/// The host has no huge pages for the guest's memory. (If it has some, the disk is served.)
+/// The host has no huge pages for the guest's memory. (If the host has huge pages, the disk is served.)
 #[test]
 fn guest_memory_of_huge_pages_that_the_host_lacks() {
     let Ok(fd) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {

@@ -1,4 +1,4 @@
-//! The daemon over its real socket: as a well-behaved guest sees it, and as a front-end that breaks every rule.
+//! Tests of the daemon over its real socket, with correct guests and with front-ends that send invalid messages.
 #![allow(clippy::cast_possible_truncation, reason = "the small numbers of a test")]
 
 mod blk;
@@ -192,7 +192,7 @@ fn invalid_messages_are_refused_and_the_connection_stays() {
     assert_eq!(guest.read(0, 512, 512).unwrap(), [9; 512]);
 }
 
-/// After each of these messages the daemon closes the connection. It must serve the next front-end.
+/// After each of these messages the daemon closes the connection. The daemon must then serve the next front-end.
 #[test]
 fn closed_connections_do_not_disturb_the_next_front_end() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);

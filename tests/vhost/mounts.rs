@@ -1,10 +1,10 @@
-//! File systems mounted by one test for its own duration. Mounting needs root; without it the test is skipped.
+//! File systems mounted by one test for its own duration. Mounting needs root; without root the test is skipped.
 
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-/// Unmounts when dropped.
+/// A mounted file system. Dropping this value unmounts it.
 pub(crate) struct Mounted(PathBuf);
 
 impl Drop for Mounted {

@@ -150,7 +150,8 @@ impl FrontEnd {
 
 impl Drop for FrontEnd {
     fn drop(&mut self) {
-        // Closing is not enough: a child process that another test starts at this moment may briefly hold a copy.
+        // Closing is not enough: a child process that another test starts at this moment may briefly hold a copy of the
+        // socket.
         let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 }

@@ -16,7 +16,7 @@ pub(crate) fn started(options: &[&str]) -> (tempfile::TempDir, Daemon) {
     (dir, daemon)
 }
 
-/// Creates a memfd, as a front-end shares it for guest memory.
+/// Creates a memfd, as a front-end does for guest memory.
 pub(crate) fn memory(len: u64) -> File {
     let file = File::from(rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
     file.set_len(len).unwrap();

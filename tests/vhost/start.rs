@@ -184,7 +184,7 @@ fn sighup_shuts_the_daemon_down_cleanly() {
     assert_eq!(stop(daemon, Signal::TERM), Some(0));
 }
 
-/// A listening socket that a child process inherits.
+/// Returns a listening socket that child processes inherit, and its descriptor number.
 fn inheritable(path: &Path) -> (UnixListener, RawFd) {
     let listener = UnixListener::bind(path).unwrap();
     rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::empty()).unwrap();
@@ -218,7 +218,7 @@ fn the_names_of_inherited_sockets_select_their_disks() {
         assert_eq!(status.code(), Some(1), "{names}: {log}");
         assert!(log.lines().last().unwrap().contains(why), "{names}: {log}");
     }
-    // Sockets are matched by their paths, without regard to their names.
+    // Sockets are matched to disks by path, without regard to their names.
     let by_path = format!(
         "--disk path=a.vhd,id=a,socket={} --disk path=b.vhd,id=b,socket={}",
         fixture.path("y").display(),

@@ -19,7 +19,7 @@ use super::raw::*;
 use super::setup::MIB;
 
 const NAME: &str = "disk.vhd";
-/// The name of the file. Its look-up is not answered while the storage is stuck.
+/// Name that does not exist in the file system. Its look-up is not answered while the storage is stuck.
 const BLOCKING_NAME: &str = "nothing";
 
 struct Server {
@@ -27,7 +27,7 @@ struct Server {
     stuck: Arc<AtomicBool>,
 }
 
-/// The mounted file system. On drop it answers again and is unmounted.
+/// The mounted file system. Dropping this value makes it answer again and unmounts it.
 pub(crate) struct StuckDisk {
     stuck: Arc<AtomicBool>,
     session: Option<BackgroundSession>,
@@ -59,7 +59,8 @@ impl StuckDisk {
         File::options().read(true).write(true).open(self.path()).unwrap()
     }
 
-    /// Stops reading requests. (Once a request was read, its process waits for the reply and cannot be killed.)
+    /// Makes the server stop reading requests: it blocks in the look-up of [`BLOCKING_NAME`]. (A process whose request
+    /// was read but not answered could not be killed.)
     pub(crate) fn stop_answering(&self) {
         self.stuck.store(true, Ordering::SeqCst);
         let nothing = self.place.path().join(BLOCKING_NAME);
@@ -82,7 +83,7 @@ impl Drop for StuckDisk {
 
 impl FileContent for Server {
     const NAME: &'static str = NAME;
-    /// Zero: the kernel repeats every look-up.
+    /// Zero, so that the kernel repeats every look-up.
     const TTL: Duration = Duration::ZERO;
 
     fn len(&self) -> u64 {
@@ -116,8 +117,9 @@ impl FileContent for Server {
     }
 }
 
-/// A disk on stuck storage, with a guest that has written and has one request in flight that does not complete. The storage
-/// is dropped first: a daemon that waits for it cannot be killed.
+/// Starts a daemon with a guest that has completed a write, makes the storage stop answering, and submits a request
+/// that therefore does not complete. The storage is the last element of the result, so that callers drop it first: a
+/// daemon that waits for the storage cannot be killed.
 fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, StuckDisk)> {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image");
@@ -135,8 +137,7 @@ fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, 
     stuck.stop_answering();
     guest.prepare(GuestRequest::Write);
     guest.publish();
-    // The wait is long enough for the daemon to look up the names of its files as well. This look-up must not block it
-    // either.
+    // During this wait the daemon also looks up the names of its files. These look-ups must not block it.
     sleep(Duration::from_secs(6));
     assert_eq!(guest.completed(), 1);
     Some((dir, daemon, guest, front_end, stuck))
@@ -153,7 +154,7 @@ fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
     drop(stuck);
 }
 
-/// After the deadline the daemon closes the connection, as there is no ring base to return.
+/// After the deadline the daemon closes the connection, because it has no ring base to return.
 #[test]
 fn stopping_a_queue_has_a_deadline() {
     let Some((_dir, mut daemon, guest, mut front_end, stuck)) = stuck_request() else { return };

@@ -1,5 +1,5 @@
-//! Settings of the machine: the system configuration and the available runtime folders. Each test runs in a mount namespace
-//! of its own, which needs root.
+//! Settings of the machine: the system configuration and the available runtime folders. Each test runs in a mount
+//! namespace of its own, which needs root.
 
 use std::fs;
 use std::path::Path;
@@ -25,7 +25,8 @@ fn output_text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout)
 }
 
-/// Starts the daemon with a writable disk, waits until it serves or has ended, stops it, and prints its log.
+/// Script that creates a writable disk, starts the daemon, waits until it serves or has ended, stops it, and prints its
+/// log.
 const SERVE: &str = "diffdisk create a.vhd --size 8M --quiet --no-system-config; \
     diffdiskd --no-system-config --blk-file=a.vhd --socket-path=a.sock 2>log & daemon=$!; \
     while kill -0 $daemon 2>/dev/null && ! grep -q 'queues of' log; do sleep 0.02; done; \

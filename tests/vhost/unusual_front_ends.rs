@@ -11,7 +11,8 @@ use zerocopy::IntoBytes;
 use super::raw::*;
 use super::setup::{event, memory, started};
 
-/// Front-end address of the memory. The parts of a ring of up to 512 descriptors follow as offsets.
+/// Front-end address of the memory. The next constants are offsets of the parts of a ring of up to 512 descriptors, and
+/// the size of the memory.
 const USER: u64 = 0x7000_0000;
 const AVAIL: u64 = 0x3000;
 const USED: u64 = 0x4000;
@@ -21,7 +22,7 @@ fn kick_queue(kick: &File) {
     rustix::io::write(kick, 1u64.as_bytes()).unwrap();
 }
 
-/// The body of a message that describes one region of guest memory.
+/// Returns the body of a message that describes one region of guest memory.
 fn region(guest: u64, len: u64, user: u64) -> Vec<u8> {
     [0u64.as_bytes(), [guest, len, user, 0].as_bytes()].concat()
 }
@@ -175,7 +176,7 @@ fn a_guest_without_shared_memory_is_explained() {
     assert!(daemon.log().contains("share=on"), "{}", daemon.log());
 }
 
-/// QEMU compares the number of queues itself, and disconnects.
+/// QEMU compares its number of queues with the daemon's, and disconnects.
 #[test]
 fn a_front_end_that_uses_more_queues_is_explained() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);

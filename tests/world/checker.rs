@@ -1,4 +1,4 @@
-//! Checks the state after a crash: the image opens, has no defects, and each sector has an allowed value.
+//! Checks the state after a crash: the image opens, `check` finds no corruption, and each sector has an allowed value.
 //!
 //! A crash outcome is the set of unsynced writes, lengths and names ("units") that survive the crash.
 
@@ -15,7 +15,7 @@ use diffdisk::units::SectorRange;
 use crate::layouts::top;
 use crate::model::{self, Model, Value};
 
-/// With fewer units than this every crash outcome is checked, otherwise a sample.
+/// Limit of exhaustive checks: with fewer units than this every crash outcome is checked, otherwise a sample.
 const EXHAUSTIVE_LIMIT: usize = 9;
 
 /// The contents of an image after recovery.
@@ -26,26 +26,27 @@ struct ImageContents {
     has_trailing_footer: bool,
 }
 
-/// Checks crash outcomes, each different image once.
+/// Checks crash outcomes. Each distinct image is checked once, and the result is cached.
 #[derive(Default)]
 pub(crate) struct Checker {
     checked: HashMap<u64, Result<Arc<ImageContents>, String>>,
-    /// Whether the trailing footer may be missing: an earlier crash lost it, and that recovery is not finished.
+    /// Whether the trailing footer may be missing because an earlier crash lost it and the recovery from that crash is
+    /// not complete.
     pub(crate) trailing_footer_may_be_missing: bool,
-    /// Crash states that were checked.
+    /// Number of checked states.
     pub(crate) states: u64,
-    /// Different images among these states.
+    /// Number of distinct images among the checked states.
     pub(crate) distinct: u64,
-    /// Whether the last image had its trailing footer.
+    /// Whether the last checked image had its trailing footer before recovery.
     pub(crate) had_trailing_footer: bool,
-    /// Crashes during a recovery that were checked.
+    /// Number of checked crashes during a recovery.
     pub(crate) recovery_crashes: u64,
-    /// States with a torn sector.
+    /// Number of checked states with torn sectors.
     pub(crate) torn: u64,
 }
 
 impl Checker {
-    /// Forgets the checked images, so that memory stays small. The counts stay.
+    /// Clears the cache of results, to limit memory. The counts stay.
     pub(crate) fn clear_cache(&mut self) {
         self.checked.clear();
     }
@@ -58,7 +59,8 @@ impl Checker {
         self.torn += other.torn;
     }
 
-    /// Checks the crash outcomes of a machine: all if they are few, otherwise up to `sample`.
+    /// Checks the crash outcomes of a machine: all if there are fewer than [`EXHAUSTIVE_LIMIT`] units, otherwise a
+    /// sample of `sample` outcomes, but at least two.
     pub(crate) fn explore(
         &mut self,
         host: &SimHost,
@@ -102,8 +104,8 @@ impl Checker {
         Ok(())
     }
 
-    /// Checks one crash outcome: `survives` returns whether a unit survives. If `torn` is a seed, sectors are torn at
-    /// random.
+    /// Checks one crash outcome: `survives` returns whether a unit survives. If `torn` is a seed, metadata sectors are
+    /// torn at random.
     fn check_crash(
         &mut self,
         host: &SimHost,
@@ -115,7 +117,8 @@ impl Checker {
         let (mut tear, mut torn_here) = (sector_tearing(torn), false);
         let after = host.crash_torn(survives, &mut |old, new| tear(old, new).inspect(|_| torn_here = true));
         self.torn += u64::from(torn_here);
-        // If no new length survived without the write that caused it, the file must end with a footer (crash-safety A4).
+        // The file must end with a footer if each new length survives exactly when the write that caused it survives
+        // (crash-safety A4).
         let needs_tail = units.iter().enumerate().all(|(i, (step, unit))| {
             let DurableUnit::Len(inode, len) = unit else { return true };
             let last = DurableUnit::Sector(*inode, (len - 1) / 512);
@@ -129,7 +132,8 @@ impl Checker {
         })
     }
 
-    /// Checks a machine after a crash or kill. Returns the contents of its disk.
+    /// Checks a machine after a crash or kill. With `needs_tail` the trailing footer must be present. With
+    /// `acknowledged` every acknowledged action must be kept. Returns the contents of the disk.
     pub(crate) fn check_state(
         &mut self,
         after: &SimHost,
@@ -157,7 +161,8 @@ impl Checker {
         Ok(found.values.clone())
     }
 
-    /// Checks an image as `check_image` does, and crashes at every step of its recovery: the disk must read the same after each.
+    /// Checks an image and its recovery, then crashes at every step of the recovery. After each of these crashes the
+    /// disk must have the same contents.
     fn check_with_recovery_crashes(&mut self, after: &SimHost) -> Result<ImageContents, String> {
         after.start_recording();
         let found = check_image(after, true)?;
@@ -180,17 +185,18 @@ impl Checker {
     }
 }
 
-/// Returns a function that tears sectors of metadata at random; without a seed it tears none.
+/// Returns a function that tears metadata sectors at random. Without a seed the function tears no sector.
 fn sector_tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Option<u128> {
     let mut random = seed.map(Random::new);
     move |old, new| {
-        // The model has no value for a torn sector of guest data; `tests/host/guest.rs` covers these.
+        // The model has no value for a torn sector of guest data; `tests/host/guest.rs` covers torn guest data.
         let random = random.as_mut().filter(|_| !model::is_data(old) && !model::is_data(new))?;
         Some(u128::from(random.next_u64()) << 64 | u128::from(random.next_u64()))
     }
 }
 
-/// Checks an image, opens it as the daemon does, and reads all of it. With `twice` it is checked again after recovery.
+/// Checks an image, opens it as the daemon does, and reads the whole disk. With `twice` the image is checked again
+/// after recovery.
 fn check_image(after: &SimHost, twice: bool) -> Result<ImageContents, String> {
     let sound = |when: &str| {
         let file = after.open(&top(), Access::Read).map_err(|e| e.line())?;

@@ -1,4 +1,5 @@
-//! R1: every short workload on every layout, with every crash outcome at every step.
+//! R1: every short workload on every layout. At every step all crash outcomes are checked, or a sample if there are
+//! many.
 
 use diffdisk::storage::sim::CompletionOrder;
 use diffdisk::units::SectorRange;
@@ -10,7 +11,7 @@ use crate::world::{CheckOptions, World};
 /// An action of the guest or the machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Action {
-    /// A write to part of the first block; the second time an overwrite.
+    /// A write to part of the first block. If repeated, it is an overwrite.
     WriteFirst,
     /// A write to a sector of a later block.
     WriteLater,
@@ -40,8 +41,8 @@ pub(crate) const ALL: [Action; 10] = [
     Action::FailSync,
 ];
 
-/// Runs workloads of `len` actions that use only the first `kinds` kinds of actions. The workloads are numbered; every
-/// `of`-th one runs, beginning with number `share`. Returns how many ran.
+/// Runs workloads of `len` actions that use only the first `kinds` kinds of actions. The workloads are numbered. Every
+/// `of`-th workload runs, beginning with number `share`. Returns the number of workloads run.
 pub(crate) fn run_all(
     layout: &Layout,
     len: u32,
@@ -52,7 +53,7 @@ pub(crate) fn run_all(
     let mut runs = 0;
     for number in (share..kinds.pow(len)).step_by(of) {
         let acts: Vec<Action> = (0..len).map(|n| ALL[number / kinds.pow(n) % kinds]).collect();
-        // The second of two equal actions in a row has no effect.
+        // The second of two consecutive flushes or reopens has no effect.
         if acts.windows(2).any(|w| w[0] == w[1] && matches!(w[0], Action::Flush | Action::Reopen)) {
             continue;
         }
@@ -62,7 +63,8 @@ pub(crate) fn run_all(
     Ok(runs)
 }
 
-/// Runs one workload and checks its last action only: the others are the last of shorter workloads.
+/// Runs one workload and checks crash outcomes during its last action only. Each earlier action is the last one of a
+/// shorter workload, which is checked on its own.
 fn run(layout: &Layout, acts: &[Action], checker: &mut Checker) -> Result<(), String> {
     let blind = CheckOptions { sample: 0, interval: 1, journal: false };
     let mut world = World::new(layout, 1, 1, blind, checker);
@@ -85,7 +87,8 @@ fn perform(world: &mut World<'_>, act: Action) -> Result<(), String> {
         Action::Discard => world.discard(0, SectorRange::between(0, BLOCK)),
         Action::Flush => world.flush(0),
         Action::FlushAmongWrites => {
-            // One write that begins before the flush, and one in each of the flush's steps, in this and other blocks.
+            // One write before the flush and one after each of the flush's first four steps, in the same and in other
+            // blocks.
             world.write(0, SectorRange::between(1, 2));
             world.flush(0);
             for sector in [3 * BLOCK, 4, 3 * BLOCK + 1, 5] {

@@ -1,4 +1,5 @@
-//! R4: one script, of which every operation fails once, with every fault.
+//! R4: one script, run once for each of its operations and each kind of fault. In each run one operation meets the
+//! fault.
 
 use diffdisk::storage::sim::{Fault, FaultPlan, Random};
 use diffdisk::units::SectorRange;
@@ -7,7 +8,7 @@ use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
 use crate::world::{CheckOptions, World};
 
-/// The fault that an operation meets.
+/// Kind of fault that one operation meets.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum FaultKind {
     Io,
@@ -16,7 +17,8 @@ pub(crate) enum FaultKind {
     Late,
 }
 
-/// Runs a script of `acts` actions in which operation `at` fails. Returns false if the script has fewer operations.
+/// Runs a script of `acts` actions in which operation `at` meets the fault. Returns false if the script has fewer
+/// operations.
 pub(crate) fn run(
     layout: &Layout,
     acts: u64,
@@ -27,7 +29,7 @@ pub(crate) fn run(
     let mut random = Random::new(5);
     let checks = CheckOptions { sample: 0, interval: 1, journal: false };
     let mut world = World::new(layout, 5, 1, checks, checker);
-    // Every second run has too little memory for the bitmaps, so that reading bitmaps again fails, too.
+    // In every second run the disk caches only one bitmap sector, so that repeated reads of bitmaps meet faults, too.
     if at.is_multiple_of(2) {
         world.limit_bitmap_cache(1);
     }

@@ -1,5 +1,5 @@
-//! R9: the file system is full in every phase. The same script runs with no free page, with one, with two, and so on,
-//! until the limit affects no operation.
+//! R9: the file system becomes full at every point of a script. The script runs with no free page, with one, with two,
+//! and so on, until the limit affects no operation.
 
 use diffdisk::disk::{Allocation, WhenFull};
 use diffdisk::storage::sim::{FaultPlan, Random};
@@ -9,12 +9,12 @@ use crate::checker::Checker;
 use crate::layouts::Layout;
 use crate::world::{CheckOptions, SpacePolicy, World};
 
-/// Actions while the file system may be full.
+/// Number of actions in the script.
 const ACTS: u64 = 24;
 /// Bytes in a page of the simulated host.
 const PAGE: u64 = 4096;
 
-/// The event that ends the lack of space.
+/// Event at the end of the script, when the file system may be full.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Ending {
     /// Space is freed.
@@ -57,7 +57,7 @@ pub(crate) fn run_all(layout: &Layout, checker: &mut Checker) -> Result<u64, Str
     Ok(runs)
 }
 
-/// Runs the script with `pages` free pages. Returns whether they were too few.
+/// Runs the script with `pages` free pages. Returns whether the limit affected a request.
 fn run(
     layout: &Layout,
     policy: SpacePolicy,
@@ -73,7 +73,7 @@ fn run(
     let plan = FaultPlan { capacity: Some(room), ..roomy.clone() };
     match policy.when_full {
         WhenFull::Fail => world.set_faults(plan),
-        // No request may fail: all wait for space.
+        // With `Park` no request may fail: a request without space waits.
         WhenFull::Park => world.host.set_faults(plan),
     }
     let result = script(&mut world, end, &roomy);
@@ -98,7 +98,8 @@ fn script(world: &mut World<'_>, end: Ending, roomy: &FaultPlan) -> Result<bool,
             world.lanes[0].tick();
         }
     }
-    // After this every request that needs no space is complete, and a commit that needs space has been tried more than once.
+    // After these steps every request that needs no space is complete, and a commit that needs space has been tried
+    // more than once.
     for _ in 0..3 {
         for _ in 0..200 {
             world.step(0)?;
@@ -114,7 +115,7 @@ fn script(world: &mut World<'_>, end: Ending, roomy: &FaultPlan) -> Result<bool,
             world.free_space(roomy);
             world.lanes[0].tick();
             world.finish()?;
-            // With space again nothing fails, under either policy.
+            // With free space no request fails, under either policy.
             world.write(0, SectorRange::between(0, 9));
             world.flush(0);
             world.finish()?;

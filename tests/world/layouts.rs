@@ -1,4 +1,5 @@
-//! The disks under test, each on its own simulated machine: images laid out as this library does, and as other writers do.
+//! The disks under test, each on its own simulated machine: images with the layout of this library and with layouts of
+//! other writers.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,16 +15,16 @@ use crate::model::{self, PARENT, Value};
 /// Sectors in a block of the smallest size.
 pub(crate) const BLOCK: u64 = 8;
 
-/// A machine with a closed disk, all of it durable.
+/// A simulated machine with a closed disk. All files are durable.
 pub(crate) struct Layout {
     pub(crate) name: &'static str,
     host: SimHost,
-    /// The contents of the disk.
+    /// Value of each sector of the disk.
     pub(crate) values: Vec<Value>,
 }
 
 impl Layout {
-    /// Returns a copy of the machine.
+    /// Returns a copy of the machine with the random seed `seed`.
     pub(crate) fn host(&self, seed: u64) -> SimHost {
         let host = self.host.crash_with(&|_| true);
         host.set_seed(seed);
@@ -36,7 +37,7 @@ pub(crate) fn top() -> PathBuf {
     PathBuf::from("/disk/top.vhd")
 }
 
-/// Returns the options that open the disk, with a live journal if `journal`.
+/// Returns the options that open the disk, with a live journal if `journal` is true.
 pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     let runtime = || host.runtime_folder(Path::new("/run")).expect("every folder is in memory");
     let keep =
@@ -44,7 +45,8 @@ pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
-/// Makes the four layouts of crash-safety 11 (R1) on a disk of `blocks`, and one with all blocks allocated and no free tail.
+/// Makes the four layouts of crash-safety 11 (R1) on a disk of `blocks`, and one with all blocks allocated and no free
+/// tail.
 pub(crate) fn all_layouts(blocks: u64) -> Vec<Layout> {
     vec![
         layout("child, aligned", blocks, true, Placement::Native),
@@ -67,10 +69,11 @@ pub(crate) fn large_blocks() -> Vec<Layout> {
 enum Placement {
     /// An empty image, as this library creates it.
     Native,
-    /// The first block is allocated. In a child it ends so that the next bitmap replaces the footer. In a dynamic image there is
-    /// a gap, and the second new block's data replaces the footer.
+    /// Only the first block is allocated. In a child the footer directly follows this block, so that the next bitmap
+    /// overwrites the footer. In a dynamic image there is a gap before the footer, so that the data of the second new
+    /// block overwrites the footer.
     Packed,
-    /// Every block is allocated, without gaps, then the footer.
+    /// Every block is allocated without gaps, and the footer follows the last block.
     Full,
 }
 
@@ -126,7 +129,7 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     ParentLink { uuid, modified: host.now(), relative: Some(name.clone()), absolute: None, name }
 }
 
-/// Adds blocks to an empty image, and moves its footer, to unaligned places as other writers use.
+/// Adds blocks to an empty image at unaligned offsets, as other writers do, and moves the trailing footer after them.
 fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Placement) {
     let file = host.open(&top(), Access::Write).expect("it is there");
     let mut footer = [0; 512];
@@ -137,7 +140,7 @@ fn rebuild(host: &SimHost, blocks: u64, child: bool, form: Placement) {
     let end = file.stat().expect("it is there").len / 512 - 1;
     file.punch_hole(end * 512, 512).expect("it can be cut");
     let present = if form == Placement::Full { blocks } else { 1 };
-    // A packed block takes nine sectors; the first ends one sector before a page.
+    // A packed block takes nine sectors. The first packed block ends one sector before a page boundary.
     let first = end + 6;
     for block in 0..present {
         let place = first + block * 9;

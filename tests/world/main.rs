@@ -1,8 +1,8 @@
 //! The production code on a simulated machine that crashes, is killed, and fails, with a model of the values that each
 //! sector may contain (crash-safety 1, 11).
 //!
-//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs only that seed.
-//! `DIFFDISK_MUTANT=<name>` searches for one mutant only.
+//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs only that
+//! seed. `DIFFDISK_MUTANT=<name>` searches for one mutant only.
 #![allow(unreachable_pub, clippy::cast_possible_truncation)]
 
 mod checker;
@@ -81,8 +81,8 @@ fn every_mutant_is_found() {
     let half = |thread: usize| {
         std::thread::spawn(move || {
             let layouts = layouts::all_layouts(20);
-            // `StaleBits` needs two readers of one bitmap sector, and its eviction between them. `image/write/clock_tests.rs` finds it
-            // with threads; 12 million states here did not.
+            // `StaleBits` needs two readers of one bitmap sector, and an eviction of that sector between their reads.
+            // `image/write/clock_tests.rs` finds it with threads; 12 million states here did not.
             let all = selected_mutants().filter(|m| *m != Mutant::StaleBits && !sessions::MUTANTS.contains(m));
             let mine = all.skip(thread).step_by(2);
             let found = mine.map(|m| (m, mutants::find(m, &layouts, checks)));
@@ -122,7 +122,7 @@ fn selected_mutants() -> impl Iterator<Item = Mutant> {
     selected.into_iter()
 }
 
-/// Runs `work` on two threads, each with its share, and prints the counts of both.
+/// Runs `work` on two threads, each with its own share of the runs, and prints the counts of both.
 fn on_two_threads(what: &str, work: impl Fn(usize, &mut Checker) -> Result<u64, String> + Send + Copy + 'static) {
     let start = Instant::now();
     let threads = [0, 1].map(|share| {
@@ -148,7 +148,7 @@ fn every_short_workload() {
         let mut runs = 0;
         for layout in &layouts::all_layouts(4)[..4] {
             for len in 1..=longest {
-                // The longest workloads leave out the actions that shorter ones cover.
+                // To save time, workloads of more than three actions use only the first eight kinds of actions.
                 let kinds = if len > 3 { 8 } else { exhaustive::ALL.len() };
                 runs += exhaustive::run_all(layout, len, kinds, (share, 2), checker)?;
             }

@@ -7,10 +7,10 @@ use diffdisk::units::SectorRange;
 pub(crate) type Value = u32;
 /// The value of sectors with data of the parent.
 pub(crate) const PARENT: Value = 1;
-/// The value of bytes that no action wrote to that sector.
+/// The value of a sector whose bytes no action wrote to that sector.
 pub(crate) const GARBAGE: Value = u32::MAX;
 
-/// The values of a sector, oldest first, each with the number of its action.
+/// The possible values of a sector, oldest first, each with the number of its action.
 #[derive(Clone, Debug)]
 struct Sector {
     values: Vec<(u32, Value)>,
@@ -18,7 +18,7 @@ struct Sector {
     acknowledged: usize,
 }
 
-/// The disk as the guest expects it.
+/// The possible values of each sector of a disk.
 #[derive(Clone, Debug)]
 pub(crate) struct Model(Vec<Sector>);
 
@@ -35,12 +35,12 @@ impl Model {
         &mut self.0[range.start() as usize..range.end() as usize]
     }
 
-    /// Records that an action begins to write a value.
+    /// Adds `value` to the possible values of each sector, as the write of action `act`.
     pub(crate) fn begin(&mut self, range: SectorRange, act: u32, value: Value) {
         self.range(range).iter_mut().for_each(|s| s.values.push((act, value)));
     }
 
-    /// Records that an action was acknowledged.
+    /// Records that action `act` was acknowledged: reads return its value or a later one.
     pub(crate) fn acknowledge(&mut self, range: SectorRange, act: u32) {
         for sector in self.range(range) {
             let at = sector.values.iter().position(|(a, _)| *a == act).expect("it began");
@@ -48,12 +48,12 @@ impl Model {
         }
     }
 
-    /// Returns the actions that a flush which begins now makes durable: the last acknowledged one of each sector.
+    /// Returns the actions that a flush which begins now makes durable: the last acknowledged action of each sector.
     pub(crate) fn flush_point(&self) -> Vec<u32> {
         self.0.iter().map(|s| s.values[s.acknowledged].0).collect()
     }
 
-    /// Records that the flush with this flush point was acknowledged.
+    /// Removes the values that are older than the flush point `covered` of an acknowledged flush.
     pub(crate) fn complete_flush(&mut self, covered: &[u32]) {
         for (sector, act) in self.0.iter_mut().zip(covered) {
             if let Some(at) = sector.values.iter().position(|(a, _)| a == act) {
@@ -63,8 +63,8 @@ impl Model {
         }
     }
 
-    /// Checks the contents of a disk after a crash, or with `acknowledged` after a kill, which must keep every acknowledged
-    /// action.
+    /// Checks the contents of a disk after a crash or, with `acknowledged`, after a kill. A kill must keep every
+    /// acknowledged action.
     pub(crate) fn check(&self, values: &[Value], acknowledged: bool) -> Result<(), String> {
         for (number, (sector, value)) in self.0.iter().zip(values).enumerate() {
             let from = if acknowledged { sector.acknowledged } else { 0 };
@@ -76,18 +76,18 @@ impl Model {
         Ok(())
     }
 
-    /// Checks data that was read from some sectors of the running disk.
+    /// Checks data that was read from the running disk. `None` stands for a sector that was not read.
     pub(crate) fn check_read(&self, values: &[Option<Value>]) -> Result<(), String> {
         let missing = self.0.iter().zip(values).map(|(s, v)| v.unwrap_or(s.values[s.acknowledged].1));
         self.check(&missing.collect::<Vec<_>>(), true)
     }
 
-    /// Continues after a crash with a disk of these durable contents.
+    /// Replaces the model by the contents of the disk after a crash, which are durable.
     pub(crate) fn reset_after_crash(&mut self, values: &[Value]) {
         *self = Model::new(values);
     }
 
-    /// Continues after a kill with a disk of these contents, which are not durable.
+    /// Reduces the model to the contents of the disk after a kill. These are acknowledged, but not durable.
     pub(crate) fn reset_after_kill(&mut self, values: &[Value]) {
         for (sector, value) in self.0.iter_mut().zip(values) {
             let at = sector.values.iter().rposition(|(_, v)| v == value).expect("it was checked");
@@ -106,7 +106,7 @@ fn name(value: Value) -> String {
     }
 }
 
-/// Returns the bytes of a value in a sector.
+/// Returns the bytes that represent `value` in sector number `sector`.
 pub(crate) fn bytes(sector: u64, value: Value) -> [u8; 512] {
     let mut bytes = [0; 512];
     if value != 0 {
@@ -119,7 +119,7 @@ pub(crate) fn bytes(sector: u64, value: Value) -> [u8; 512] {
     bytes
 }
 
-/// Returns the value of the bytes of a sector.
+/// Returns the value that the bytes of sector number `sector` represent.
 pub(crate) fn value(sector: u64, found: &[u8]) -> Value {
     let pairs = found.as_chunks::<8>().0;
     let value = Value::from_be_bytes(found[..4].try_into().expect("four bytes"));

@@ -1,4 +1,5 @@
-//! R2: random requests on every layout, with crashes, kills, faults and two lanes; crash outcomes are checked at random steps.
+//! R2: random requests on every layout, with crashes, kills, faults and two lanes; crash outcomes are checked at random
+//! steps.
 
 use diffdisk::storage::sim::{FaultPlan, Random};
 use diffdisk::units::SectorRange;
@@ -7,7 +8,8 @@ use crate::checker::Checker;
 use crate::layouts::{BLOCK, Layout};
 use crate::world::{CheckOptions, World};
 
-/// Crashes, kills and clean ends in one run, each continuing from the state that the last one left.
+/// Number of cycles in one run. Each cycle ends in a crash, a kill or a clean close, and the next cycle continues from
+/// the resulting state.
 const CYCLES: u64 = 6;
 
 /// Runs one seed. The error contains the trace.
@@ -52,9 +54,9 @@ fn run_cycles(world: &mut World<'_>, random: &mut Random) -> Result<(), String> 
     world.finish()
 }
 
-/// Submits a guest's random requests between two ends.
+/// Submits the random requests of one cycle.
 fn random_requests(world: &mut World<'_>, random: &mut Random) -> Result<(), String> {
-    // Some guests use a few blocks only, others all blocks, so that the file grows.
+    // Half of the cycles use only the first four blocks. The others use all blocks, so that the file grows.
     let sectors = if random.chance(1, 2) { world.sectors() } else { 4 * BLOCK };
     let acts = 4 + random.below(24);
     let fault = random.chance(1, 4).then(|| random.below(acts));

@@ -13,21 +13,21 @@ use crate::layouts::{self, Layout};
 use crate::memory::TestMemory;
 use crate::model::{self, Model};
 
-/// Depth of the engines.
+/// Queue depth of the I/O engines.
 const DEPTH: usize = 32;
 
-/// Number of crash outcomes to check.
+/// Options of a run: the crash outcomes to check, and the journal.
 #[derive(Clone, Copy)]
 pub(crate) struct CheckOptions {
-    /// Crash outcomes checked at a step, if there are too many to check all; 0 for none.
+    /// Number of crash outcomes to check at a step if there are too many to check all; 0 for no checks.
     pub(crate) sample: u64,
-    /// Steps between two checks.
+    /// Number of steps between two checks.
     pub(crate) interval: u64,
     /// Whether the disk has a live journal, so that a kill must keep every acknowledged write.
     pub(crate) journal: bool,
 }
 
-/// Way in which a disk uses space.
+/// Space allocation of a disk, and its behaviour on a full file system.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SpacePolicy {
     pub(crate) when_full: WhenFull,
@@ -40,7 +40,7 @@ impl Default for SpacePolicy {
     }
 }
 
-/// The change of the model when a request completes.
+/// A request in flight, with the change of the model at its completion.
 struct InFlightRequest {
     act: u32,
     kind: InFlightKind,
@@ -49,7 +49,7 @@ struct InFlightRequest {
 enum InFlightKind {
     Write(SectorRange),
     Discard(SectorRange),
-    /// The flush point, and whether the flush must fail since a sync failed before it began.
+    /// The flush point, and whether the flush must fail because a sync failed before the flush began.
     Flush(Vec<u32>, bool),
     Read(SectorRange, TestMemory),
 }
@@ -112,7 +112,7 @@ impl<'a> World<'a> {
             actions: model::PARENT,
             cached_bitmap_sectors: None,
         };
-        // The first open of a sound disk needs no checks.
+        // The first open of an undamaged disk needs no checks.
         let checks = std::mem::replace(&mut world.checks, CheckOptions { sample: 0, ..checks });
         world.open(lanes).expect("a sound disk opens");
         world.checks = checks;
@@ -123,7 +123,7 @@ impl<'a> World<'a> {
         self.model.sectors()
     }
 
-    /// Returns the bytes of all files.
+    /// Returns the total length of all files.
     pub(crate) fn allocated(&self) -> u64 {
         let file = |path: &std::path::Path| self.host.bytes(path).map_or(0, |b| b.len() as u64);
         self.host.names().iter().map(|name| file(name)).sum()
@@ -141,7 +141,7 @@ impl<'a> World<'a> {
         self.disk.is_some()
     }
 
-    /// Opens the disk. Returns false if planned faults prevent it.
+    /// Opens the disk. Returns false if planned faults prevent the open.
     pub(crate) fn open(&mut self, lanes: usize) -> Result<bool, String> {
         let (host, SpacePolicy { when_full, allocation }) = (self.host.clone(), self.space_policy);
         let options = DiskOptions { when_full, allocation, ..layouts::options(&self.host, self.checks.journal) };
@@ -163,7 +163,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Calls a function and checks crash outcomes at every step that it makes the machine take.
+    /// Calls `call` and checks crash outcomes at every step of the machine during the call.
     fn check_every_step<T>(&mut self, call: impl FnOnce() -> T) -> Result<T, String> {
         if self.checks.sample == 0 {
             return Ok(call());
@@ -247,7 +247,7 @@ impl<'a> World<'a> {
         self.push(lane, Work::Read { range, into }, InFlightKind::Read(range, memory));
     }
 
-    /// Grants at most one completion to one lane, and handles its answers.
+    /// Grants at most one completion to one lane, and handles the lane's answers.
     pub(crate) fn step(&mut self, lane: usize) -> Result<(), String> {
         let mut answers = Vec::new();
         self.host.limit_completions(Some(1));
@@ -300,13 +300,13 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Returns whether a sync has failed on this machine. Then nothing may become durable, and no process can find out what the
-    /// medium contains until the machine crashes: the page cache hides it.
+    /// Returns whether a sync has failed on this machine. After a failed sync no further write may become durable.
+    /// Until the machine crashes, the page cache hides the contents of the medium from every process.
     fn is_poisoned(&self) -> bool {
         self.host.counts().failed_syncs > 0
     }
 
-    /// Plans faults.
+    /// Plans faults, after which requests may fail.
     pub(crate) fn set_faults(&mut self, plan: FaultPlan) {
         self.trace.push(format!("faults: {plan:?}"));
         self.may_fail = true;
@@ -354,7 +354,7 @@ impl<'a> World<'a> {
         match closed {
             Ok(()) => self.model.complete_flush(&covered),
             Err(e) if !self.may_fail => return Err(format!("the disk does not close: {}", e.line())),
-            // The disk ends uncommitted, as after a kill.
+            // The disk is left uncommitted, as after a kill.
             Err(_) => return self.kill_and_open(lanes),
         }
         self.check_now()?;
@@ -368,7 +368,7 @@ impl<'a> World<'a> {
         self.pending.len()
     }
 
-    /// Frees space. From now on no request may fail, neither new ones nor those that wait.
+    /// Frees space. From now on no request may fail, neither a new nor a waiting one.
     pub(crate) fn free_space(&mut self, faults: &FaultPlan) {
         self.trace.push("space is freed".into());
         self.may_fail = false;
