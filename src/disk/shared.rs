@@ -211,8 +211,8 @@ impl Disk {
         }
     }
 
-    /// Commits and closes the image cleanly: the file then ends directly after its last block. All lanes must be dropped
-    /// before.
+    /// Commits and closes the image cleanly: the file then ends with a footer directly after its last block, or keeps its
+    /// length if the file system has no space for that footer. All lanes must be dropped before.
     ///
     /// # Errors
     /// Those of [`Disk::commit`], and of cutting the file; the next open then recovers the image.

@@ -21,7 +21,7 @@ const SECRET: &str = "SECRET";
 const CLASSES: usize = 40;
 
 /// Folders and files that a run may open in addition to the child's own folder: those that the loader, the C library
-/// and the Rust runtime read, and the daemon's own state.
+/// and the Rust runtime read. `allowed` adds the state of the daemon.
 const SYSTEM: [&str; 9] = [
     "/lib/",
     "/lib64/",

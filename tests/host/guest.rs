@@ -39,7 +39,7 @@ pub(crate) fn tagged_run(tag: u64, first: u64, count: u64) -> Vec<u8> {
     (first..first + count).flat_map(|sector| tagged(tag, sector)).collect()
 }
 
-/// Identifies the contents of sector `sector`. Fails if these bytes were never written to the sector.
+/// Identifies the contents of sector `sector`. Fails if the bytes have no pattern of the guest, or that of another sector.
 pub(crate) fn identify(bytes: &[u8], sector: u64) -> Result<Content, String> {
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     // All units of 16 bytes must be equal.

@@ -262,7 +262,8 @@ fn page_aligned_blocks_move_only_into_gaps() {
         }
         assert_eq!(fixture.defects("i.vhd"), [""; 0], "{before:?}");
     }
-    // Blocks written later have the new alignment, and move into a gap with that alignment.
+    // The data of blocks that `write` adds begins at multiples of 32 sectors. `compact` moves such a block into a gap with
+    // the same alignment.
     let host = SimHost::new(1);
     let fixture = Fixture::new(&host, Path::new(FOLDER));
     let (path, placed) = (fixture.path("i.vhd"), at_pages(&fixture, &host, &[0, 1, 2]));

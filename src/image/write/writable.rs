@@ -139,7 +139,7 @@ impl Writable {
 
     /// Returns the place of a block, which is the file sector of its bitmap. Gives the block a place if it has none.
     ///
-    /// Performs no I/O, except that the first block of a session writes the stamp. Idempotent.
+    /// Performs no I/O, except that the first call of a session that places a block also writes the stamp. Idempotent.
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for the block.

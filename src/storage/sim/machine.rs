@@ -23,7 +23,7 @@ pub(super) enum StepKind {
     Read,
     Write,
     Sync,
-    /// Lengths, allocations, holes, metadata.
+    /// Changes of lengths, allocations, holes and metadata.
     Range,
     /// Opened and changed names.
     Name,

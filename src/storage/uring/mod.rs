@@ -87,7 +87,7 @@ impl UringEngine {
         Ok(UringEngine {
             ring,
             entries: (0..depth).map(|_| SlabEntry::default()).collect(),
-            // The lowest numbers are used first: they are in the processor's caches.
+            // The lowest numbers are used first, so that a few entries of the slab stay in the processor's caches.
             free: (0..numbers).rev().collect(),
             nowait: NowaitWrites::new(),
             nowait_writes: Vec::with_capacity(depth),
