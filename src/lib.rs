@@ -146,7 +146,8 @@
 //! | stage, job | a step of a task; a commit or growth that a lane executes in steps |
 //! | group commit, round | the commit that flushes of all queues share; one such commit |
 //! | mailbox, lane event | messages to a lane from other threads; one such message |
-//! | parked, stalled | waiting for an event (of a task); waiting for free space (of writes) |
+//! | parked, stalled | waiting for an event (of a task); waiting for free space (of writes and commit rounds) |
+//! | urgent | said of a lane or thread that leaves a stalled round, because it must not wait for free space |
 //! | readahead | prefetch for sequential reads |
 //! | early writeback | starting writeback before a flush is likely |
 //! | cached read | a read that is copied from the page cache without a system call |

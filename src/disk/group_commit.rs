@@ -3,8 +3,11 @@
 //! A commit and its flushes are a *round*. A flush joins a round that starts after the flush has arrived, never the running one,
 //! whose snapshot is already taken. The lane whose flush starts a round leads it on its own engine; the other lanes get an event
 //! when it ends. If flushes wait for the next round then, the same lane leads that, too.
+//!
+//! If a round finds the file system full, it *stalls*: its leader keeps it open, and leads it again later. The control thread and
+//! a queue that stops must not wait for space. They are *urgent*: they leave a round that stalls, and only their own flushes fail.
+//! An urgent leader leaves the round without a leader, and the first waiter that claims the lead takes it over.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::mailbox::{LaneEvent, Mailbox};
@@ -14,28 +17,33 @@ use crate::mutant::{self, Mutant};
 #[derive(Debug, Default)]
 pub struct GroupCommit {
     state: Mutex<GroupCommitState>,
-    /// Number of threads that wait for a round and must not wait until a full file system has space.
-    urgent: AtomicUsize,
-}
-
-/// Marks a thread that waits for a round and must not wait for space on the file system, until the mark is dropped.
-pub(super) struct UrgentGuard<'a>(&'a AtomicUsize);
-
-impl Drop for UrgentGuard<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 #[derive(Debug, Default)]
 struct GroupCommitState {
     running: bool,
+    /// Whether the running round has no leader.
+    leaderless: bool,
     /// Number of the running round, or of the last one if none runs.
     round: u64,
-    /// Mailboxes that wait for the running round.
-    current: Vec<Arc<Mailbox>>,
-    /// Mailboxes that wait for the round after it.
-    next: Vec<Arc<Mailbox>>,
+    /// Waiters for the running round.
+    current: Vec<RoundWaiter>,
+    /// Waiters for the round after it.
+    next: Vec<RoundWaiter>,
+}
+
+/// A lane or thread that waits for a round.
+#[derive(Debug)]
+struct RoundWaiter {
+    mailbox: Arc<Mailbox>,
+    /// Whether it leaves a round that stalls.
+    urgent: bool,
+}
+
+impl RoundWaiter {
+    fn has(&self, mailbox: &Arc<Mailbox>) -> bool {
+        Arc::ptr_eq(&self.mailbox, mailbox)
+    }
 }
 
 /// A place in a round.
@@ -45,6 +53,37 @@ pub struct JoinedRound {
     pub round: u64,
     /// Whether the round starts now, and the caller has to lead it.
     pub lead: bool,
+}
+
+impl GroupCommitState {
+    /// Starts the round after the running one. Returns false if no flush waits for it; then no round runs any more.
+    fn advance(&mut self) -> bool {
+        self.running = !self.next.is_empty();
+        self.round += u64::from(self.running);
+        self.current = std::mem::take(&mut self.next);
+        self.running
+    }
+
+    /// Posts the end of the running round to its waiters.
+    fn post_end(&mut self, ok: bool) {
+        assert!(self.running, "only a running round ends");
+        let event = LaneEvent::Committed { round: self.round, ok };
+        self.current.drain(..).for_each(|waiter| waiter.mailbox.post(event));
+    }
+
+    /// Offers the lead of the running round to its waiters. If it has none, starts the next round and offers the lead of that.
+    fn offer_lead(&mut self) {
+        self.leaderless = !self.current.is_empty() || self.advance();
+        self.current.iter().for_each(|waiter| waiter.mailbox.post(LaneEvent::Leaderless));
+    }
+
+    /// Removes the waiters that `leaves` selects from both rounds, and posts `LeftRound` to each of them.
+    fn remove_waiters(&mut self, leaves: impl Fn(&RoundWaiter) -> bool) {
+        for (waiters, round) in [(&mut self.current, self.round), (&mut self.next, self.round + 1)] {
+            let left = waiters.extract_if(.., |waiter| leaves(waiter));
+            left.for_each(|waiter| waiter.mailbox.post(LaneEvent::LeftRound { round }));
+        }
+    }
 }
 
 impl GroupCommit {
@@ -57,39 +96,62 @@ impl GroupCommit {
             state.round += 1;
         }
         let round = state.round + u64::from(!lead && !mutant::enabled(Mutant::JoinRunning));
-        let waiting = if round == state.round { &mut state.current } else { &mut state.next };
-        if !waiting.iter().any(|m| Arc::ptr_eq(m, mailbox)) {
-            waiting.push(mailbox.clone());
+        let waiters = if round == state.round { &mut state.current } else { &mut state.next };
+        if !waiters.iter().any(|waiter| waiter.has(mailbox)) {
+            waiters.push(RoundWaiter { mailbox: mailbox.clone(), urgent: false });
         }
         JoinedRound { round, lead }
     }
 
-    /// Makes rounds that find the file system full fail within a second, until the guard is dropped. For a queue that
-    /// stops and for the control thread, which wait for the round.
-    pub(super) fn mark_urgent(&self) -> UrgentGuard<'_> {
-        self.urgent.fetch_add(1, Ordering::Relaxed);
-        UrgentGuard(&self.urgent)
+    /// Makes the waiter with this mailbox urgent in the rounds for which it waits now.
+    pub(super) fn mark_urgent(&self, mailbox: &Arc<Mailbox>) {
+        let state = &mut *self.lock();
+        let waiters = state.current.iter_mut().chain(&mut state.next);
+        waiters.filter(|waiter| waiter.has(mailbox)).for_each(|waiter| waiter.urgent = true);
     }
 
-    /// Whether a round that finds the file system full must fail.
-    pub(super) fn is_urgent(&self) -> bool {
-        self.urgent.load(Ordering::Relaxed) > 0
+    /// Removes the urgent waiters: the running round found the file system full, and its leader is going to lead it again.
+    pub(super) fn stall(&self) {
+        self.lock().remove_waiters(|waiter| waiter.urgent);
     }
 
-    /// Ends the running round and posts its end to all mailboxes that wait for it. Returns the number of the next round if flushes
-    /// wait for one; the caller has to lead it.
+    /// Removes the leader of the running round, which has this mailbox, and offers the lead to the other waiters: the round
+    /// found the file system full, and its leader must not wait for space.
+    pub(super) fn hand_over(&self, mailbox: &Arc<Mailbox>) {
+        let mut state = self.lock();
+        state.remove_waiters(|waiter| waiter.has(mailbox));
+        state.offer_lead();
+    }
+
+    /// Claims the lead of the running round if the round has no leader. Returns whether the caller has to lead it now.
+    pub(super) fn claim_lead(&self) -> bool {
+        std::mem::take(&mut self.lock().leaderless)
+    }
+
+    /// Ends the running round and posts its end to its waiters. Returns the number of the next round if flushes wait for one; the
+    /// caller has to lead it.
     pub fn finish(&self, ok: bool) -> Option<u64> {
         let mut state = self.lock();
-        assert!(state.running, "only a running round ends");
-        let event = LaneEvent::Committed { round: state.round, ok };
-        state.current.drain(..).for_each(|m| m.post(event));
-        if state.next.is_empty() {
-            state.running = false;
-            return None;
+        state.post_end(ok);
+        state.advance().then_some(state.round)
+    }
+
+    /// Ends the running round like [`GroupCommit::finish`], but leaves the lead of the next round to one of its waiters.
+    pub(super) fn finish_and_hand_over(&self, ok: bool) {
+        let mut state = self.lock();
+        state.post_end(ok);
+        state.offer_lead();
+    }
+
+    /// Removes the waiter with this mailbox from all rounds, without an event. Its lane has no flush in flight, and stops or is
+    /// dropped.
+    pub(super) fn leave(&self, mailbox: &Arc<Mailbox>) {
+        let mut state = self.lock();
+        state.current.retain(|waiter| !waiter.has(mailbox));
+        state.next.retain(|waiter| !waiter.has(mailbox));
+        if state.leaderless && state.current.is_empty() {
+            state.offer_lead();
         }
-        state.round += 1;
-        state.current = std::mem::take(&mut state.next);
-        Some(state.round)
     }
 
     fn lock(&self) -> MutexGuard<'_, GroupCommitState> {
@@ -100,11 +162,16 @@ impl GroupCommit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::random::Random;
+
+    fn mailboxes<const N: usize>() -> [Arc<Mailbox>; N] {
+        [(); N].map(|()| Arc::new(Mailbox::new().unwrap()))
+    }
 
     #[test]
     fn a_flush_joins_a_round_that_starts_after_it() {
         let rounds = GroupCommit::default();
-        let [a, b] = [(); 2].map(|()| Arc::new(Mailbox::new().unwrap()));
+        let [a, b] = mailboxes();
         assert_eq!(rounds.join(&a), JoinedRound { round: 1, lead: true });
         assert_eq!(rounds.join(&b), JoinedRound { round: 2, lead: false });
         assert_eq!(rounds.join(&a), JoinedRound { round: 2, lead: false });
@@ -120,12 +187,118 @@ mod tests {
     }
 
     #[test]
-    fn rounds_are_urgent_until_the_last_guard_is_dropped() {
+    fn only_urgent_waiters_leave_a_round_that_stalls() {
         let rounds = GroupCommit::default();
-        let (first, second) = (rounds.mark_urgent(), rounds.mark_urgent());
-        drop(first);
-        assert!(rounds.is_urgent());
-        drop(second);
-        assert!(!rounds.is_urgent());
+        let [leader, control, lane] = mailboxes();
+        rounds.join(&leader);
+        rounds.join(&control);
+        rounds.join(&lane);
+        rounds.mark_urgent(&control);
+        rounds.stall();
+        assert_eq!(control.take(), [LaneEvent::LeftRound { round: 2 }]);
+        assert!(leader.take().is_empty() && lane.take().is_empty());
+        assert_eq!(rounds.finish(true), Some(2));
+        assert_eq!(rounds.finish(true), None);
+        assert_eq!(lane.take(), [LaneEvent::Committed { round: 2, ok: true }]);
+        assert!(control.take().is_empty());
+    }
+
+    #[test]
+    fn a_leader_that_leaves_hands_the_round_over() {
+        let rounds = GroupCommit::default();
+        let [stopping, first, second] = mailboxes();
+        rounds.join(&stopping);
+        rounds.join(&first);
+        rounds.join(&second);
+        assert!(!rounds.claim_lead(), "the round has a leader");
+        rounds.hand_over(&stopping);
+        assert_eq!(stopping.take(), [LaneEvent::LeftRound { round: 1 }]);
+        assert!([&first, &second].iter().all(|m| m.take() == [LaneEvent::Leaderless]));
+        // A waiter that leaves before it claims the lead does not take the round with it.
+        rounds.leave(&first);
+        assert!(rounds.claim_lead() && !rounds.claim_lead());
+        rounds.join(&stopping);
+        rounds.finish_and_hand_over(true);
+        assert_eq!(second.take(), [LaneEvent::Committed { round: 2, ok: true }]);
+        assert_eq!(stopping.take(), [LaneEvent::Leaderless]);
+        rounds.leave(&stopping);
+        assert!(!rounds.claim_lead(), "no round runs");
+        assert_eq!(rounds.join(&first), JoinedRound { round: 4, lead: true });
+    }
+
+    /// A waiter in the random test, and the rounds whose end it has not received.
+    struct TestWaiter {
+        mailbox: Arc<Mailbox>,
+        rounds: Vec<u64>,
+    }
+
+    /// Takes the events of a waiter, and claims the lead if it is offered. `leader` is the index of the leader.
+    fn take_events(rounds: &GroupCommit, waiters: &mut [TestWaiter], index: usize, leader: &mut Option<usize>) {
+        for event in waiters[index].mailbox.take() {
+            match event {
+                LaneEvent::Committed { round, .. } | LaneEvent::LeftRound { round } => {
+                    let waits = &mut waiters[index].rounds;
+                    let at = waits.iter().position(|waited| *waited == round).expect("one event per round");
+                    waits.swap_remove(at);
+                }
+                LaneEvent::Leaderless if rounds.claim_lead() => {
+                    assert_eq!(leader.replace(index), None, "two leaders");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn each_waiter_gets_one_event_per_round_and_no_round_stays_without_a_leader() {
+        let mut random = Random::from_env(1);
+        let rounds = GroupCommit::default();
+        let mut leader = None;
+        let mut waiters = mailboxes::<4>().map(|mailbox| TestWaiter { mailbox, rounds: Vec::new() });
+        for step in 0..200_000 {
+            let index = random.index(waiters.len());
+            // In the last forty of each hundred steps waiters only take events and end rounds.
+            let action = if step % 100 < 60 { random.below(8) } else { 6 + random.below(2) };
+            let mailbox = waiters[index].mailbox.clone();
+            match (action, leader) {
+                (0 | 1, _) => {
+                    // A flush that joins a round which its lane has just left fails with the event of the earlier flush.
+                    take_events(&rounds, &mut waiters, index, &mut leader);
+                    let JoinedRound { round, lead } = rounds.join(&mailbox);
+                    if !waiters[index].rounds.contains(&round) {
+                        waiters[index].rounds.push(round);
+                    }
+                    if lead {
+                        assert_eq!(leader.replace(index), None, "two leaders");
+                    }
+                }
+                (2, _) => rounds.mark_urgent(&mailbox),
+                (3, Some(_)) => rounds.stall(),
+                (4, Some(leading)) => {
+                    rounds.hand_over(&waiters[leading].mailbox);
+                    leader = None;
+                }
+                (5, Some(_)) => {
+                    rounds.finish_and_hand_over(true);
+                    leader = None;
+                }
+                (6, Some(_)) => leader = leader.filter(|_| rounds.finish(true).is_some()),
+                _ => take_events(&rounds, &mut waiters, index, &mut leader),
+            }
+            // A lane stops. It waits for commits in the background only.
+            if step % 10 == 0 && leader != Some(index) {
+                rounds.leave(&mailbox);
+                take_events(&rounds, &mut waiters, index, &mut leader);
+                waiters[index].rounds.clear();
+            }
+            if step % 100 == 99 {
+                let is_at_rest = |waiters: &[TestWaiter]| waiters.iter().all(|waiter| waiter.rounds.is_empty());
+                while leader.is_some() || !is_at_rest(&waiters) {
+                    (0..waiters.len()).for_each(|index| take_events(&rounds, &mut waiters, index, &mut leader));
+                    assert!(leader.is_some() || is_at_rest(&waiters), "no leader at step {step}");
+                    leader = leader.filter(|_| rounds.finish(true).is_some());
+                }
+            }
+        }
     }
 }

@@ -40,7 +40,7 @@ pub struct Lane {
     /// Tasks that wait until the file has grown or the file system has space.
     pub(super) parked: Vec<u32>,
     /// Tasks that wait for a commit.
-    awaiting_commit: Vec<u32>,
+    pub(super) awaiting_commit: Vec<u32>,
     jobs: Jobs,
     stalled_commit: StalledCommit,
     pub(super) no_space_log: NoSpaceLog,
@@ -195,7 +195,7 @@ impl Lane {
             && !self.jobs.is_running(JobKind::Growth)
     }
 
-    /// Waits until the lane is idle. Requests that wait for space on the file system fail.
+    /// Waits until the lane is idle. Requests of this lane that wait for space on the file system fail.
     ///
     /// # Errors
     /// Those of [`Lane::poll`].
@@ -204,18 +204,24 @@ impl Lane {
         loop {
             self.poll(answers)?;
             if self.is_idle() {
-                return Ok(());
+                // No round may wait for this lane to lead it: a background commit of the lane can still be joined.
+                self.disk.group_commit.leave(&self.mailbox);
+                // Takes the events up to now, which must not reach the flushes of the next ring. One of them may offer the lead.
+                self.poll(answers)?;
+                if self.is_idle() {
+                    return Ok(());
+                }
             }
             if self.ops.engine.outstanding() > 0 {
                 self.ops.engine.wait()?;
             } else if self.stalled_commit.take() {
-                self.end_round(false);
+                self.disk.group_commit.hand_over(&self.mailbox);
             } else if !self.parked.is_empty() && !self.jobs.is_running(JobKind::Growth) {
                 let parked = std::mem::take(&mut self.parked);
                 self.resume_tasks(parked, false);
             } else if !self.has_queued_punch() {
                 // All remaining requests wait for another lane.
-                let _urgent = self.disk.group_commit.mark_urgent();
+                self.disk.group_commit.mark_urgent(&self.mailbox);
                 self.mailbox.sleep();
             }
         }
@@ -236,12 +242,12 @@ impl Lane {
 
     fn handle_event(&mut self, event: LaneEvent) {
         match event {
-            LaneEvent::Committed { round, ok } => {
-                let tasks = &self.tasks;
-                let of_round = |n: &u32| tasks.get(*n).is_some_and(|t| t.commit_round == round);
-                let (mine, others) = std::mem::take(&mut self.awaiting_commit).into_iter().partition(of_round);
-                self.awaiting_commit = others;
-                self.resume_tasks(mine, ok);
+            LaneEvent::Committed { round, ok } => self.round_ended(round, ok),
+            LaneEvent::LeftRound { round } => self.round_ended(round, false),
+            LaneEvent::Leaderless => {
+                if self.disk.group_commit.claim_lead() {
+                    self.lead_commit();
+                }
             }
             LaneEvent::GrowthEnded(GrowthResult::NoSpace) if self.disk.parks_when_full() => self.stall_parked(),
             LaneEvent::GrowthEnded(result) => {
@@ -256,6 +262,15 @@ impl Lane {
                 self.advance(number);
             }
         }
+    }
+
+    /// Resumes the tasks that wait for a round.
+    fn round_ended(&mut self, round: u64, ok: bool) {
+        let tasks = &self.tasks;
+        let of_round = |n: &u32| tasks.get(*n).is_some_and(|t| t.commit_round == round);
+        let (mine, others) = std::mem::take(&mut self.awaiting_commit).into_iter().partition(of_round);
+        self.awaiting_commit = others;
+        self.resume_tasks(mine, ok);
     }
 
     /// Starts the next piece if one is queued and the punch lock is free. Returns whether it did.
@@ -290,6 +305,7 @@ impl Lane {
             // The round stays open, and the next tick leads a new commit for it. Nothing was acknowledged, and all that the failed
             // commit had taken is dirty again.
             (Job::Commit(_), _) if is_full && self.disk.parks_when_full() => {
+                self.disk.group_commit.stall();
                 self.stalled_commit.stall(self.disk.top_path());
             }
             (Job::Commit(commit), result) => {
@@ -321,8 +337,8 @@ impl Lane {
         top.image.is_growing()
     }
 
-    /// Leads the commit of a round that has just begun.
-    fn lead_commit(&mut self) {
+    /// Leads the commit of the running round.
+    pub(super) fn lead_commit(&mut self) {
         let top = self.disk.writable_top();
         let commit = Commit::new(top.image.clone(), top.slot);
         self.start_job(Job::Commit(commit));
@@ -333,16 +349,6 @@ impl Lane {
         if self.disk.group_commit.finish(ok).is_some() {
             self.lead_commit();
         }
-    }
-
-    /// Adds a request to the next commit round, and leads the round if no other runs. Returns the round's number.
-    pub(super) fn join_commit(&mut self, number: u32) -> u64 {
-        let joined = self.disk.group_commit.join(&self.mailbox);
-        self.awaiting_commit.push(number);
-        if joined.lead {
-            self.lead_commit();
-        }
-        joined.round
     }
 
     /// Starts a commit for which no request waits, unless a round is running: then another follows it.
@@ -361,11 +367,7 @@ impl Lane {
         let parked = std::mem::take(&mut self.parked);
         self.resume_tasks(parked, true);
         if self.stalled_commit.take() {
-            // A thread that must not wait for space is waiting for this round: its flushes fail.
-            match self.disk.group_commit.is_urgent() {
-                true => self.end_round(false),
-                false => self.lead_commit(),
-            }
+            self.lead_commit();
         }
         let top = self.disk.version().top();
         if let Some(top) = top {
@@ -383,9 +385,13 @@ impl Lane {
 impl Drop for Lane {
     /// Ends the jobs and locks for which other lanes may wait.
     fn drop(&mut self) {
-        if self.jobs.cancel(JobKind::Commit) || self.stalled_commit.is_stalled() {
+        if self.jobs.cancel(JobKind::Commit) {
+            // The abandoned commit has poisoned the image.
             while self.disk.group_commit.finish(false).is_some() {}
+        } else if self.stalled_commit.is_stalled() {
+            self.disk.group_commit.hand_over(&self.mailbox);
         }
+        self.disk.group_commit.leave(&self.mailbox);
         if self.jobs.cancel(JobKind::Growth) {
             self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
         }

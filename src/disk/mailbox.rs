@@ -17,6 +17,13 @@ pub enum LaneEvent {
         /// Whether the commit succeeded.
         ok: bool,
     },
+    /// A commit round found the file system full, and the receiver, which must not wait for space, has left the round.
+    LeftRound {
+        /// Number of the round.
+        round: u64,
+    },
+    /// The running commit round has no leader. The first waiter that claims the lead has to lead it.
+    Leaderless,
     /// A step of growth ended.
     GrowthEnded(GrowthResult),
     /// The lane holds the punch lock of the disk.

@@ -156,22 +156,30 @@ impl Disk {
         lanes.retain(|lane| lane.upgrade().map(|m| m.post(event)).is_some());
     }
 
-    /// Makes all completed writes durable. Waits until they are.
+    /// Makes all completed writes durable. Waits until they are, but not for space on a full file system: the calling thread
+    /// has other work. If the call fails for lack of space, flushes of lanes do not fail with it; they wait.
     ///
     /// # Errors
-    /// - `Io` or `NoSpace` if the commit failed.
+    /// - `NoSpace` if the file system is full. No write is lost, and the call may be repeated.
+    /// - `Io` if the commit failed.
     /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
     pub fn commit(&self) -> Result<()> {
         let Some(top) = self.version.top() else { return Ok(()) };
         let mailbox = Arc::new(Mailbox::new()?);
         let joined = self.group_commit.join(&mailbox);
         if joined.lead {
-            return self.lead_commit(top);
+            return self.lead_commit(top, &mailbox);
         }
-        let _urgent = self.group_commit.mark_urgent();
+        self.group_commit.mark_urgent(&mailbox);
         loop {
             for event in mailbox.wait() {
                 match event {
+                    LaneEvent::Leaderless if self.group_commit.claim_lead() => return self.lead_commit(top, &mailbox),
+                    LaneEvent::LeftRound { .. } => {
+                        let what =
+                            "the host is full: completed writes are not durable yet; free space on its file system";
+                        return Err(Error::new(ErrorKind::NoSpace, what).at_path(top.image.path()));
+                    }
                     LaneEvent::Committed { round, ok: true } if round == joined.round => return Ok(()),
                     LaneEvent::Committed { round, .. } if round == joined.round => {
                         top.image.check_poison()?;
@@ -183,21 +191,18 @@ impl Disk {
         }
     }
 
-    /// Leads commit rounds on the calling thread until no flush waits for another. Returns the result of the first round.
-    fn lead_commit(&self, top: &Top) -> Result<()> {
-        let mut first = None;
-        loop {
-            let mut commit = Commit::new(top.image.clone(), top.slot);
-            let result = image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| {
-                commit.next(failed, ops)
-            });
-            self.record_commit(&result, commit.barriers());
-            let over = self.group_commit.finish(result.is_ok()).is_none();
-            first.get_or_insert(result);
-            if over {
-                return first.expect("the loop led a round");
-            }
+    /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to the lanes, and the
+    /// running one, too, if the file system is full: lanes can wait for space.
+    fn lead_commit(&self, top: &Top, mailbox: &Arc<Mailbox>) -> Result<()> {
+        let mut commit = Commit::new(top.image.clone(), top.slot);
+        let result =
+            image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops));
+        self.record_commit(&result, commit.barriers());
+        match &result {
+            Err(e) if self.parks_when_full() && e.kind() == ErrorKind::NoSpace => self.group_commit.hand_over(mailbox),
+            _ => self.group_commit.finish_and_hand_over(result.is_ok()),
         }
+        result
     }
 
     /// Counts a commit, and logs its failure.

@@ -330,9 +330,15 @@ impl Lane {
         }
     }
 
+    /// Adds a task to the next commit round, and leads the round if no other runs.
     fn await_commit(&mut self, number: u32, task: &mut Task) -> StageResult {
+        let joined = self.disk.group_commit.join(&self.mailbox);
+        self.awaiting_commit.push(number);
+        if joined.lead {
+            self.lead_commit();
+        }
         // The event names its round, so the end of another round does not resume the task.
-        task.commit_round = self.join_commit(number);
+        task.commit_round = joined.round;
         StageResult::Wait(TaskStage::AwaitCommit)
     }
 

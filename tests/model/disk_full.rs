@@ -2,31 +2,84 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use diffdisk::disk::{Disk, DiskOptions, Outcome, Work, ZeroRange};
+use diffdisk::error::ErrorKind;
 use diffdisk::image::{self, ImageKind, ImageSpec};
 use diffdisk::storage::sim::{FaultPlan, SimHost};
 use diffdisk::storage::{Access, EngineKind, Env};
 use diffdisk::units::{BlockSize, SectorRange};
 
+use crate::gated_host::GatedHost;
 use crate::testing::TestDisk;
 
 const PATH: &str = "/d/disk.vhd";
 
 /// Makes and opens a root of 1 MiB with blocks of 64 KiB. Without space, writes wait (`WhenFull::Park`).
 fn disk(host: &SimHost) -> Arc<Disk> {
+    disk_over(Arc::new(host.clone()), host)
+}
+
+/// Makes the same disk on `host`, and opens it through `env`.
+fn disk_over(env: Arc<dyn Env>, host: &SimHost) -> Arc<Disk> {
     let block_size = BlockSize::from_bytes(64 << 10).expect("a legal size");
     let spec = ImageSpec { kind: ImageKind::Dynamic, size: 1 << 20, block_size, reserve: 0 };
     image::create(host, Path::new(PATH), &spec).expect("a new image");
-    Disk::open(Arc::new(host.clone()), &DiskOptions::new(Path::new(PATH))).expect("it opens")
+    Disk::open(env, &DiskOptions::new(Path::new(PATH))).expect("it opens")
 }
 
 /// Limits the free space to `bytes`.
 fn leave(host: &SimHost, bytes: u64, copy_on_write: bool) {
     let taken = host.open(Path::new(PATH), Access::Read).and_then(|file| file.stat()).expect("the image").allocated;
     host.set_faults(FaultPlan { capacity: Some(taken + bytes), copy_on_write, ..FaultPlan::default() });
+}
+
+/// Makes two lanes of one disk on a full file system, after a write to the first lane. All writes of a commit need new space, and
+/// there is none.
+fn two_lanes_without_space(host: &SimHost) -> (TestDisk, TestDisk) {
+    let disk = disk(host);
+    let mut first = TestDisk::new(disk.clone(), EngineKind::Auto);
+    first.write(sectors(0, 8), &[7; 4096], &[4096]);
+    leave(host, 0, true);
+    (first, TestDisk::new(disk, EngineKind::Auto))
+}
+
+/// Runs a lane for several of its seconds, as the thread of its queue does. Afterwards a commit that the lane leads has ended or
+/// is stalled.
+fn run_for_seconds(disk: &mut TestDisk) {
+    for _ in 0..10 {
+        disk.lane.tick();
+        (0..20).for_each(|_| disk.poll());
+    }
+}
+
+/// Runs a lane until `thread` has ended. Returns the result of the thread.
+fn run_until_ended<T>(thread: JoinHandle<T>, disk: &mut TestDisk) -> T {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !thread.is_finished() {
+        assert!(Instant::now() < deadline, "the thread does not end");
+        disk.lane.tick();
+        disk.poll();
+        thread::sleep(Duration::from_millis(1));
+    }
+    thread.join().expect("the thread does not panic")
+}
+
+/// Stops a lane, which has one flush. Returns the outcome of the flush.
+fn stop(disk: &mut TestDisk) -> Outcome {
+    let done = disk.finish();
+    assert_eq!(done.len(), 1, "{done:?}");
+    done[0].1
+}
+
+/// Checks that the flush with this tag has waited, frees space, and checks that the flush succeeds then.
+fn succeeds_with_space(host: &SimHost, disk: &mut TestDisk, tag: u64) {
+    assert!(disk.answers().is_empty(), "the flush must wait: {:?}", disk.answers());
+    host.set_faults(FaultPlan::default());
+    run_for_seconds(disk);
+    assert_eq!(disk.finish(), [(tag, Outcome::Done)]);
 }
 
 fn sectors(first: u64, count: u64) -> SectorRange {
@@ -41,10 +94,7 @@ fn zeroing_waits_for_room() {
     leave(&host, 0, false);
     let zero = Work::WriteZeroes { ranges: vec![ZeroRange { range: sectors(16, 64), unmap: false }] };
     let tag = disk.submit(zero);
-    for _ in 0..100 {
-        disk.poll();
-        disk.lane.tick();
-    }
+    run_for_seconds(&mut disk);
     assert!(disk.answers().is_empty(), "the request must wait: {:?}", disk.answers());
     host.set_faults(FaultPlan::default());
     disk.lane.tick();
@@ -54,41 +104,94 @@ fn zeroing_waits_for_room() {
 }
 
 #[test]
-fn a_commit_that_is_held_does_not_keep_another_queue_from_stopping() {
+fn a_queue_that_stops_fails_only_its_own_flushes() {
     let host = SimHost::new(1);
     let disk = disk(&host);
-    let (mut holder, mut stopping) =
+    let (mut leader, mut stopping) =
         (TestDisk::new(disk.clone(), EngineKind::Auto), TestDisk::new(disk, EngineKind::Auto));
-    holder.write(sectors(0, 8), &[7; 4096], &[4096]);
+    leader.write(sectors(0, 8), &[7; 4096], &[4096]);
     stopping.write(sectors(128, 8), &[8; 4096], &[4096]);
     // All writes of a commit need new space, and there is none.
     leave(&host, 0, true);
-    holder.submit(Work::Flush);
-    for _ in 0..100 {
-        holder.poll();
-        holder.lane.tick();
-    }
-    assert!(holder.answers().is_empty(), "the flush must wait: {:?}", holder.answers());
+    let waiting = leader.submit(Work::Flush);
+    run_for_seconds(&mut leader);
+    assert!(leader.answers().is_empty(), "the flush must wait: {:?}", leader.answers());
     stopping.submit(Work::Flush);
     let stopped = thread::spawn(move || {
-        let outcomes: Vec<_> = stopping.finish().into_iter().map(|(_, outcome)| outcome).collect();
-        (stopping, outcomes)
+        let outcome = stop(&mut stopping);
+        (stopping, outcome)
     });
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !stopped.is_finished() {
-        assert!(Instant::now() < deadline, "the queue does not stop");
-        holder.lane.tick();
-        holder.poll();
-        thread::sleep(Duration::from_millis(1));
-    }
-    let (mut stopping, outcomes) = stopped.join().expect("it stops");
-    assert_eq!(outcomes, [Outcome::Failed]);
+    let (mut stopping, outcome) = run_until_ended(stopped, &mut leader);
+    assert_eq!(outcome, Outcome::Failed);
     // No data is lost: both queues continue when there is space.
-    host.set_faults(FaultPlan::default());
-    holder.lane.tick();
-    holder.finish();
+    succeeds_with_space(&host, &mut leader, waiting);
     stopping.flush();
-    assert_eq!(holder.read(sectors(128, 8)), [8; 4096]);
+    assert_eq!(leader.read(sectors(128, 8)), [8; 4096]);
     drop(stopping);
-    holder.close();
+    leader.close();
+}
+
+#[test]
+fn a_queue_that_stops_hands_a_stalled_commit_over() {
+    let host = SimHost::new(1);
+    let (mut leader, mut other) = two_lanes_without_space(&host);
+    leader.submit(Work::Flush);
+    run_for_seconds(&mut leader);
+    let waiting = other.submit(Work::Flush);
+    run_for_seconds(&mut other);
+    assert_eq!(stop(&mut leader), Outcome::Failed);
+    run_for_seconds(&mut other);
+    succeeds_with_space(&host, &mut other, waiting);
+    drop(other);
+    leader.close();
+}
+
+#[test]
+fn a_stalled_commit_outlives_the_lane_that_led_it() {
+    let host = SimHost::new(1);
+    let (mut leader, mut other) = two_lanes_without_space(&host);
+    leader.submit(Work::Flush);
+    run_for_seconds(&mut leader);
+    let waiting = other.submit(Work::Flush);
+    run_for_seconds(&mut other);
+    drop(leader);
+    succeeds_with_space(&host, &mut other, waiting);
+    other.close();
+}
+
+#[test]
+fn a_stalled_commit_fails_for_the_control_thread_only() {
+    let host = SimHost::new(1);
+    let disk = disk(&host);
+    let mut lane = TestDisk::new(disk.clone(), EngineKind::Auto);
+    lane.write(sectors(0, 8), &[7; 4096], &[4096]);
+    leave(&host, 0, true);
+    let waiting = lane.submit(Work::Flush);
+    run_for_seconds(&mut lane);
+    let control = thread::spawn(move || disk.commit());
+    let failed = run_until_ended(control, &mut lane).expect_err("there is no space");
+    assert_eq!(failed.kind(), ErrorKind::NoSpace, "{}", failed.line());
+    succeeds_with_space(&host, &mut lane, waiting);
+    lane.close();
+}
+
+#[test]
+fn a_flush_that_arrives_during_a_commit_of_the_control_thread_waits() {
+    let host = SimHost::new(1);
+    let gated = Arc::new(GatedHost::new(&host));
+    let disk = disk_over(gated.clone(), &host);
+    let mut lane = TestDisk::new(disk.clone(), EngineKind::Auto);
+    lane.write(sectors(0, 8), &[7; 4096], &[4096]);
+    leave(&host, 0, true);
+    gated.close_gate();
+    let control = thread::spawn(move || disk.commit());
+    gated.await_arrival();
+    let waiting = lane.submit(Work::Flush);
+    lane.poll();
+    gated.open_gate();
+    let failed = run_until_ended(control, &mut lane).expect_err("there is no space");
+    assert_eq!(failed.kind(), ErrorKind::NoSpace, "{}", failed.line());
+    run_for_seconds(&mut lane);
+    succeeds_with_space(&host, &mut lane, waiting);
+    lane.close();
 }

@@ -10,6 +10,8 @@ mod chain_model;
 #[cfg(feature = "sim")]
 mod disk_full;
 mod early_writeback;
+#[cfg(feature = "sim")]
+mod gated_host;
 #[path = "../common/memory.rs"]
 mod memory;
 mod readahead;
