@@ -53,6 +53,8 @@ pub enum Mutant {
     StaleBits,
     /// The end of a session removes the journal before it removes the stamp.
     RemoveJournalFirst,
+    /// The first stamp of a session is not synced, although other machines use the file system.
+    StampUnsynced,
     /// The stamp is written only after the first write was acknowledged.
     LateStamp,
     /// The end of a session truncates the file before the last commit.
@@ -91,7 +93,7 @@ pub enum Mutant {
 }
 
 /// All mutants.
-pub const ALL: [Mutant; 40] = [
+pub const ALL: [Mutant; 41] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
     Mutant::NoLastSync,
@@ -115,6 +117,7 @@ pub const ALL: [Mutant; 40] = [
     Mutant::EvictInCommit,
     Mutant::StaleBits,
     Mutant::RemoveJournalFirst,
+    Mutant::StampUnsynced,
     Mutant::LateStamp,
     Mutant::TrimFirst,
     Mutant::SplitPair,

@@ -49,6 +49,7 @@ pub(super) trait FileBackend: Any + Debug + Send + Sync {
     fn allocate(&self, offset: u64, len: u64) -> Result<()>;
     fn punch_hole(&self, offset: u64, len: u64) -> Result<()>;
     fn allocation_mode(&self) -> AllocationMode;
+    fn is_on_shared_file_system(&self) -> bool;
     fn disable_copy_on_write(&self) -> Result<()>;
     fn file_system_space(&self) -> Result<FileSystemSpace>;
     fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>>;

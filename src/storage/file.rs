@@ -137,6 +137,11 @@ impl File {
         self.0.allocation_mode()
     }
 
+    /// Returns whether the file system may be in use by other machines, which see a write of this machine only after a sync.
+    pub fn is_on_shared_file_system(&self) -> bool {
+        self.0.is_on_shared_file_system()
+    }
+
     /// Disables copy on write for this file. Has an effect only on an empty file, and only on a file system with copy
     /// on write.
     ///

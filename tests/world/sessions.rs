@@ -444,6 +444,48 @@ pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
     check_reopen(&host, &written, layout)
 }
 
+/// On a file system of several machines: after each acknowledged write another machine refuses the image, even if the machine of the
+/// daemon was cut off and everything is lost that it did not sync.
+pub(crate) fn shared_file_system(layout: &Layout) -> CheckResult {
+    let (host, mut written) = (layout.host(7), WrittenValues::default());
+    host.set_faults(FaultPlan { shared_file_system: true, ..FaultPlan::default() });
+    let mut guest = open(&host).map_err(error_line)?;
+    // Enough blocks to make the file grow.
+    for block in 0..19 {
+        guest.write(&mut written, block * BLOCK + 2, 2 + block as Value);
+        for survives in [false, true] {
+            let other = host.crash_with(&|_| survives);
+            other.move_to_another_machine(9);
+            expect_refused(open(&other), "an image of a machine that was cut off")?;
+        }
+    }
+    guest.close().map_err(error_line)?;
+    let other = host.crash_with(&|_| false);
+    other.move_to_another_machine(9);
+    open(&other).map_err(error_line)?.check(&written, &layout.values)
+}
+
+/// The sync of the first stamp fails on a file system of several machines: the image is poisoned, also for the next daemon.
+pub(crate) fn unsynced_stamp(layout: &Layout) -> CheckResult {
+    let (host, mut written) = (layout.host(7), WrittenValues::default());
+    let mut guest = open(&host).map_err(error_line)?;
+    let next = host.counts().syncs + 1;
+    host.set_faults(FaultPlan { shared_file_system: true, failing_syncs: vec![next], ..FaultPlan::default() });
+    guest.write(&mut written, 1, 2);
+    if host.counts().failed_syncs != 1 {
+        return Err("the first write does not sync the stamp".into());
+    }
+    if guest.flush() {
+        return Err("a flush succeeds after a failed sync".into());
+    }
+    drop(guest);
+    match open(&kill(&host, 1)) {
+        Err(e) if e.kind() == ErrorKind::Poisoned => Ok(()),
+        Err(e) => Err(format!("the next open fails with another error: {}", e.line())),
+        Ok(_) => Err("the next open accepts the session of a poisoned image".into()),
+    }
+}
+
 /// A killed image that is a parent: a read-only open of the child is refused, a daemon settles the parent.
 pub(crate) fn killed_parent(layout: &Layout) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
@@ -495,6 +537,8 @@ pub(crate) fn run_all(layout: &Layout, every: usize) -> CheckResult {
     let named = |what: &str, outcome: CheckResult| outcome.map_err(|e| format!("{what}, {}: {e}", layout.name));
     named("readers", read_only_guest(layout))?;
     named("others", non_successors(layout))?;
+    named("shared file system", shared_file_system(layout))?;
+    named("unsynced stamp", unsynced_stamp(layout))?;
     named("copies", copies(layout, true))?;
     named("copies", copies(layout, false))?;
     named("twins", two_copies(layout))?;
@@ -506,8 +550,9 @@ pub(crate) fn run_all(layout: &Layout, every: usize) -> CheckResult {
 }
 
 /// The mutants that these scenarios must find; the random runs do not search for them.
-pub(crate) const MUTANTS: [Mutant; 18] = [
+pub(crate) const MUTANTS: [Mutant; 19] = [
     Mutant::RemoveJournalFirst,
+    Mutant::StampUnsynced,
     Mutant::LateStamp,
     Mutant::TrimFirst,
     Mutant::SplitPair,

@@ -22,17 +22,17 @@
 //! If 1 or 2 fails, the file is truncated to its old end. If 4 fails, the old stamp is already out of date: the file
 //! keeps its new end, and the next step of growth skips 2 and 3. If 3 or 5 fails, the image is poisoned.
 //!
-//! 3 and 5 repeat the write as a write-through of these sectors. A sync would also wait for all data that the guest has
-//! written meanwhile, and delay the guest (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space
-//! between the old and the new end was never written, so it reads as zeros without a sync. On a copy-on-write file
-//! system, 3 and 5 are syncs: there, a write-through that fails for lack of space would look like a failed sync.
+//! 3 and 5 repeat the write as a write-through. A sync would also wait for all data that the guest has written meanwhile
+//! (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space between the two ends was never written,
+//! so it reads as zeros without a sync. On two kinds of file systems, 3 and 5 are syncs. With copy on write, a
+//! write-through that fails for lack of space would look like a failed sync, which poisons the image. If other machines
+//! use the file system, the stamp must be durable as well, and the write-through of 3 contains only the footer.
 //!
 //! A crash between 2 and 5 leaves the new footer, or the old one, or both. On ext4 it may also leave a length without
 //! the new footer, as ext4 updates the length while it writes back. The next open then uses the footer at the start,
 //! and recovery writes the trailing footer. New space is used only after 5, as a dynamic root relies on zeros there.
 //!
-//! No space is reserved before the first block needs a place. Most steps only reserve space in a free tail that is long
-//! enough, and need no sync.
+//! No space is reserved before the first block needs a place. Most steps only reserve space, and need no sync.
 
 use std::io;
 use std::ops::Range;
@@ -46,7 +46,7 @@ use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::bat::next_places;
 use crate::mutant::{self, Mutant};
-use crate::storage::{AllocationMode, Buffer, FileSlot, Op, Payload};
+use crate::storage::{Buffer, FileSlot, Op, Payload};
 use crate::units::{SECTOR, SECTOR_BYTES};
 
 /// A step of growth in progress.
@@ -330,7 +330,7 @@ impl Growth {
             GrowthPhase::Wipe | GrowthPhase::Start | GrowthPhase::Allocate | GrowthPhase::Done => false,
         };
         self.phase = phase;
-        if through && self.image.allocation_mode == AllocationMode::CopyOnWrite {
+        if through && self.image.is_growth_by_sync() {
             return ops.push(Op::sync(0, self.slot));
         }
         let write = if through { Op::write_through } else { Op::write };

@@ -101,6 +101,11 @@ impl Writable {
         needed > 0 && self.end_after(tail.next, needed, tail.unplaced).is_none_or(|end| end > tail.usable_end())
     }
 
+    /// Whether a step of growth makes footer and zeros durable by syncs of the file instead of write-throughs (`growth.rs`).
+    pub(super) fn is_growth_by_sync(&self) -> bool {
+        self.allocation_mode == AllocationMode::CopyOnWrite || self.file().is_on_shared_file_system()
+    }
+
     /// Whether a sync of a step of growth is in flight.
     pub(super) fn is_growth_syncing(&self) -> bool {
         self.image().block_size().is_some() && self.free_tail().syncing

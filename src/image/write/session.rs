@@ -13,8 +13,9 @@
 //!
 //! A session begins with the first write, so a guest that only reads does not change the file. The stamp is in the
 //! sector before the footer. If a block ends there, the stamp is written together with a second footer after the first
-//! one. Stamp and footer are one write within one page, so a kill leaves both or neither. No sync is needed, as a stamp
-//! is valid only during the boot of the machine in which it was written.
+//! one. Stamp and footer are one write within one page, so a kill leaves both or neither. A local file system needs no
+//! sync, as a stamp is valid only during the boot of the machine in which it was written. On a file system that other
+//! machines use, the first stamp of a session is synced, since these machines must see it.
 //!
 //! The stamp is written under a lock, and synchronously. Two writes in flight could be carried out in either order, and
 //! leave a generation that the journal does not have. There is one write per second, per commit and per step of growth.

@@ -14,7 +14,7 @@ use super::allocation::Allocation;
 use super::bitmap::bitmaps::{Bitmaps, NewBits};
 use super::bitmap::frame::{FrameState, LockedFrame};
 use super::durability::{Durability, DurabilityState};
-use super::free_tail::{FreeTail, stamp_sector_from};
+use super::free_tail::FreeTail;
 use super::journal::Journal;
 use super::journal_layout::JOURNAL_SLOTS;
 use super::journal_replay::ReplaySlot;
@@ -234,45 +234,6 @@ impl Writable {
         self.session()?.journal()
     }
 
-    /// Begins the session if it has not begun. `tail` is the free tail of this image.
-    ///
-    /// The stamp is written to the sector before the footer. If the last block occupies that sector, the stamp and a
-    /// second footer are written after the existing footer, which the next step of growth or `trim` removes.
-    pub(super) fn begin_session(&self, tail: &mut FreeTail) {
-        let Some(session) = self.session().filter(|session| !session.is_begun()) else { return };
-        let Some(stamp) = session.prepared_stamp(self.image()) else { return };
-        let old = tail.footer;
-        if old > tail.next {
-            // `begin` logs a failure, and abandons the journal.
-            let _ = session.begin(stamp, old - 1, None, false);
-            return self.record_poison_in_journal();
-        }
-        let at = stamp_sector_from(old + 2, old);
-        match session.begin(stamp, at, Some(&self.footer_bytes()), false) {
-            Ok(()) => {
-                tail.stale.push(old);
-                tail.footer = at + 1;
-            }
-            Err(_) => self.truncate_after_footer(old),
-        }
-        self.record_poison_in_journal();
-    }
-
-    /// Records in the journal of a session that has just begun that the image was poisoned before.
-    fn record_poison_in_journal(&self) {
-        if let (Err(e), Some(journal)) = (self.check_poison(), self.session().and_then(Session::any_journal)) {
-            journal.poison(&e.line());
-        }
-    }
-
-    /// Begins the session if it has not begun. Called before sectors are marked.
-    #[inline]
-    pub(super) fn ensure_session(&self) {
-        if self.session().is_some_and(|session| !session.is_begun()) {
-            self.begin_session(&mut self.free_tail());
-        }
-    }
-
     /// Records new bits in the live journal, if any. Returns whether the write may be acknowledged before a commit.
     pub(super) fn make_bits_durable(&self, index: usize, frame: &mut LockedFrame<'_>, bits: &NewBits) -> bool {
         let session = match &self.durability {
@@ -290,13 +251,6 @@ impl Writable {
         let Some(slot) = frame.state.journal_slot else { return false };
         journal.set_bits(slot, bits.bit, bits.count);
         session.check_journal(journal)
-    }
-
-    /// Truncates the file after the footer at file sector `footer`. Poisons the image if the truncation fails.
-    fn truncate_after_footer(&self, footer: u64) {
-        if let Err(e) = self.file().set_len((footer + 1) * SECTOR) {
-            self.poison(&format!("the end of the file is unknown ({})", e.line()));
-        }
     }
 
     pub(super) fn note_commit_due(&self, journal: &Journal) {

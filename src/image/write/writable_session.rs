@@ -1,18 +1,84 @@
-//! The session of a writable image after it has begun: the stamp moves with the end of the file, the generation is
-//! renewed by commits, and the session ends.
+//! The session of a writable image: the first write begins it, the stamp moves with the end of the file, commits renew
+//! the generation, and the session ends.
 
 use std::path::Path;
 
+use super::free_tail::{FreeTail, stamp_sector_from};
 use super::journal::Journal;
 use super::session::{Session, write_zeros_and_footer};
 use super::writable::Writable;
 use crate::error::Result;
 use crate::mutant::{self, Mutant};
+use crate::units::SECTOR;
 
 impl Writable {
     /// The folder in which the live journal is, or will be; `None` without a journal.
     pub fn journal_folder(&self) -> Option<&Path> {
         self.session().and_then(Session::folder)
+    }
+
+    /// Begins the session if it has not begun. `tail` is the free tail of this image.
+    ///
+    /// The stamp is written to the sector before the footer. If the last block occupies that sector, the stamp and a
+    /// second footer are written after the existing footer, which the next step of growth or `trim` removes.
+    pub(super) fn begin_session(&self, tail: &mut FreeTail) {
+        let Some(session) = self.session().filter(|session| !session.is_begun()) else { return };
+        let Some(stamp) = session.prepared_stamp(self.image()) else { return };
+        let old = tail.footer;
+        if old > tail.next {
+            // `begin` logs a failure, and abandons the journal.
+            if session.begin(stamp, old - 1, None, false).is_ok() {
+                self.sync_first_stamp();
+            }
+            return self.record_poison_in_journal();
+        }
+        let at = stamp_sector_from(old + 2, old);
+        match session.begin(stamp, at, Some(&self.footer_bytes()), false) {
+            Ok(()) => {
+                tail.stale.push(old);
+                tail.footer = at + 1;
+                self.sync_first_stamp();
+            }
+            Err(_) => self.truncate_after_footer(old),
+        }
+        self.record_poison_in_journal();
+    }
+
+    /// Makes the first stamp of a session durable if other machines use the file system: they must see it before the
+    /// first write is acknowledged. From then on, one stamp of the session is durable until the session ends. If the
+    /// sync fails, poisons the image.
+    ///
+    /// The caller holds the lock of the free tail. If the kernel reports the failure of a concurrent sync of a commit
+    /// to this sync, the commit waits for the lock, and then sees the poison.
+    fn sync_first_stamp(&self) {
+        if !self.file().is_on_shared_file_system() || mutant::enabled(Mutant::StampUnsynced) {
+            return;
+        }
+        if let Err(e) = self.file().sync() {
+            self.poison(&format!("a sync failed as a session began ({})", e.line()));
+        }
+    }
+
+    /// Records in the journal of a session that has just begun that the image was poisoned before.
+    fn record_poison_in_journal(&self) {
+        if let (Err(e), Some(journal)) = (self.check_poison(), self.session().and_then(Session::any_journal)) {
+            journal.poison(&e.line());
+        }
+    }
+
+    /// Begins the session if it has not begun. Called before sectors are marked.
+    #[inline]
+    pub(super) fn ensure_session(&self) {
+        if self.session().is_some_and(|session| !session.is_begun()) {
+            self.begin_session(&mut self.free_tail());
+        }
+    }
+
+    /// Truncates the file after the footer at file sector `footer`. Poisons the image if the truncation fails.
+    fn truncate_after_footer(&self, footer: u64) {
+        if let Err(e) = self.file().set_len((footer + 1) * SECTOR) {
+            self.poison(&format!("the end of the file is unknown ({})", e.line()));
+        }
     }
 
     /// Overwrites the stamp of a session whose journal was lost. Called after a commit: with the stamp, the image would
@@ -28,13 +94,20 @@ impl Writable {
     }
 
     /// Writes the stamp, or zeros in its place, at file sector `at`, and the footer after it, as the new end of the
-    /// file.
+    /// file. The caller holds the lock of the free tail.
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the caller truncates the file after the old footer, which is valid then.
     pub(super) fn write_new_end(&self, at: u64) -> Result<()> {
         match self.session() {
-            Some(session) => session.move_stamp(self.image(), at, &self.footer_bytes()),
+            Some(session) => {
+                let begins = !session.is_begun();
+                session.move_stamp(self.image(), at, &self.footer_bytes())?;
+                if begins && session.is_stamped() {
+                    self.sync_first_stamp();
+                }
+                Ok(())
+            }
             None => write_zeros_and_footer(self.file(), at, &self.footer_bytes()),
         }
     }

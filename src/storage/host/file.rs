@@ -330,6 +330,10 @@ impl FileBackend for HostFile {
         HostFile::allocation_mode(self)
     }
 
+    fn is_on_shared_file_system(&self) -> bool {
+        HostFile::is_on_shared_file_system(self)
+    }
+
     fn disable_copy_on_write(&self) -> Result<()> {
         HostFile::disable_copy_on_write(self)
     }

@@ -4,6 +4,7 @@
 //!   env                                          Host: opens everything, creates engines
 //!   folder  runtime_folder  lock_holder          over files
 //!   file  direct  zeros  metadata  space         an open file, and its methods by topic
+//!   shared_file_system
 //!   lock  file_presence  origin  call            system calls
 //! ```
 
@@ -18,6 +19,7 @@ mod lock_holder;
 mod metadata;
 mod origin;
 mod runtime_folder;
+mod shared_file_system;
 mod space;
 mod zeros;
 

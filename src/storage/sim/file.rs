@@ -165,6 +165,10 @@ impl FileBackend for SimFile {
         }
     }
 
+    fn is_on_shared_file_system(&self) -> bool {
+        self.shared.lock().faults.shared_file_system
+    }
+
     /// Does nothing: [`FaultPlan::copy_on_write`](super::FaultPlan) applies to all files of a machine.
     fn disable_copy_on_write(&self) -> Result<()> {
         Ok(())

@@ -41,6 +41,8 @@ pub struct FaultPlan {
     pub no_allocate: bool,
     /// Overwriting a page allocates a new page, and frees the old one afterwards.
     pub copy_on_write: bool,
+    /// Other machines use the file system, too.
+    pub shared_file_system: bool,
     /// The file system has no files without names.
     pub no_unnamed: bool,
 }
