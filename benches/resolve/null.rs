@@ -11,7 +11,7 @@ use diffdisk::error::Result;
 use diffdisk::storage::host::Host;
 use diffdisk::storage::{
     Access, CachedRange, Completion, Engine, EngineKind, Env, File, FilePresence, FileSlot, Folder, GuestIovecs, Op,
-    Origin, RuntimeFolder,
+    Origin, PageCache, RuntimeFolder,
 };
 use uuid::Uuid;
 use vhost_user_backend::VringT;
@@ -144,11 +144,8 @@ impl Engine for NullEngine {
     fn unregister(&mut self, _: FileSlot) -> io::Result<()> {
         Ok(())
     }
-    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
-        (self.1 == NullMode::Copies).then(|| CachedRange::new(slot, offset, len))
-    }
-    fn copy_cached(&mut self, _: &CachedRange, _: &GuestIovecs, _: usize) -> bool {
-        true
+    fn page_cache(&self) -> Option<Box<dyn PageCache>> {
+        Some(Box::new(NullPageCache(self.1)))
     }
     fn push(&mut self, op: Op) -> std::result::Result<(), Op> {
         self.0.push(Completion { op, result: Ok(()) });
@@ -178,4 +175,20 @@ impl Engine for NullEngine {
     fn name(&self) -> &'static str {
         "nothing"
     }
+}
+
+struct NullPageCache(NullMode);
+
+impl PageCache for NullPageCache {
+    fn register(&mut self, _: FileSlot, _: &File) -> io::Result<()> {
+        Ok(())
+    }
+    fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
+        (self.0 == NullMode::Copies).then(|| CachedRange::new(slot, offset, len))
+    }
+    fn copy(&mut self, _: &CachedRange, _: &GuestIovecs, _: usize) -> bool {
+        true
+    }
+    fn end_batch(&mut self) {}
+    fn query_residency(&mut self) {}
 }

@@ -22,6 +22,15 @@ pub(super) enum OnEnospc {
     Error,
 }
 
+/// Reads of data that is in the page cache.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum PageCacheReads {
+    /// They are copies from mapped image files, without system calls
+    On,
+    /// They are I/O operations like all other reads, and no image file is mapped
+    Off,
+}
+
 /// Serves differencing VHD chains to virtual machines over vhost-user-blk.
 #[derive(Parser, Debug)]
 #[command(name = "diffdiskd", version, max_term_width = 100)]
@@ -126,6 +135,10 @@ pub(super) struct DaemonArgs {
     /// polling)
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     pub(super) poll_us: u64,
+
+    /// Reads of data that is in the page cache. Always off without io_uring, and for files with direct I/O
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    pub(super) page_cache_reads: PageCacheReads,
 
     /// I/O engine
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
@@ -256,6 +269,8 @@ mod tests {
             &["--blk-file=/a", "--log-level=loud"],
             &["--blk-file=/a", "--allocation=thin"],
             &["--blk-file=/a", "--io-engine=magic"],
+            &["--blk-file=/a", "--page-cache-reads=never"],
+            &["--blk-file=/a", "--page-cache-reads"],
         ] {
             assert_eq!(args(bad).unwrap_err().exit_code(), 2, "{bad:?}");
         }

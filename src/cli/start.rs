@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::disk_args::{CacheMode, DiskArgs};
 use super::runtime_dir;
-use super::serve_args::{DaemonArgs, OnEnospc};
+use super::serve_args::{DaemonArgs, OnEnospc, PageCacheReads};
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Durability, JOURNAL_BYTES, remove_stale_journals};
@@ -158,6 +158,7 @@ fn disk_options(args: &DaemonArgs, disk: &DiskArgs, durability: &Durability) -> 
             OnEnospc::Error => WhenFull::Fail,
         },
         allocation: disk.allocation.unwrap_or(args.allocation).into(),
+        page_cache_reads: args.page_cache_reads == PageCacheReads::On,
     }
 }
 

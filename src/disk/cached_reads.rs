@@ -13,12 +13,13 @@ use std::collections::VecDeque;
 
 use super::request::{Answer, Outcome};
 use crate::chain::{PlanBuffer, Source, Version};
-use crate::storage::{CachedRange, Engine, GuestIovecs, MAX_COPY};
+use crate::storage::{CachedRange, GuestIovecs, MAX_COPY, PageCache};
 use crate::units::SectorRange;
 
 /// The reads of a batch that copies alone may answer.
-#[derive(Default)]
 pub(super) struct CachedReads {
+    /// The page cache; `None` if every read is an operation.
+    page_cache: Option<Box<dyn PageCache>>,
     /// Reads that are not planned yet.
     candidates: VecDeque<CachedRead>,
     /// Reads to copy, each with its number of parts.
@@ -27,6 +28,8 @@ pub(super) struct CachedReads {
     parts: Vec<CachedPart>,
     /// Reads whose copy failed.
     failed: VecDeque<CachedRead>,
+    /// Number of reads that were answered by copies.
+    copied: u64,
 }
 
 /// A read that copies alone may answer.
@@ -43,6 +46,12 @@ struct CachedPart {
 }
 
 impl CachedReads {
+    /// Without a page cache every read becomes a task.
+    pub(super) fn new(page_cache: Option<Box<dyn PageCache>>) -> CachedReads {
+        let (candidates, planned, parts, failed) = Default::default();
+        CachedReads { page_cache, candidates, planned, parts, failed, copied: 0 }
+    }
+
     /// Number of reads that may still need a task.
     #[inline]
     pub(super) fn len(&self) -> usize {
@@ -52,10 +61,10 @@ impl CachedReads {
     /// Queues a read for the next batch.
     ///
     /// # Errors
-    /// Returns `into` if the read is larger than `MAX_COPY`.
+    /// Returns `into` if the read cannot be a copy: there is no page cache, or the read is larger than `MAX_COPY`.
     #[inline]
     pub(super) fn queue(&mut self, tag: u64, range: SectorRange, into: GuestIovecs) -> Result<(), GuestIovecs> {
-        if range.bytes() > MAX_COPY as u64 {
+        if self.page_cache.is_none() || range.bytes() > MAX_COPY as u64 {
             return Err(into);
         }
         self.candidates.push_back(CachedRead { tag, range, into });
@@ -83,42 +92,41 @@ impl CachedReads {
         &mut self,
         read: CachedRead,
         version: &Version,
-        engine: &mut dyn Engine,
         plan: &mut PlanBuffer,
     ) -> Result<(), CachedRead> {
         version.plan_read(read.range, plan);
-        let (before, mut whole) = (self.parts.len(), plan.missing.is_empty());
+        let CachedReads { page_cache: Some(page_cache), planned, parts, .. } = self else { return Err(read) };
+        let (before, mut whole) = (parts.len(), plan.missing.is_empty());
         if whole {
             for extent in &plan.extents {
                 let len = usize::try_from(extent.range.bytes()).expect("a range on a disk of 2040 GiB");
                 let cached = match extent.source {
                     Source::Zero => None,
                     Source::File { slot, offset } => {
-                        // `find_cached` also counts how often a part is requested. So the parts after one that is not
-                        // resident are looked up, too.
-                        let cached = engine.find_cached(slot, offset, len);
+                        // `find` also counts how often a part is requested. So the parts after one that is not resident
+                        // are looked up, too.
+                        let cached = page_cache.find(slot, offset, len);
                         whole &= cached.is_some();
                         cached
                     }
                 };
-                self.parts.push(CachedPart { cached, len });
+                parts.push(CachedPart { cached, len });
             }
         }
         if !whole {
-            self.parts.truncate(before);
+            parts.truncate(before);
             return Err(read);
         }
-        let parts = self.parts.len() - before;
-        self.planned.push((read, parts));
+        planned.push((read, parts.len() - before));
         Ok(())
     }
 
-    /// Makes all planned copies and appends the answers. Returns false if no copies were planned.
-    /// [`CachedReads::next_failed`] returns the reads whose copy failed.
-    pub(super) fn copy_all(&mut self, engine: &mut dyn Engine, answers: &mut Vec<Answer>) -> bool {
-        let CachedReads { planned, parts, failed, .. } = self;
+    /// Makes all planned copies and appends the answers. [`CachedReads::next_failed`] returns the reads whose copy
+    /// failed.
+    pub(super) fn copy_all(&mut self, answers: &mut Vec<Answer>) {
+        let CachedReads { page_cache: Some(page_cache), planned, parts, failed, copied, .. } = self else { return };
         if planned.is_empty() {
-            return false;
+            return;
         }
         let cached = || parts.iter().filter_map(|part| part.cached.as_ref());
         cached().for_each(CachedRange::prefetch_pages);
@@ -132,20 +140,33 @@ impl CachedReads {
                 match cached {
                     Some(cached) => {
                         next.next().into_iter().for_each(CachedRange::prefetch);
-                        whole = whole && engine.copy_cached(cached, &read.into, at);
+                        whole = whole && page_cache.copy(cached, &read.into, at);
                     }
                     None => read.into.zero(at, *len),
                 }
                 at += len;
             }
             if whole {
+                *copied += 1;
                 answers.push(Answer { tag: read.tag, outcome: Outcome::Done, memory: Some(read.into) });
             } else {
                 failed.push_back(read);
             }
         }
+        page_cache.end_batch();
         parts.clear();
-        true
+    }
+
+    /// Queries the kernel for the residency of ranges that were not found.
+    pub(super) fn query_residency(&mut self) {
+        if let Some(page_cache) = &mut self.page_cache {
+            page_cache.query_residency();
+        }
+    }
+
+    /// Number of reads that were answered by copies so far.
+    pub(super) fn copied(&self) -> u64 {
+        self.copied
     }
 
     /// Takes a read whose copy failed: the copy took too long, or a page could not be read. The caller must start the

@@ -65,7 +65,7 @@ impl Disk {
     /// - `Io` if the engine cannot be created, a file cannot be registered, or the process has no file descriptors left.
     /// - `Unsupported` if the kernel has no io_uring and `kind` requires it.
     pub fn lane(self: &Arc<Self>, kind: EngineKind, depth: usize) -> Result<Lane> {
-        let engine = self.engine(kind, depth)?;
+        let (engine, page_cache) = self.engine(kind, depth)?;
         let mailbox = self.add_mailbox()?;
         Ok(Lane {
             ops: OpQueue::new(engine),
@@ -78,7 +78,7 @@ impl Disk {
             stalled_commit: StalledCommit::default(),
             no_space_log: NoSpaceLog::default(),
             punch_queue: PunchQueue::default(),
-            cached_reads: CachedReads::default(),
+            cached_reads: CachedReads::new(page_cache),
             readahead: Readahead::new(),
             early_writeback: EarlyWriteback::default(),
             ticks: 0,
@@ -139,7 +139,7 @@ impl Lane {
     /// Queries the kernel for the residency of pages. To be called when all answers have been given, since it makes
     /// system calls.
     pub fn refresh_residency(&mut self) {
-        self.ops.engine.query_residency();
+        self.cached_reads.query_residency();
     }
 
     /// Reaps completions and events, advances the requests and jobs concerned, and appends the answers. Never waits.

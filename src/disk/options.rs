@@ -29,11 +29,14 @@ pub struct DiskOptions {
     pub allocation: Allocation,
     /// Whether to open an image for writing although other images have it as their parent.
     pub allow_writable_parent: bool,
+    /// Whether reads of data in the page cache are copies from mapped files. If not, no file is mapped, and every read
+    /// is an operation.
+    pub page_cache_reads: bool,
 }
 
 impl DiskOptions {
     /// Returns the options of a writable disk with default settings: files are buffered, parents lie in the image's
-    /// folder, a write is durable after the next flush and is lost if the process is killed before, and writes wait
+    /// folder, reads of data in the page cache are copies, a write is durable after the next flush and is lost if the process is killed before, and writes wait
     /// while the file system is full.
     pub fn new(path: impl Into<PathBuf>) -> DiskOptions {
         DiskOptions {
@@ -48,6 +51,7 @@ impl DiskOptions {
             when_full: WhenFull::default(),
             allocation: Allocation::default(),
             allow_writable_parent: false,
+            page_cache_reads: true,
         }
     }
 }

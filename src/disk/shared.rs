@@ -15,7 +15,10 @@ use crate::chain::{Top, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Engine, EngineKind, Env, FileSlot};
+use crate::storage::{Engine, EngineKind, Env, FileSlot, PageCache};
+
+/// The engine of a lane, and its page cache if there is one.
+type LaneEngine = (Box<dyn Engine>, Option<Box<dyn PageCache>>);
 
 /// A chain that is being served.
 pub struct Disk {
@@ -29,6 +32,7 @@ pub struct Disk {
     lanes: Mutex<Vec<Weak<Mailbox>>>,
     write_through: AtomicBool,
     when_full: WhenFull,
+    page_cache_reads: bool,
     serial: [u8; 20],
     counters: DiskCounters,
     lost_names: LostNames,
@@ -65,6 +69,7 @@ impl Disk {
             lanes: Mutex::default(),
             write_through: AtomicBool::new(options.write_through),
             when_full: options.when_full,
+            page_cache_reads: options.page_cache_reads,
             serial,
             counters: DiskCounters::default(),
             lost_names: LostNames::default(),
@@ -132,15 +137,20 @@ impl Disk {
         self.writable_top().image.path()
     }
 
-    /// Creates an engine in which all files of the chain are registered.
-    pub(super) fn engine(&self, kind: EngineKind, depth: usize) -> Result<Box<dyn Engine>> {
+    /// Creates an engine and its page cache, in which all files of the chain are registered. There is no page cache if
+    /// [`DiskOptions::page_cache_reads`] is off, or the engine has none.
+    pub(super) fn engine(&self, kind: EngineKind, depth: usize) -> Result<LaneEngine> {
         let mut engine = self.env.engine(kind, depth)?;
+        let mut page_cache = if self.page_cache_reads { engine.page_cache() } else { None };
         for (slot, file) in self.version.files() {
-            let registered = engine.register(slot, file);
+            let mut registered = engine.register(slot, file);
+            if let Some(page_cache) = &mut page_cache {
+                registered = registered.and_then(|()| page_cache.register(slot, file));
+            }
             registered
                 .map_err(|e| Error::io("cannot register the file with the I/O engine", e).at_path(file.path()))?;
         }
-        Ok(engine)
+        Ok((engine, page_cache))
     }
 
     /// Creates the mailbox of a new lane. It receives all events that are broadcast from now on.

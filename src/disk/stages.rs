@@ -53,7 +53,7 @@ impl Lane {
         while let Some(read) = self.cached_reads.next_candidate() {
             let range = read.range;
             let version = self.disk.version();
-            if let Err(read) = self.cached_reads.plan(read, version, &mut *self.ops.engine, &mut self.plan) {
+            if let Err(read) = self.cached_reads.plan(read, version, &mut self.plan) {
                 self.start_planned_read(read);
             }
             self.track_read(range);
@@ -63,16 +63,18 @@ impl Lane {
     /// Makes the planned copies. Returns whether a copy failed, so that its read became a task with operations to
     /// submit.
     pub(super) fn copy_cached_reads(&mut self) -> bool {
-        if !self.cached_reads.copy_all(&mut *self.ops.engine, &mut self.answers) {
-            return false;
-        }
+        self.cached_reads.copy_all(&mut self.answers);
         let mut any_failed = false;
         while let Some(CachedRead { tag, range, into }) = self.cached_reads.next_failed() {
             any_failed = true;
             self.start_request(Request { tag, work: Work::Read { range, into } });
         }
-        self.ops.engine.end_copy_batch();
         any_failed
+    }
+
+    /// Number of reads that were answered by copies from the page cache so far.
+    pub fn copied_reads(&self) -> u64 {
+        self.cached_reads.copied()
     }
 
     /// Records a read for readahead, and starts a prefetch if one is due.

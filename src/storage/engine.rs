@@ -1,4 +1,4 @@
-//! The engine interface: carries out operations, many at a time, for one thread.
+//! The interface of an engine, which carries out operations, many at a time, for one thread; and of its page cache.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -36,31 +36,13 @@ pub trait Engine: Send {
     /// If the slot number is too large, or the kernel refuses.
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()>;
 
-    /// Finds `len` bytes at `offset` of a file in the page cache. Returns `None` if some of these bytes are not known
-    /// to be resident: the caller then needs a read operation. Makes no system call.
-    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
-        let _ = (slot, offset, len);
+    /// Creates an object that copies from the page cache what this engine would read by operations. It has no files
+    /// yet. Returns `None` if every read has to be an operation.
+    // These are not methods of the engine, because callers need them apart from it: a read that is not found becomes an
+    // operation while the reads after it are still looked up, and a caller that wants no copies creates no object, so
+    // that no file is ever mapped. A look-up and a copy cost one virtual call per range, as they would in the engine.
+    fn page_cache(&self) -> Option<Box<dyn PageCache>> {
         None
-    }
-
-    /// Copies a range that [`Engine::find_cached`] returned to `into`, beginning at byte `at` of `into`. The file must
-    /// still be registered in the same slot. Returns false if the copy may be incomplete: the caller then repeats the
-    /// read as an operation, which reports any error.
-    fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
-        let _ = (found, into, at);
-        false
-    }
-
-    /// Ends a batch of [`Engine::copy_cached`] calls. The engine measures whether the batch waited for the disk.
-    fn end_copy_batch(&mut self) {}
-
-    /// Queries the kernel for the page cache residency of ranges that recent `find_cached` calls missed. Makes system
-    /// calls, so callers first pass on all pending completions.
-    fn query_residency(&mut self) {}
-
-    /// Returns the number of copies made so far (for statistics and tests).
-    fn copy_count(&self) -> u64 {
-        0
     }
 
     /// Adds an operation to the next `submit`. Makes no system call.
@@ -101,4 +83,31 @@ pub trait Engine: Send {
 
     /// Returns the engine's name for logs: `io_uring`, `blocking` or `simulated`.
     fn name(&self) -> &'static str;
+}
+
+/// Reads by copies from the page cache, for one thread. A caller first finds the ranges of a batch of reads, and then
+/// copies them.
+pub trait PageCache: Send {
+    /// Registers a file in `slot`, replacing the file that was there.
+    ///
+    /// # Errors
+    /// If the slot number is too large, or the file belongs to another host.
+    fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()>;
+
+    /// Finds `len` bytes at `offset` of a file. Returns `None` if some of these bytes are not known to be resident: the
+    /// caller then needs a read operation. Makes no system call.
+    fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange>;
+
+    /// Copies a range that [`PageCache::find`] returned to `into`, beginning at byte `at` of `into`. The file must
+    /// still be registered in the same slot. Returns false if the copy may be incomplete: the caller then repeats the
+    /// read as an operation, which reports any error.
+    fn copy(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool;
+
+    /// Ends a batch of copies, and evaluates whether the batch waited for the disk. To be called directly after the
+    /// last copy, since the time until this call counts as time of the batch.
+    fn end_batch(&mut self);
+
+    /// Queries the kernel for the residency of ranges that recent [`PageCache::find`] calls missed. Makes system calls,
+    /// so callers first pass on all pending completions.
+    fn query_residency(&mut self);
 }

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!   image, chain, ops            disk
-//!        |                        |  push(Op) .. submit() .. reap();  find_cached(), copy_cached()
+//!        |                        |  push(Op) .. submit() .. reap();  PageCache: find() .. copy()
 //!        v                        v
 //!   Env ── Folder ── File      Engine (one per thread)
 //!        |                        |
@@ -19,7 +19,8 @@
 //!
 //! ```text
 //!   host/env, sim/env                                        implement Env
-//!   uring, blocking, sim/engine, pagecache/reader            implement Engine
+//!   uring, blocking, sim/engine                              implement Engine
+//!   pagecache/reader, sim/page_cache                         implement PageCache
 //!   host/{file, folder, ..}, sim/{file, folder, ..}          implement File and Folder
 //!   -------------------------------------------------------------------------------------------
 //!   env, engine                                              interfaces
@@ -27,8 +28,8 @@
 //!   op, payload, shm, types, sigbus, notifier, prefetch      data, memory, signals
 //! ```
 //!
-//! All I/O is positional: no code depends on the position of a file. The io_uring engine serves reads of resident pages
-//! by copies from mapped files (`pagecache/`), without system calls.
+//! All I/O is positional: no code depends on the position of a file. With the io_uring engine, reads of resident
+//! pages are copies from mapped files (`pagecache/`), without system calls.
 
 mod backend;
 pub mod blocking;
@@ -55,7 +56,7 @@ pub mod types;
 pub mod uring;
 
 pub use backend::{File, Folder};
-pub use engine::Engine;
+pub use engine::{Engine, PageCache};
 pub use env::Env;
 pub use holes::{is_seek_unsupported, is_zero, next_data};
 pub use notifier::Notifier;

@@ -71,7 +71,7 @@ fn run(seed: u64) -> u64 {
                 assert!(memory.bytes() == model[bytes_of(*range)], "seed {seed}: {range}");
             }
         }
-        made += disk.lane.engine().copy_count();
+        made += disk.lane.copied_reads();
         disk.flush();
         disk.close();
     }
@@ -95,7 +95,7 @@ fn a_read_fails_if_copy_and_operation_fail() {
     disk.write(range, &[7; 4096], &[512]);
     let steps = host.counts().steps;
     host.set_faults(FaultPlan { fail: (1..1000).map(|n| (steps + n, Fault::Io)).collect(), ..FaultPlan::default() });
-    let (mut failed, copies) = (0, disk.lane.engine().copy_count());
+    let (mut failed, copies) = (0, disk.lane.copied_reads());
     for _ in 0..40 {
         let memory = TestMemory::new(&[0; 4096]);
         match disk.run(Work::Read { range, into: memory.iovecs(&[512]) }) {
@@ -103,7 +103,7 @@ fn a_read_fails_if_copy_and_operation_fail() {
             _ => failed += 1,
         }
     }
-    assert!(failed > 5 && disk.lane.engine().copy_count() > copies + 5, "{failed} of 40 failed");
+    assert!(failed > 5 && disk.lane.copied_reads() > copies + 5, "{failed} of 40 failed");
 }
 
 /// A planned copy may fail and become an operation, so it counts as an operation for the capacity of a lane.
@@ -116,7 +116,7 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     disk.lane = lane;
     let range = SectorRange::between(0, 8);
     disk.write(range, &[7; 4096], &[512]);
-    let (room, copies) = (disk.lane.push_capacity(), disk.lane.engine().copy_count());
+    let (room, copies) = (disk.lane.push_capacity(), disk.lane.copied_reads());
     let mut reads = Vec::new();
     while disk.lane.push_capacity() > 0 {
         let memory = TestMemory::new(&[0; 4096]);
@@ -127,7 +127,23 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     assert!(answers.iter().map(|(tag, _)| *tag).eq(reads.iter().map(|(tag, _)| *tag)), "each read completes once");
     assert!(answers.iter().all(|(_, outcome)| *outcome == Outcome::Done));
     assert!(reads.iter().all(|(_, memory)| memory.bytes() == [7; 4096]));
-    let copied = usize::try_from(disk.lane.engine().copy_count() - copies).expect("a small number");
+    let copied = usize::try_from(disk.lane.copied_reads() - copies).expect("a small number");
     assert!(copied > room / 2 && copied < room && reads.len() == room, "{copied} of {} were copied", reads.len());
     assert_eq!(disk.lane.push_capacity(), room);
+}
+
+/// Without the option no read is a copy.
+#[test]
+fn no_read_is_a_copy_if_they_are_off() {
+    let copies = |on| {
+        let options = DiskOptions { page_cache_reads: on, ..DiskOptions::new(TOP) };
+        let disk = Disk::open(Arc::new(host(3)), &options).expect("the chain opens");
+        let mut disk = TestDisk::new(disk, EngineKind::Auto);
+        let range = SectorRange::between(0, 8);
+        disk.write(range, &[7; 4096], &[512]);
+        (0..40).for_each(|_| assert!(disk.read(range) == [7; 4096]));
+        disk.lane.copied_reads()
+    };
+    assert!(copies(true) > 5);
+    assert_eq!(copies(false), 0);
 }

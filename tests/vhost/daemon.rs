@@ -53,6 +53,12 @@ impl Daemon {
         UnixStream::connect(&self.socket).unwrap()
     }
 
+    /// Returns whether the daemon has mapped a part of `file`.
+    pub(crate) fn has_mapped(&self, file: &Path) -> bool {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap();
+        maps.contains(&*file.canonicalize().unwrap().to_string_lossy())
+    }
+
     /// Returns the log written so far.
     pub(crate) fn log(&self) -> String {
         let mut text = String::new();

@@ -10,6 +10,7 @@ mod guest;
 mod image;
 mod lost_memory;
 mod mounts;
+mod page_cache;
 mod raw;
 #[path = "../common/rng.rs"]
 #[allow(dead_code, reason = "only one test is random")]

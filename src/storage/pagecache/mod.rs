@@ -1,11 +1,11 @@
 //! Reads from the page cache without system calls.
 //!
-//! A read whose pages are all resident in the page cache is a copy from a mapped file. An engine offers this as a pair
-//! of methods, [`find_cached`](super::Engine::find_cached) and [`copy_cached`](super::Engine::copy_cached), which
-//! [`reader`] implements. Every other read is an operation of the engine.
+//! A read whose pages are all resident in the page cache is a copy from a mapped file. An engine creates the object
+//! that makes such copies ([`Engine::page_cache`](super::Engine::page_cache)); [`reader`] implements it. Every other
+//! read is an operation of the engine.
 //!
 //! ```text
-//!   reader         one per io_uring engine: finds, copies, measures batches, backs off after waiting for the disk
+//!   reader         one per lane on io_uring: finds, copies, measures batches, backs off after waiting for the disk
 //!   map_cache      the regions that the reader used last
 //!   file_map       one per open file: mapped regions of 256 MiB, one residency bit per page
 //!   copy_nofault   the copy, which returns false if a page is unavailable

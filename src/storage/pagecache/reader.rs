@@ -1,4 +1,4 @@
-//! Page cache reader of an engine: finds resident ranges, copies them, and backs off after waiting for the disk.
+//! Page cache reader of a lane: finds resident ranges, copies them, and backs off after waiting for the disk.
 //!
 //! Most of the time of a small read from the page cache is that of the system call itself, and the kernel copies page
 //! by page: 4 KiB take 1.3 us by preadv(2), and 0.2 to 0.3 us by a copy from a mapping whose pages were prefetched
@@ -29,6 +29,7 @@ use super::file_map::{self, MapRegion, Residency};
 use super::map_cache::MapCache;
 use super::range::{CHUNK, CachedRange, MAX_COPY};
 use crate::storage::backend::{File, FileBackend};
+use crate::storage::engine::PageCache;
 use crate::storage::host::file::HostFile;
 use crate::storage::op::{FILE_SLOTS, FileSlot};
 use crate::storage::payload::GuestIovecs;
@@ -48,7 +49,7 @@ const STALL: Duration = Duration::from_millis(1);
 /// Batches between two samples of this thread's major fault count.
 const BATCHES_PER_SAMPLE: u32 = 1024;
 
-/// Copies from the mapped files of an engine.
+/// Copies from mapped files.
 pub(in crate::storage) struct PageCacheReader {
     files: Vec<Option<Arc<HostFile>>>,
     map_cache: MapCache,
@@ -65,12 +66,12 @@ pub(in crate::storage) struct PageCacheReader {
     /// Last sample of this thread's major fault count.
     major_faults: i64,
     batches: u32,
-    copies: u64,
 }
 
 impl PageCacheReader {
-    pub(in crate::storage) fn new() -> PageCacheReader {
-        PageCacheReader {
+    /// Creates a reader without files. Returns `None` if this processor has no `copy_nofault`.
+    pub(in crate::storage) fn new() -> Option<PageCacheReader> {
+        copy_nofault::is_available().then(|| PageCacheReader {
             files: (0..FILE_SLOTS).map(|_| None).collect(),
             map_cache: MapCache::new(),
             queries: Vec::with_capacity(MAX_QUERIES),
@@ -81,37 +82,7 @@ impl PageCacheReader {
             backoff_until: None,
             major_faults: i64::MAX,
             batches: 0,
-            copies: 0,
-        }
-    }
-
-    /// Registers a file. A file with O_DIRECT enabled is never copied from.
-    pub(in crate::storage) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
-        let file = HostFile::of(file)?;
-        self.map_cache.invalidate(slot);
-        *entry = (!file.is_direct() && copy_nofault::is_available()).then_some(file);
-        Ok(())
-    }
-
-    pub(in crate::storage) fn unregister(&mut self, slot: FileSlot) {
-        if let Some(entry) = self.files.get_mut(usize::from(slot.0)) {
-            *entry = None;
-        }
-        self.map_cache.invalidate(slot);
-        self.queries.retain(|(of, ..)| *of != slot);
-    }
-
-    /// Implements [`Engine::find_cached`](crate::storage::Engine::find_cached).
-    #[inline]
-    pub(in crate::storage) fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
-        if len > MAX_COPY {
-            return None;
-        }
-        let (index, within) = file_map::locate(offset);
-        let cached = self.map_cache.get(slot, index).and_then(|region| region.resident_start(within, len));
-        let from = cached.or_else(|| self.find_in_file(slot, offset, len))?;
-        self.backoff_until.is_none().then_some(CachedRange { from, slot, offset, len })
+        })
     }
 
     /// Finds a range whose region is not in the map cache, and caches the region. Records a query if that is
@@ -137,9 +108,53 @@ impl PageCacheReader {
         }
     }
 
-    /// Implements [`Engine::copy_cached`](crate::storage::Engine::copy_cached).
+    fn invalidate(&self, found: &CachedRange) {
+        if let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) {
+            file.file_map().invalidate(found.offset, found.len);
+        }
+    }
+
+    fn evaluate_batch(&mut self, took: Duration) {
+        let pages = u32::try_from(self.bytes.div_ceil(CHUNK)).unwrap_or(u32::MAX);
+        self.batches = self.batches.wrapping_add(1);
+        if took <= SLOW_BATCH + SLOW_PAGE * pages {
+            if self.batches.is_multiple_of(BATCHES_PER_SAMPLE) {
+                self.major_faults = major_faults();
+            }
+            return;
+        }
+        let before = std::mem::replace(&mut self.major_faults, major_faults());
+        if self.major_faults <= before {
+            return; // no faults since the last sample, or this is the first sample
+        }
+        self.batch.iter().for_each(|found| self.invalidate(found));
+        self.backoff_until = Some(Instant::now() + took * BACKOFF_FACTOR);
+    }
+}
+
+impl PageCache for PageCacheReader {
+    /// Registers a file. A file with O_DIRECT enabled is never copied from.
+    fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
+        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let file = HostFile::of(file)?;
+        self.map_cache.invalidate(slot);
+        *entry = (!file.is_direct()).then_some(file);
+        Ok(())
+    }
+
     #[inline]
-    pub(in crate::storage) fn copy(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
+    fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
+        if len > MAX_COPY {
+            return None;
+        }
+        let (index, within) = file_map::locate(offset);
+        let cached = self.map_cache.get(slot, index).and_then(|region| region.resident_start(within, len));
+        let from = cached.or_else(|| self.find_in_file(slot, offset, len))?;
+        self.backoff_until.is_none().then_some(CachedRange { from, slot, offset, len })
+    }
+
+    #[inline]
+    fn copy(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
         let (index, within) = file_map::locate(found.offset);
         let is_at = |region: &MapRegion| region.maps_at(within, found.from);
         if !self.map_cache.get(found.slot, index).is_some_and(is_at) {
@@ -165,8 +180,7 @@ impl PageCacheReader {
                     fetched = ahead;
                 }
                 // SAFETY:
-                // - `copy_nofault` is available: a file is registered only if it is, and without a file the check above
-                //   fails.
+                // - `copy_nofault` is available: a reader exists only if it is.
                 // - Source: `found.from` is the address of `within` in a mapped region of a file in this reader's
                 //   tables (checked above). `find` has returned `found` only for a range inside the region. The map
                 //   cache or the file holds the region, and neither changes while `self` is borrowed here.
@@ -181,7 +195,6 @@ impl PageCacheReader {
         if done > 0 {
             self.batch.push(*found);
             self.bytes += done;
-            self.copies += 1;
         }
         if !whole {
             self.invalidate(found);
@@ -190,7 +203,7 @@ impl PageCacheReader {
     }
 
     /// Ends a batch of copies. Starts a backoff if the batch waited for the disk.
-    pub(in crate::storage) fn end_batch(&mut self) {
+    fn end_batch(&mut self) {
         if let Some(start) = self.batch_start.take() {
             self.evaluate_batch(start.elapsed());
             self.batch.clear();
@@ -198,36 +211,8 @@ impl PageCacheReader {
         }
     }
 
-    /// Returns the number of copies made so far.
-    pub(in crate::storage) fn copies(&self) -> u64 {
-        self.copies
-    }
-
-    fn invalidate(&self, found: &CachedRange) {
-        if let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) {
-            file.file_map().invalidate(found.offset, found.len);
-        }
-    }
-
-    fn evaluate_batch(&mut self, took: Duration) {
-        let pages = u32::try_from(self.bytes.div_ceil(CHUNK)).unwrap_or(u32::MAX);
-        self.batches = self.batches.wrapping_add(1);
-        if took <= SLOW_BATCH + SLOW_PAGE * pages {
-            if self.batches.is_multiple_of(BATCHES_PER_SAMPLE) {
-                self.major_faults = major_faults();
-            }
-            return;
-        }
-        let before = std::mem::replace(&mut self.major_faults, major_faults());
-        if self.major_faults <= before {
-            return; // no faults since the last sample, or this is the first sample
-        }
-        self.batch.iter().for_each(|found| self.invalidate(found));
-        self.backoff_until = Some(Instant::now() + took * BACKOFF_FACTOR);
-    }
-
-    /// Implements [`Engine::query_residency`](crate::storage::Engine::query_residency).
-    pub(in crate::storage) fn run_queries(&mut self) {
+    /// Runs the recorded queries, and ends an expired backoff.
+    fn query_residency(&mut self) {
         self.backoff_until = self.backoff_until.filter(|until| Instant::now() < *until);
         for (slot, offset, len) in self.queries.drain(..) {
             if let Some(Some(file)) = self.files.get(usize::from(slot.0)) {

@@ -7,14 +7,13 @@ use std::sync::Arc;
 use super::file::SimFile;
 use super::machine::{InFlightOp, errno};
 use super::names::InodeId;
+use super::page_cache::SimPageCache;
 use super::shared::SharedMachine;
 use super::types::CompletionOrder;
-use crate::random::Random;
 use crate::storage::backend::File;
-use crate::storage::engine::Engine;
+use crate::storage::engine::{Engine, PageCache};
 use crate::storage::op::{Action, Completion, FILE_SLOTS, FileSlot, Op};
-use crate::storage::pagecache::range::CachedRange;
-use crate::storage::payload::{GuestIovecs, Payload};
+use crate::storage::payload::Payload;
 use crate::storage::types::Access;
 
 /// Engine of a [`SimHost`](super::SimHost).
@@ -28,9 +27,6 @@ pub(super) struct SimEngine {
     completed: Vec<Completion>,
     depth: usize,
     calls: u64,
-    copies: u64,
-    /// Random numbers for cached reads only, so that runs with and without cached reads are otherwise the same.
-    random: Random,
 }
 
 impl SimEngine {
@@ -38,7 +34,7 @@ impl SimEngine {
         assert!(depth > 0, "an engine takes at least one operation");
         let files = (0..FILE_SLOTS).map(|_| None).collect();
         let (pushed, in_flight, completed) = (Vec::new(), Vec::new(), Vec::new());
-        SimEngine { shared, files, pushed, in_flight, completed, depth, calls: 0, copies: 0, random: Random::new(1) }
+        SimEngine { shared, files, pushed, in_flight, completed, depth, calls: 0 }
     }
 
     fn complete(&mut self, at: usize) {
@@ -103,11 +99,7 @@ fn bytes_of(op: &Op) -> Vec<u8> {
 impl Engine for SimEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
-        let file: Arc<SimFile> = file.share_backend().ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidInput, "a file of another host in a simulated engine")
-        })?;
-        let (inode, access) = file.inode_in(&self.shared).ok_or_else(|| errno(libc::EBADF))?;
-        *entry = Some((file, inode, access));
+        *entry = Some(SimFile::of(file, &self.shared)?);
         Ok(())
     }
 
@@ -116,27 +108,8 @@ impl Engine for SimEngine {
         Ok(())
     }
 
-    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
-        (self.shared.lock().cached_reads && self.random.chance(7, 8)).then(|| CachedRange::new(slot, offset, len))
-    }
-
-    fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
-        let Some(Some((_, inode, _))) = self.files.get(usize::from(found.slot().0)) else { return false };
-        let mut bytes = vec![0; found.len()];
-        let resident = self.shared.lock().read_mapped(*inode, &mut bytes, found.offset()).is_ok();
-        let whole = resident && self.random.chance(7, 8);
-        if !whole {
-            // An incomplete copy overwrites a part of the destination, here half of it.
-            bytes.truncate(found.len() / 2);
-            bytes.fill(0xA5);
-        }
-        into.copy_from(at, &bytes);
-        self.copies += u64::from(whole);
-        whole
-    }
-
-    fn copy_count(&self) -> u64 {
-        self.copies
+    fn page_cache(&self) -> Option<Box<dyn PageCache>> {
+        Some(Box::new(SimPageCache::new(self.shared.clone())))
     }
 
     fn push(&mut self, op: Op) -> Result<(), Op> {

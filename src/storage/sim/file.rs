@@ -2,13 +2,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::inode::SyncScope;
 use super::machine::{SimMachine, StepKind, errno};
 use super::names::{InodeId, absolute};
 use super::shared::SharedMachine;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::backend::{FileBackend, Folder};
+use crate::storage::backend::{File, FileBackend, Folder};
 use crate::storage::types::{
     Access, AllocationMode, DirectRules, FileId, FileSystemSpace, Lock, ModifiedTime, NameStatus, Stat,
 };
@@ -39,6 +40,18 @@ impl SimFile {
         folder: Folder,
     ) -> SimFile {
         SimFile { shared: shared.clone(), number, inode, access, path: path.to_path_buf(), folder }
+    }
+
+    /// Returns the implementation of `file` with its inode and access mode.
+    ///
+    /// # Errors
+    /// If the file belongs to another host.
+    pub(super) fn of(file: &File, shared: &SharedMachine) -> io::Result<(Arc<SimFile>, InodeId, Access)> {
+        let file: Arc<SimFile> = file.share_backend().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "a file of another host in a simulated engine")
+        })?;
+        let (inode, access) = file.inode_in(shared).ok_or_else(|| errno(libc::EBADF))?;
+        Ok((file, inode, access))
     }
 
     /// Returns the file's number and access mode, if the file belongs to that machine.

@@ -17,7 +17,8 @@
 //! ```text
 //!   env  inspect                           Env; observation by tests
 //!   host  crash                            SimHost: crashes, kills, faults
-//!   engine  runtime_folder  folder  file   handles on the machine
+//!   engine  page_cache                     handles on the machine
+//!   runtime_folder  folder  file           likewise
 //!   shared                                 the lock around the machine
 //!   machine                                state of the machine; steps, faults, space, locks
 //!   inode  metadata  names  torn_write     files and names: current, durable, and the changes between
@@ -35,6 +36,7 @@ mod inspect;
 mod machine;
 mod metadata;
 mod names;
+mod page_cache;
 mod runtime_folder;
 mod shared;
 #[cfg(test)]

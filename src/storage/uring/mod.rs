@@ -24,12 +24,10 @@ use io_uring::IoUring;
 use self::nowait::NowaitWrites;
 use self::sqe::{create_ring, submission_entry};
 use super::backend::File;
-use super::engine::Engine;
+use super::engine::{Engine, PageCache};
 use super::host::file::HostFile;
 use super::op::{Completion, FILE_SLOTS, FileSlot, Op};
-use super::pagecache::range::CachedRange;
 use super::pagecache::reader::PageCacheReader;
-use super::payload::GuestIovecs;
 use super::transfer::{Transfer, TransferState};
 
 /// Flag of io_uring_enter(2): runs pending work of this thread, and waits for the given number of completions.
@@ -50,7 +48,6 @@ pub struct UringEngine {
     nowait: NowaitWrites,
     /// Entries of writes that are tried without the ring first.
     nowait_writes: Vec<u32>,
-    page_cache: PageCacheReader,
     /// Completions that `wait` found, and those of writes without the ring.
     completed: Vec<Completion>,
     /// Entries whose transfer was short.
@@ -91,7 +88,6 @@ impl UringEngine {
             free: (0..numbers).rev().collect(),
             nowait: NowaitWrites::new(),
             nowait_writes: Vec::with_capacity(depth),
-            page_cache: PageCacheReader::new(),
             completed: Vec::with_capacity(depth),
             unfinished: Vec::with_capacity(depth),
             queued: 0,
@@ -219,14 +215,16 @@ impl Engine for UringEngine {
         // operation in flight, even if this process is killed. The next process waits for the end of these locks
         // (`host/file.rs`, the fence).
         self.update_file(slot, HostFile::of(file)?.as_raw_fd())?;
-        self.page_cache.register(slot, file)?;
         self.nowait.register(slot, file)
     }
 
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
         self.nowait.unregister(slot);
-        self.page_cache.unregister(slot);
         self.update_file(slot, -1)
+    }
+
+    fn page_cache(&self) -> Option<Box<dyn PageCache>> {
+        Some(Box::new(PageCacheReader::new()?))
     }
 
     fn push(&mut self, op: Op) -> Result<(), Op> {
@@ -244,28 +242,6 @@ impl Engine for UringEngine {
             self.enqueue(number)
         }
         Ok(())
-    }
-
-    #[inline]
-    fn find_cached(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
-        self.page_cache.find(slot, offset, len)
-    }
-
-    #[inline]
-    fn copy_cached(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
-        self.page_cache.copy(found, into, at)
-    }
-
-    fn end_copy_batch(&mut self) {
-        self.page_cache.end_batch();
-    }
-
-    fn query_residency(&mut self) {
-        self.page_cache.run_queries();
-    }
-
-    fn copy_count(&self) -> u64 {
-        self.page_cache.copies()
     }
 
     fn submit(&mut self) -> io::Result<()> {
