@@ -18,7 +18,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use chains::{BLOCKS, Fragmentation, plan_all, version};
-use diffdisk::chain::{PlanBuffer, Version};
+use diffdisk::chain::{FrozenCacheHandle, PlanBuffer, Version};
 use diffdisk::units::SectorRange;
 use harness::random_stream;
 use null::NullMode;
@@ -70,10 +70,10 @@ fn measure(version: &Version) -> f64 {
 }
 
 fn run_plans(version: &Version, plan: &mut PlanBuffer, count: u64) {
-    let mut rng = random_stream(0);
+    let (mut rng, mut cache) = (random_stream(0), FrozenCacheHandle::default());
     for _ in 0..count {
         let start = rng.below(BLOCKS * 4096 / REQUEST) * REQUEST;
-        version.plan_read(black_box(SectorRange::between(start, start + REQUEST)), plan);
+        version.plan_read(black_box(SectorRange::between(start, start + REQUEST)), &mut cache, plan);
         black_box(&plan);
     }
 }

@@ -12,7 +12,7 @@
 use std::ops::ControlFlow;
 
 use super::extent::{self, Source};
-use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, PackedRun};
+use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, FrozenCacheHandle, PackedRun};
 use super::plan::{Missing, PlanBuffer};
 use crate::format::{DiskType, bitmap};
 use crate::image::Image;
@@ -66,9 +66,8 @@ impl Frozen {
 
     /// Appends the extents of `range` to `plan`, or the bitmaps that must be loaded first.
     #[inline]
-    pub fn plan_read(&self, range: SectorRange, plan: &mut PlanBuffer) {
-        let mut cache = plan.cache.take();
-        let table = self.cache.table(&mut cache);
+    pub fn plan_read(&self, range: SectorRange, cache: &mut FrozenCacheHandle, plan: &mut PlanBuffer) {
+        let table = self.cache.table(cache);
         let mut rest = range.clip(SectorRange::between(0, self.sectors));
         let beyond = range.skip(rest.count());
         while !rest.is_empty() {
@@ -89,15 +88,14 @@ impl Frozen {
             }
         }
         plan.push(beyond, Source::Zero);
-        plan.cache = cache;
     }
 
     /// Prefetches the list of runs of the cell of a sector into the processor's cache, if the cell has such a list.
     #[inline]
-    pub fn prefetch(&self, sector: u64, plan: &mut PlanBuffer) {
+    pub fn prefetch(&self, sector: u64, cache: &mut FrozenCacheHandle) {
         if sector < self.sectors {
             let index = usize::try_from(sector / CELL_SECTORS).expect("at most 2^20 cells");
-            if let Some(cell) = self.cache.table(&mut plan.cache).get(index) {
+            if let Some(cell) = self.cache.table(cache).get(index) {
                 cell.prefetch(sector % CELL_SECTORS);
             }
         }
@@ -288,14 +286,14 @@ mod tests {
         let (chains, _) = three();
         let version = chains.read("leaf");
         let (range, mut plan) = (SectorRange::between(4_000, 4_200), PlanBuffer::default());
-        version.plan_read(range, &mut plan);
+        version.plan_read(range, &mut FrozenCacheHandle::default(), &mut plan);
         assert_eq!(plan.missing, [Missing::Cell(0), Missing::Cell(1)]);
         // The cell needs one bitmap sector of the child, one of the middle layer, and those of the root for the
         // undecided part. Each block of 4 KiB of the root has one bitmap sector.
         let reads = version.frozen().cell_reads(1);
         assert!(reads.iter().any(|read| read.layer == 0) && reads.iter().any(|read| read.layer == 2), "{reads:?}");
         version.load_now(&plan.missing, &mut crate::image::Pins::default()).unwrap();
-        version.plan_read(range, &mut plan);
+        version.plan_read(range, &mut FrozenCacheHandle::default(), &mut plan);
         assert!(plan.missing.is_empty() && version.frozen().cell_reads(1).is_empty());
         let ends: Vec<_> = plan.extents.iter().map(|e| e.range.end()).collect();
         assert!(ends.contains(&4_095) && ends.contains(&4_097) && ends.last() == Some(&4_200), "{ends:?}");
@@ -308,12 +306,13 @@ mod tests {
         chains.child("leaf", "root", 2 << 20, 9_000);
         let version = chains.chain("leaf", OpenMode::Inspect).unwrap().into_frozen();
         let mut plan = PlanBuffer::default();
-        version.plan_read(SectorRange::between(10, 8_900), &mut plan);
+        let mut cache = FrozenCacheHandle::default();
+        version.plan_read(SectorRange::between(10, 8_900), &mut cache, &mut plan);
         assert!(plan.missing.is_empty());
         let want = Source::File { slot: FileSlot(1), offset: 10 * SECTOR };
         assert!(matches!(plan.extents[..], [extent] if extent.source == want), "{plan:?}");
         let nothing = Version::new(None, Frozen::new(Vec::new()), 8);
-        nothing.plan_read(SectorRange::between(0, 8), &mut plan);
+        nothing.plan_read(SectorRange::between(0, 8), &mut cache, &mut plan);
         assert_eq!(plan.extents[0].source, Source::Zero);
     }
 }

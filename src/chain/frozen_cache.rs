@@ -3,7 +3,7 @@
 //! A cell of one run takes one word in a table. Lists of runs take at most [`MAX_RUN_BYTES`] together; when a new list
 //! exceeds the limit, an empty table replaces the full one, and cells are loaded again when they are needed. So a chain
 //! that is fragmented into single sectors cannot exhaust memory. A look-up takes no lock and changes no reference count
-//! that queues share: each queue keeps a [`CacheHandle`] to the table, and drops it before it sleeps.
+//! that queues share: each queue keeps a [`FrozenCacheHandle`], and releases it before it sleeps.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -152,9 +152,18 @@ impl CellTable {
     }
 }
 
-/// The handle of one queue to the current table.
-#[derive(Debug)]
-pub(super) struct CacheHandle(Cache<Arc<ArcSwap<CellTable>>, Arc<CellTable>>);
+/// The handle of one thread to the table of the frozen cache that it used last, so that threads share no reference
+/// count in a look-up. A new handle refers to no table.
+#[derive(Debug, Default)]
+pub struct FrozenCacheHandle(Option<Cache<Arc<ArcSwap<CellTable>>, Arc<CellTable>>>);
+
+impl FrozenCacheHandle {
+    /// Drops the reference to the table, which may be the last one to a table that was replaced. A thread calls this
+    /// before it sleeps.
+    pub fn release(&mut self) {
+        self.0 = None;
+    }
+}
 
 /// Cache of the cells that were looked up.
 #[derive(Debug)]
@@ -171,13 +180,13 @@ impl FrozenCache {
         FrozenCache { table, sectors, max_run_bytes: MAX_RUN_BYTES }
     }
 
-    /// The current table, which stays in memory as long as `handle` is neither used again nor dropped.
+    /// The current table, which stays in memory as long as `handle` is neither used again, released nor dropped.
     #[inline]
-    pub(super) fn table<'a>(&self, handle: &'a mut Option<CacheHandle>) -> &'a CellTable {
-        if !handle.as_ref().is_some_and(|handle| std::ptr::eq(handle.0.arc_swap(), &*self.table)) {
-            *handle = Some(CacheHandle(Cache::new(self.table.clone())));
+    pub(super) fn table<'a>(&self, handle: &'a mut FrozenCacheHandle) -> &'a CellTable {
+        if !handle.0.as_ref().is_some_and(|cache| std::ptr::eq(cache.arc_swap(), &*self.table)) {
+            handle.0 = Some(Cache::new(self.table.clone()));
         }
-        handle.as_mut().expect("made above").0.load()
+        handle.0.as_mut().expect("made above").load()
     }
 
     /// Whether a cell is in the current table.
@@ -243,7 +252,7 @@ mod tests {
         cache.insert(99, Cell::Whole(PackedRun::new(CELL_SECTORS, Source::Zero)));
         (0..4).for_each(|n| cache.insert(n, Cell::Runs(runs(10))));
         cache.insert(3, Cell::Runs(runs(10)));
-        let mut handle = None;
+        let mut handle = FrozenCacheHandle::default();
         let held = cache.table(&mut handle);
         assert!(
             (0..4).all(|n| held.get(n).is_some()) && held.get(99).is_some(),

@@ -46,6 +46,7 @@ pub use children::{children_of, record_child, refuse_if_parent};
 pub use extent::{Extent, Source};
 pub use file_stamp::FileStamp;
 pub use frozen::{Frozen, Layer};
+pub use frozen_cache::FrozenCacheHandle;
 pub use merge_receiver::{mark_receiver, receiver_mark, unmark_receiver};
 pub use merge_record::{Copied, MergeRecord, MergedLayer};
 pub use merge_record_file::ExistingRecord;

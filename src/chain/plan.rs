@@ -1,7 +1,6 @@
 //! Plans: the extents of a range of the disk, or the bitmaps that must be loaded to find them.
 
 use super::extent::{self, Extent, Source};
-use super::frozen_cache::CacheHandle;
 use crate::units::SectorRange;
 
 /// Bitmaps that must be loaded before a range can be planned.
@@ -22,9 +21,8 @@ impl Missing {
 
 /// The plan of a range: extents in ascending order without gaps, or the bitmaps that are missing.
 ///
-/// Each queue reuses one plan, so that planning allocates nothing once its vectors have grown. The plan also has a
-/// handle to the cell cache of the frozen layers, so that queues share no reference count in a look-up.
-#[derive(Debug, Default)]
+/// Each queue reuses one plan, so that planning allocates nothing once its vectors have grown.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct PlanBuffer {
     /// The extents to read or to write; in a plan of zeroing or discarding, the extents to punch.
     pub extents: Vec<Extent>,
@@ -34,8 +32,6 @@ pub struct PlanBuffer {
     pub missing: Vec<Missing>,
     /// Whether a block got a place, so that the file may need to grow.
     pub reserved: bool,
-    /// Handle to the cell cache of the frozen layers that were looked up last.
-    pub(super) cache: Option<CacheHandle>,
 }
 
 /// Number of the most recently added bitmaps with which a new one is compared: more than the default maximum number of
@@ -43,18 +39,12 @@ pub struct PlanBuffer {
 const DEDUPLICATED: usize = 128;
 
 impl PlanBuffer {
-    /// Empties the plan, but keeps its memory and the cache handle.
+    /// Empties the plan, but keeps its memory.
     pub fn clear(&mut self) {
         self.extents.clear();
         self.marks.clear();
         self.missing.clear();
         self.reserved = false;
-    }
-
-    /// Drops the cache handle, which may be the last reference to a replaced cell table. A thread calls this before it
-    /// sleeps.
-    pub fn release_cache(&mut self) {
-        self.cache = None;
     }
 
     /// Appends a run. Joins the run to the last extent if it follows that extent both on the disk and in the source.

@@ -11,7 +11,7 @@
 //! the caller pins the bitmaps that it has loaded.
 
 use super::frozen::CellRead;
-use super::frozen_cache::CELL_SECTORS;
+use super::frozen_cache::{CELL_SECTORS, FrozenCacheHandle};
 use super::plan::{Missing, PlanBuffer};
 use super::version::Version;
 use crate::error::Result;
@@ -70,20 +70,20 @@ impl Load {
 }
 
 impl Version {
-    /// Plans a read of `range`, which lies on the disk.
+    /// Plans a read of `range`, which lies on the disk. `cache` is the handle of the calling thread.
     #[inline]
-    pub fn plan_read(&self, range: SectorRange, plan: &mut PlanBuffer) {
+    pub fn plan_read(&self, range: SectorRange, cache: &mut FrozenCacheHandle, plan: &mut PlanBuffer) {
         plan.clear();
         match self.top() {
-            Some(top) => top.plan_read(range, self.frozen(), plan),
-            None => self.frozen().plan_read(range, plan),
+            Some(top) => top.plan_read(range, self.frozen(), cache, plan),
+            None => self.frozen().plan_read(range, cache, plan),
         }
     }
 
     /// Prefetches into the processor's cache the memory that a look-up of the first sector of `range` reads.
     #[inline]
-    pub fn prefetch(&self, range: SectorRange, plan: &mut PlanBuffer) {
-        self.frozen().prefetch(range.start(), plan);
+    pub fn prefetch(&self, range: SectorRange, cache: &mut FrozenCacheHandle) {
+        self.frozen().prefetch(range.start(), cache);
     }
 
     /// Plans a write of `range`, and reserves places for blocks. Only for a disk with a top.
@@ -189,12 +189,13 @@ impl Version {
     /// # Errors
     /// `Io`, with file and offset.
     pub fn plan_read_now(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<()> {
-        self.plan_read(range, plan);
+        let mut cache = FrozenCacheHandle::default();
+        self.plan_read(range, &mut cache, plan);
         // Usually at most twice: sectors that the top does not hold may need bitmaps of lower layers.
         let mut pins = Pins::default();
         while !plan.missing.is_empty() {
             self.load_now(&plan.missing, &mut pins)?;
-            self.plan_read(range, plan);
+            self.plan_read(range, &mut cache, plan);
         }
         Ok(())
     }
@@ -270,7 +271,7 @@ mod tests {
         let (whole, mut plan) = (SectorRange::between(0, 20_000), PlanBuffer::default());
         // The bitmap sectors of the top come first; sectors that the top does not hold need cells.
         for round in 0.. {
-            version.plan_read(whole, &mut plan);
+            version.plan_read(whole, &mut FrozenCacheHandle::default(), &mut plan);
             if plan.missing.is_empty() {
                 assert!(round > 0, "bitmaps had to be read");
                 break;
@@ -302,7 +303,7 @@ mod tests {
         chains.fill("leaf", &[(4_000, 4_001, 2)]);
         let version = chains.write("leaf");
         let mut plan = PlanBuffer::default();
-        version.plan_read(SectorRange::between(4_000, 4_100), &mut plan);
+        version.plan_read(SectorRange::between(4_000, 4_100), &mut FrozenCacheHandle::default(), &mut plan);
         assert_eq!(plan.missing, [Missing::BitmapSector(0), Missing::Cell(1)]);
         let load = version.load(&plan.missing);
         let slots: Vec<_> = load.reads().map(|(slot, _)| slot).collect();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::extent::Source;
 use super::frozen::Frozen;
+use super::frozen_cache::FrozenCacheHandle;
 use super::plan::{Missing, PlanBuffer};
 use crate::image::{NeedsGrowth, Writable};
 use crate::storage::FileSlot;
@@ -20,16 +21,22 @@ pub struct Top {
 impl Top {
     /// Appends the extents of `range` to `plan`: from this layer, or from the layers below.
     #[inline]
-    pub fn plan_read(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) {
+    pub fn plan_read(
+        &self,
+        range: SectorRange,
+        beneath: &Frozen,
+        cache: &mut FrozenCacheHandle,
+        plan: &mut PlanBuffer,
+    ) {
         let Some((block_size, table)) = self.table() else {
             return plan.push(range, self.source_at(range.start() * SECTOR)); // fixed
         };
         for (block, part) in block_size.split_at_blocks(range) {
             match table.place(block) {
-                None => beneath.plan_read(part, plan),
+                None => beneath.plan_read(part, cache, plan),
                 Some(place) => self.for_each_run(part, plan, |plan, run, set| match set {
                     true => plan.push(run, self.data_source(block_size, place, run)),
-                    false => beneath.plan_read(run, plan),
+                    false => beneath.plan_read(run, cache, plan),
                 }),
             }
         }
@@ -78,6 +85,7 @@ impl Top {
             return Ok(());
         };
         let (mut exposed, mut beneath_plan) = (Vec::new(), PlanBuffer::default());
+        let mut cache = FrozenCacheHandle::default();
         for (block, part) in block_size.split_at_blocks(range) {
             match table.place(block) {
                 Some(place) => {
@@ -87,7 +95,7 @@ impl Top {
                 }
                 None => {
                     beneath_plan.clear();
-                    beneath.plan_read(part, &mut beneath_plan);
+                    beneath.plan_read(part, &mut cache, &mut beneath_plan);
                     beneath_plan.missing.iter().for_each(|m| plan.add_missing(*m));
                     if beneath_plan.extents.iter().any(|e| e.source != Source::Zero) {
                         exposed.push((block, part));

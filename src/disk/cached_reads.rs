@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 
 use super::request::{Answer, Outcome};
-use crate::chain::{PlanBuffer, Source, Version};
+use crate::chain::{FrozenCacheHandle, PlanBuffer, Source, Version};
 use crate::storage::{CachedRange, GuestIovecs, MAX_COPY, PageCache};
 use crate::units::SectorRange;
 
@@ -72,9 +72,9 @@ impl CachedReads {
     }
 
     /// Prefetches, into the processor's caches, the memory that planning the queued reads accesses.
-    pub(super) fn prefetch_plans(&self, version: &Version, plan: &mut PlanBuffer) {
+    pub(super) fn prefetch_plans(&self, version: &Version, frozen_cache: &mut FrozenCacheHandle) {
         for read in &self.candidates {
-            version.prefetch(read.range, plan);
+            version.prefetch(read.range, frozen_cache);
         }
     }
 
@@ -92,9 +92,10 @@ impl CachedReads {
         &mut self,
         read: CachedRead,
         version: &Version,
+        frozen_cache: &mut FrozenCacheHandle,
         plan: &mut PlanBuffer,
     ) -> Result<(), CachedRead> {
-        version.plan_read(read.range, plan);
+        version.plan_read(read.range, frozen_cache, plan);
         let CachedReads { page_cache: Some(page_cache), planned, parts, .. } = self else { return Err(read) };
         let (before, mut whole) = (parts.len(), plan.missing.is_empty());
         if whole {

@@ -22,7 +22,7 @@ use super::stalled_writes::{NoSpaceLog, StalledCommit};
 use super::task::Token;
 use super::task_ops::TaskOps;
 use super::task_table::{MAX_TASKS, TaskTable};
-use crate::chain::PlanBuffer;
+use crate::chain::{FrozenCacheHandle, PlanBuffer};
 use crate::error::{ErrorKind, Result};
 use crate::image::{Commit, Growth};
 use crate::storage::{Action, Completion, Engine, EngineKind};
@@ -52,6 +52,7 @@ pub struct Lane {
     /// Whether operations were submitted since completions were last reaped.
     submitted_since_reap: bool,
     pub(super) answers: Vec<Answer>,
+    pub(super) frozen_cache: FrozenCacheHandle,
     // These buffers are reused for their memory.
     pub(super) plan: PlanBuffer,
     pub(super) task_ops: TaskOps,
@@ -84,6 +85,7 @@ impl Disk {
             ticks: 0,
             submitted_since_reap: false,
             answers: Vec::with_capacity(MAX_TASKS),
+            frozen_cache: FrozenCacheHandle::default(),
             plan: PlanBuffer::default(),
             task_ops: TaskOps::default(),
             completions: Vec::with_capacity(MAX_TASKS),
@@ -131,13 +133,12 @@ impl Lane {
         if result.is_ok() && self.copy_cached_reads() {
             result = self.ops.engine.submit();
         }
-        // The lane may sleep now. Meanwhile its plan must not keep a replaced part of the chain's cache in memory.
-        self.plan.release_cache();
+        // The lane may sleep now. Meanwhile it must not keep a replaced table of the frozen cache in memory.
+        self.frozen_cache.release();
         result
     }
 
-    /// Queries the kernel for the residency of pages. To be called when all answers have been given, since it makes
-    /// system calls.
+    /// Queries the kernel for the residency of pages, by system calls. To be called when all answers have been given.
     pub fn refresh_residency(&mut self) {
         self.cached_reads.query_residency();
     }
@@ -340,8 +341,7 @@ impl Lane {
     /// Leads the commit of the running round.
     pub(super) fn lead_commit(&mut self) {
         let top = self.disk.writable_top();
-        let commit = Commit::new(top.image.clone(), top.slot);
-        self.start_job(Job::Commit(commit));
+        self.start_job(Job::Commit(Commit::new(top.image.clone(), top.slot)));
     }
 
     /// Ends the round that this lane leads, and leads the next one if flushes wait for it.

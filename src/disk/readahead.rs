@@ -17,7 +17,7 @@
 //! `docs/performance.md`, section 4, has the figures and the variants that were dropped.
 
 use super::op_queue::OpQueue;
-use crate::chain::{Extent, PlanBuffer, Source, Version};
+use crate::chain::{Extent, FrozenCacheHandle, PlanBuffer, Source, Version};
 use crate::storage::{Action, File, FileSlot, Op};
 use crate::units::SectorRange;
 
@@ -155,8 +155,8 @@ impl Readahead {
 }
 
 /// Plans all blocks that overlap a range to prefetch.
-pub(super) fn plan_blocks(range: SectorRange, version: &Version, plan: &mut PlanBuffer) {
-    version.plan_read(whole_blocks(range, version.sectors()), plan);
+pub(super) fn plan_blocks(range: SectorRange, version: &Version, cache: &mut FrozenCacheHandle, plan: &mut PlanBuffer) {
+    version.plan_read(whole_blocks(range, version.sectors()), cache, plan);
 }
 
 /// Extends a range to whole blocks of the default size, up to the end of the disk.

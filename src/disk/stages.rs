@@ -49,11 +49,11 @@ impl Lane {
     /// Plans the queued reads. A read becomes a list of copies if all of its bytes are known to be resident, and a task
     /// otherwise.
     pub(super) fn plan_cached_reads(&mut self) {
-        self.cached_reads.prefetch_plans(self.disk.version(), &mut self.plan);
+        self.cached_reads.prefetch_plans(self.disk.version(), &mut self.frozen_cache);
         while let Some(read) = self.cached_reads.next_candidate() {
             let range = read.range;
             let version = self.disk.version();
-            if let Err(read) = self.cached_reads.plan(read, version, &mut self.plan) {
+            if let Err(read) = self.cached_reads.plan(read, version, &mut self.frozen_cache, &mut self.plan) {
                 self.start_planned_read(read);
             }
             self.track_read(range);
@@ -187,11 +187,11 @@ impl Lane {
         let version = self.disk.version();
         let reserved = match &task.work {
             Work::Read { range, .. } => {
-                version.plan_read(*range, &mut plan);
+                version.plan_read(*range, &mut self.frozen_cache, &mut plan);
                 Ok(())
             }
             Work::Prefetch { range } => {
-                readahead::plan_blocks(*range, version, &mut plan);
+                readahead::plan_blocks(*range, version, &mut self.frozen_cache, &mut plan);
                 Ok(())
             }
             Work::Write { range, .. } => version.plan_write(*range, &mut plan),

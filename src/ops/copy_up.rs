@@ -45,6 +45,7 @@ pub(super) fn copy_up(
         new_files: new.map_or(Ok(Vec::new()), file_ids)?,
         new,
         plan: PlanBuffer::default(),
+        new_plan: PlanBuffer::default(),
         old_data: Buffer::zeroed(CHUNK_BYTES),
         new_data: Buffer::zeroed(CHUNK_BYTES),
         copied: 0,
@@ -82,7 +83,10 @@ struct CopyUp<'a> {
     /// Device and inode of each file, by slot.
     old_files: Vec<FileId>,
     new_files: Vec<FileId>,
+    /// Plan of the child and its old parents.
     plan: PlanBuffer,
+    /// Plan of the new parents.
+    new_plan: PlanBuffer,
     old_data: Buffer,
     new_data: Buffer,
     /// Bytes written into the child.
@@ -114,11 +118,10 @@ impl CopyUp<'_> {
                 runs.push(CandidateRun { range: extent.range, old: extent.source, new: Source::Zero });
                 continue;
             };
-            let mut new_plan = PlanBuffer::default();
-            new.plan_read_now(extent.range, &mut new_plan)?;
+            new.plan_read_now(extent.range, &mut self.new_plan)?;
             let mut old = *extent;
-            for Extent { range, source } in new_plan.extents {
-                runs.push(CandidateRun { range, old: old.source, new: source });
+            for Extent { range, source } in &self.new_plan.extents {
+                runs.push(CandidateRun { range: *range, old: old.source, new: *source });
                 old = old.skip(range.count());
             }
         }

@@ -24,7 +24,7 @@ mod temp;
 mod testing;
 
 use chain_model::{ChainModel, KIB};
-use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy, Source};
+use diffdisk::chain::{Chain, FrozenCacheHandle, OpenMode, PlanBuffer, Policy, Source};
 use diffdisk::disk::Work;
 use diffdisk::image::Durability;
 use diffdisk::storage::EngineKind;
@@ -159,7 +159,7 @@ fn a_write_is_seen_when_it_has_moved_and_not_before() {
         let memory = TestMemory::new(&[7; 10 * 512]);
         let sources = |disk: &TestDisk| {
             let mut plan = PlanBuffer::default();
-            disk.disk.version().plan_read(range, &mut plan);
+            disk.disk.version().plan_read(range, &mut FrozenCacheHandle::default(), &mut plan);
             plan.extents.iter().map(|e| e.source).collect::<Vec<_>>()
         };
         // The write is in flight and its block is reserved, but reads still see the old contents.
