@@ -7,7 +7,7 @@ use std::ptr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use memmap2::MmapOptions;
 
 use crate::baseline_reads::{BLOCK, DEPTH, measure, pages};
 use crate::harness::random_stream;
@@ -17,34 +17,15 @@ use crate::sample::Sample;
 const BATCH: usize = 16;
 const LINE: usize = 64;
 
-/// A mapped file.
-struct Mapping {
-    start: *mut u8,
-    len: usize,
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the range must be a mapping that nothing uses after the call. `copies` has created the mapping with
-        // this address and length, and only this value unmaps it. `copies` drops its mappings when it returns, and its
-        // pointers into the mappings are not used after that.
-        let _ = unsafe { munmap(self.start.cast(), self.len) };
-    }
-}
-
 /// Measures random copies of 4 KiB from the data of the files of a chain.
 pub fn copies(files: &[PathBuf], time: Duration) -> Sample {
     let mut mappings = HashMap::new();
     let mut places = Vec::new();
     for (file, at) in pages(files) {
-        let mapping = mappings.entry(Rc::as_ptr(&file)).or_insert_with(|| {
-            let len = file.metadata().expect("our own file").len() as usize;
-            // SAFETY: mmap(2) must not replace a mapping in use. The address is null and `FIXED` is not set, so the
-            // kernel chooses a free range.
-            let start = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ, MapFlags::SHARED, &*file, 0) };
-            Mapping { start: start.expect("the image can be mapped").cast(), len }
-        });
-        places.push(mapping.start.wrapping_add(at as usize).cast_const());
+        let mapping = mappings
+            .entry(Rc::as_ptr(&file))
+            .or_insert_with(|| MmapOptions::new().map_raw_read_only(&*file).expect("the image can be mapped"));
+        places.push(mapping.as_ptr().wrapping_add(at as usize));
     }
     let mut memory = vec![0u8; DEPTH * BLOCK];
     let copy = |from: *const u8, to: &mut [u8]| {

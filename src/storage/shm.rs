@@ -14,11 +14,10 @@
 use std::any::Any;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use memmap2::{MmapOptions, MmapRaw};
 
 use super::sigbus::Guard;
 use crate::error::{Error, ErrorKind, Result};
@@ -87,21 +86,11 @@ impl std::fmt::Debug for HeapWords {
 pub(super) struct ShmMapping {
     // Fields are dropped in order: the guard must be dropped before the mapping that it guards.
     guard: Guard,
-    words: MappedWords,
+    mapping: MmapRaw,
+    words: usize,
     /// Holds the lock of the file.
     _file: OwnedFd,
 }
-
-#[derive(Debug)]
-struct MappedWords {
-    start: NonNull<AtomicU64>,
-    len: usize,
-}
-
-// SAFETY: the mapping belongs to this value, is not tied to a thread, and is accessed only as atomics.
-unsafe impl Send for MappedWords {}
-// SAFETY: shared access is access to atomics, which any thread may load and store at any time.
-unsafe impl Sync for MappedWords {}
 
 impl ShmMapping {
     /// Maps all `words` words of a file.
@@ -111,35 +100,23 @@ impl ShmMapping {
     /// - `Io`
     pub(super) fn new(file: OwnedFd, words: usize) -> Result<ShmMapping> {
         let bytes = words * size_of::<AtomicU64>();
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping.
-        let start = unsafe { mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, &file, 0) };
-        let start = start.map_err(|e| Error::io("cannot map the live journal", e.into()))?;
-        let words =
-            MappedWords { start: NonNull::new(start.cast()).expect("a mapping is not at address zero"), len: words };
-        // SAFETY: `start` is the beginning of the mapping made above, which is readable and writable up to the end of
-        // the page with its last byte. `ShmMapping` drops the guard before the words, so the mapping outlives the
-        // guard. The bytes of the mapping are accessed only as atomics (`Deref`).
-        let guard = unsafe { Guard::new(start.cast(), bytes, rustix::param::page_size()) };
+        let mapping = MmapOptions::new().len(bytes).map_raw(&file);
+        let mapping = mapping.map_err(|e| Error::io("cannot map the live journal", e))?;
+        // SAFETY: the range is the mapping made above, which is readable and writable up to the end of the page with
+        // its last byte. `ShmMapping` drops the guard before the mapping, so the mapping outlives the guard. The bytes
+        // of the mapping are accessed only as atomics (`Deref`).
+        let guard = unsafe { Guard::new(mapping.as_mut_ptr(), bytes, rustix::param::page_size()) };
         let guard = guard.ok_or_else(|| Error::new(ErrorKind::Unsupported, "cannot install the handler for SIGBUS"))?;
-        Ok(ShmMapping { guard, words, _file: file })
+        Ok(ShmMapping { guard, mapping, words, _file: file })
     }
 }
 
 impl Deref for ShmMapping {
     type Target = [AtomicU64];
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is page-aligned, and `len` words from it are mapped until `words` is dropped: by the file, or
-        // by the zeros that the guard puts in its place. Every bit pattern is a valid u64. This process and every other
-        // one of diffdisk access the words only as atomics.
-        unsafe { std::slice::from_raw_parts(self.words.start.as_ptr(), self.words.len) }
-    }
-}
-
-impl Drop for MappedWords {
-    fn drop(&mut self) {
-        // SAFETY: `ShmMapping::new` mapped this range with this length, and only this drop unmaps it. References to the
-        // words borrow the `ShmMapping` that owns self, so none is left.
-        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len * size_of::<AtomicU64>()) };
+        // SAFETY: the mapping begins at a page and has `words` words, which stay mapped until `mapping` is dropped: by
+        // the file, or by the zeros that the guard puts in its place. Every bit pattern is a valid u64. This process
+        // and every other one of diffdisk access the words only as atomics.
+        unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().cast(), self.words) }
     }
 }

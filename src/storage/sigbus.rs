@@ -267,8 +267,8 @@ fn map_zeros(start: usize, len: usize, entry: &GuardEntry) -> bool {
 mod tests {
     use std::fs::File;
 
+    use memmap2::MmapRaw;
     use rustix::fs::{MemfdFlags, memfd_create};
-    use rustix::mm::{MapFlags, ProtFlags, mmap};
 
     use super::*;
 
@@ -278,11 +278,8 @@ mod tests {
     fn mapping(pages: usize) -> (File, *mut u8) {
         let file = File::from(memfd_create("lost", MemfdFlags::CLOEXEC).unwrap());
         file.set_len((pages * PAGE) as u64).unwrap();
-        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping.
-        let start = unsafe {
-            mmap(ptr::null_mut(), pages * PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0).unwrap()
-        };
-        (file, start.cast())
+        let mapping = std::mem::ManuallyDrop::new(MmapRaw::map_raw(&file).unwrap());
+        (file, mapping.as_mut_ptr())
     }
 
     /// Guards `pages` pages at `start`, which [`mapping`] returned.

@@ -35,6 +35,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("vmm_sys_util", &["vhost", "device"]),
     ("epoll", &["vhost"]),
     ("io_uring", &["storage"]),
+    ("memmap2", &["storage"]),
     ("clap", &["cli"]),
     ("indicatif", &["cli"]),
     ("nix", &["cli"]),

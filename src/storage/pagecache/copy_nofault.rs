@@ -136,20 +136,16 @@ mod tests {
         assert!(is_available());
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
-        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping.
-        let mapped = unsafe {
-            let (start, shared) = (std::ptr::null_mut(), rustix::mm::MapFlags::SHARED);
-            let both = rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE;
-            rustix::mm::mmap(start, 8192, both, shared, &file, 0).unwrap().cast::<u8>()
-        };
+        let mapping = memmap2::MmapRaw::map_raw(&file).unwrap();
+        let mapped = mapping.as_mut_ptr();
         let mut memory = [7u8; 8192];
         for (len, works) in [(8192, true), (4096, false)] {
             file.set_len(len).unwrap();
-            // SAFETY: `mapped` is mapped until the process ends, and the array is not borrowed during the calls.
+            // SAFETY: `mapping` lives until the end of the test, and the array is not borrowed during the calls.
             let (read, written) =
                 unsafe { (copy(mapped, memory.as_mut_ptr(), 8192), copy(memory.as_ptr(), mapped, 8192)) };
             assert_eq!((read, written), (works, works), "a file of {len} bytes");
-            // SAFETY: `mapped` is mapped until the process ends, and the array is not borrowed during the call.
+            // SAFETY: `mapping` lives until the end of the test, and the array is not borrowed during the call.
             assert!(unsafe { copy(mapped, memory.as_mut_ptr(), 4096) }, "the first page is always available");
         }
     }

@@ -18,12 +18,12 @@
 //! Truncating a file fills the rest of its last page with zeros, in these mappings as in any other.
 #![allow(unsafe_code)]
 
-use std::os::fd::AsFd;
-use std::ptr::{self, NonNull};
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use memmap2::{MmapOptions, MmapRaw};
 
 use crate::storage::prefetch::PAGE;
 
@@ -71,7 +71,7 @@ pub(in crate::storage) struct FileMap {
 /// Mapped region, which stays mapped until its last reference is dropped.
 #[derive(Debug)]
 pub(in crate::storage) struct MapRegion {
-    start: NonNull<u8>,
+    mapping: MmapRaw,
     /// Bytes of the file in this region at the last query.
     valid_bytes: AtomicUsize,
     /// A bit per page, a word per window.
@@ -212,20 +212,12 @@ pub(in crate::storage) fn locate(offset: u64) -> (usize, usize) {
     (index, usize::try_from(offset % REGION_BYTES as u64).expect("below the bytes of a region"))
 }
 
-// SAFETY: `start` points to a mapping that this value owns. A mapping is not tied to a thread.
-unsafe impl Send for MapRegion {}
-// SAFETY: shared access only computes addresses in the mapping, which never moves; all other fields are atomic.
-unsafe impl Sync for MapRegion {}
-
 impl MapRegion {
     fn map(file: impl AsFd, index: usize, size: u64) -> Option<MapRegion> {
-        let offset = (index * REGION_BYTES) as u64;
-        // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping. Its bytes are
-        // read only by `copy_nofault`, which handles pages beyond the end of the file, and never through a reference.
-        let start = unsafe { mmap(ptr::null_mut(), REGION_BYTES, ProtFlags::READ, MapFlags::SHARED, file, offset) };
-        let start = NonNull::new(start.ok()?.cast())?;
+        // The bytes are read only by `copy_nofault`, which handles pages beyond the end of the file.
+        let mapping = map_read_only(file, (index * REGION_BYTES) as u64, REGION_BYTES)?;
         let (resident, misses) = ([const { AtomicU64::new(0) }; _], [const { AtomicU8::new(0) }; _]);
-        Some(MapRegion { start, valid_bytes: AtomicUsize::new(bytes_in_region(index, size)), resident, misses })
+        Some(MapRegion { mapping, valid_bytes: AtomicUsize::new(bytes_in_region(index, size)), resident, misses })
     }
 
     /// Returns the address of `len` bytes at offset `within` of the region, if all of their pages were resident at the
@@ -235,14 +227,13 @@ impl MapRegion {
         let end = within + len;
         let whole = end <= self.valid_bytes.load(Ordering::Relaxed)
             && self.first_missing(within / PAGE, end.div_ceil(PAGE)).is_none();
-        // SAFETY: `within` is at most `valid_bytes`, which never exceeds the length of the mapping.
-        whole.then(|| unsafe { self.start.add(within) })
+        if whole { NonNull::new(self.mapping.as_mut_ptr().wrapping_add(within)) } else { None }
     }
 
     /// Returns whether `from` is the address of the byte at offset `within` of the region.
     #[inline]
     pub(in crate::storage) fn maps_at(&self, within: usize, from: NonNull<u8>) -> bool {
-        self.start.as_ptr().wrapping_add(within) == from.as_ptr()
+        self.mapping.as_ptr().wrapping_add(within) == from.as_ptr()
     }
 
     /// Returns the first page in `from..end` without a residency bit.
@@ -263,27 +254,30 @@ impl MapRegion {
     }
 
     fn query_window(&self, window: usize) {
-        // SAFETY: `window` is an index of `resident`, so the whole window lies in the mapping.
-        let start = unsafe { self.start.add(window * WINDOW_BYTES) };
+        let start = self.mapping.as_ptr().wrapping_add(window * WINDOW_BYTES);
         self.resident[window].store(mincore_bits(start, 64).unwrap_or(0), Ordering::Relaxed);
     }
 }
 
 impl Drop for MapRegion {
+    /// A reader that copies from the region holds a reference to it (the map cache's or the file's), so no copy is
+    /// running when the region is unmapped.
     fn drop(&mut self) {
         MAPPED_REGIONS.fetch_sub(1, Ordering::Relaxed);
-        // SAFETY: `map` mapped this range with this length, and only this drop unmaps it. A reader that copies from the
-        // region holds a reference to it (the map cache's or the file's), so no copy is running.
-        let _ = unsafe { munmap(self.start.as_ptr().cast(), REGION_BYTES) };
     }
 }
 
+/// Maps a part of a file. Pages beyond the end of the file are mapped, too.
+fn map_read_only(file: impl AsFd, offset: u64, len: usize) -> Option<MmapRaw> {
+    MmapOptions::new().offset(offset).len(len).map_raw_read_only(file.as_fd().as_raw_fd()).ok()
+}
+
 /// Queries the kernel for the residency of at most 64 mapped pages from `start`. Bit 0 is the first page.
-fn mincore_bits(start: NonNull<u8>, pages: usize) -> Option<u64> {
+fn mincore_bits(start: *const u8, pages: usize) -> Option<u64> {
     let mut bytes = [0u8; 64];
     let bytes = &mut bytes[..pages];
     // SAFETY: mincore writes one byte per page, and `bytes` has `pages` bytes. It does not access the pages themselves.
-    let done = unsafe { libc::mincore(start.as_ptr().cast(), pages * PAGE, bytes.as_mut_ptr()) };
+    let done = unsafe { libc::mincore(start.cast_mut().cast(), pages * PAGE, bytes.as_mut_ptr()) };
     (done == 0).then(|| bytes.iter().rev().fold(0, |bits, page| bits << 1 | u64::from(page & 1)))
 }
 
@@ -298,14 +292,7 @@ fn is_coherent(file: impl AsFd) -> bool {
 /// be resident, so far beyond the end of the file that the file does not grow to it meanwhile.
 fn reports_residency(file: impl AsFd, len: u64) -> bool {
     let beyond = len.next_multiple_of(PAGE as u64) + (4 << 30);
-    // SAFETY: a new mapping at an address that the kernel chooses, so it replaces no other mapping. Its page is never
-    // accessed.
-    let mapped = unsafe { mmap(ptr::null_mut(), PAGE, ProtFlags::READ, MapFlags::SHARED, file, beyond) };
-    let Some(page) = mapped.ok().and_then(|page| NonNull::new(page.cast())) else { return false };
-    let residency = mincore_bits(page, 1);
-    // SAFETY: mapped above with this length, and no pointer to it is left.
-    let _ = unsafe { munmap(page.as_ptr().cast(), PAGE) };
-    residency == Some(0)
+    map_read_only(file, beyond, PAGE).is_some_and(|page| mincore_bits(page.as_ptr(), 1) == Some(0))
 }
 
 #[cfg(test)]
@@ -324,12 +311,12 @@ mod tests {
     #[test]
     fn pages_without_a_bit_are_found() {
         let region = MapRegion {
-            start: NonNull::dangling(),
+            mapping: memmap2::MmapMut::map_anon(PAGE).unwrap().into(),
             valid_bytes: AtomicUsize::new(REGION_BYTES),
             resident: [const { AtomicU64::new(u64::MAX) }; _],
             misses: [const { AtomicU8::new(0) }; _],
         };
-        let region = std::mem::ManuallyDrop::new(region); // nothing is mapped
+        let region = std::mem::ManuallyDrop::new(region); // it does not count as mapped
         assert_eq!(region.first_missing(0, REGION_BYTES / PAGE), None);
         for page in [0, 5, 63, 64, 130, REGION_BYTES / PAGE - 1] {
             region.resident[page / 64].store(!(1 << (page % 64)), Ordering::Relaxed);
