@@ -1,6 +1,6 @@
 //! Durability: how acknowledged writes survive a killed daemon.
 
-use super::journal_replay::ReplaySlot;
+use super::journal_validation::ReplaySlot;
 use super::session::Session;
 use crate::error::Result;
 use crate::format::DiskType;

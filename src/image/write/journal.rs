@@ -13,7 +13,7 @@
 //! Order of stores: the words of a slot before its epoch; its bits before the request is acknowledged.
 //!
 //! The name of the file contains the session, which the image's stamp contains, too. `session.rs` creates and removes
-//! journals, and `journal_replay.rs` validates the journal of a killed daemon.
+//! journals, and `journal_validation.rs` validates the journal of a killed daemon.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

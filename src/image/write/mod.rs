@@ -24,7 +24,7 @@ mod growth_policy;
 pub mod job_step;
 pub mod journal;
 pub mod journal_layout;
-mod journal_replay;
+mod journal_validation;
 #[cfg(feature = "mutants")]
 mod mutants;
 pub mod pins;

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use super::bitmap::bitmaps::{Bitmaps, InitialBits};
 use super::free_tail::FreeTail;
-use super::journal_replay::ReplaySlot;
+use super::journal_validation::ReplaySlot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
 use crate::image::batmap::Batmap;

@@ -27,7 +27,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use uuid::Uuid;
 
 use super::journal::Journal;
-use super::journal_replay::ReplaySlot;
+use super::journal_validation::ReplaySlot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::SessionStamp;
 use crate::image::open::Image;

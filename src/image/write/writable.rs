@@ -17,7 +17,7 @@ use super::durability::{Durability, DurabilityState};
 use super::free_tail::FreeTail;
 use super::journal::Journal;
 use super::journal_layout::JOURNAL_SLOTS;
-use super::journal_replay::ReplaySlot;
+use super::journal_validation::ReplaySlot;
 use super::recover::{WritableSparse, recover};
 use super::session::Session;
 use crate::error::{Error, ErrorKind, Result};

@@ -1,4 +1,5 @@
-//! Validation of a killed daemon's journal against its image.
+//! Validation of a killed daemon's journal against its image. `recover` then gives the blocks of the valid slots their
+//! places, and `Writable::replay` sets the bits.
 //!
 //! A journal is replayed only if all of these hold:
 //!
