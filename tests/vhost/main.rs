@@ -109,8 +109,13 @@ fn a_second_front_end_is_refused_and_named() {
 
 #[test]
 fn the_offered_queues_memory_slots_and_features() {
+    let (_dir, daemon) = started(&["--read-only"]);
+    let mut front_end = FrontEnd::negotiated(daemon.connect());
+    // The features of `config.rs`, and bit 30, by which vhost-user offers its protocol features.
+    assert_eq!(front_end.get(GET_FEATURES), 0x1_7000_1e64, "of a read-only disk");
     let (_dir, daemon) = started(&["--num-queues=3"]);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
+    assert_eq!(front_end.get(GET_FEATURES), 0x1_7000_7e44, "of a writable disk");
     assert_eq!(front_end.get(GET_QUEUE_NUM), 3);
     assert_eq!(front_end.get(GET_MAX_MEM_SLOTS), 509);
     assert!(!front_end.set(SET_FEATURES, (1u64 << 63).as_bytes(), &[]));
