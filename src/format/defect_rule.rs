@@ -59,6 +59,12 @@ macro_rules! defects {
         const ROWS: &[(&str, Option<&str>)] = &[$(($name, defects!(@rule $rule)),)*];
 
         impl Defect {
+            /// Returns the names of the rows that are repairable.
+            #[cfg(test)]
+            pub(crate) fn repairable_kinds() -> impl Iterator<Item = &'static str> {
+                [$(($name, $repairable)),*].into_iter().filter(|(_, repairable)| *repairable).map(|(name, _)| name)
+            }
+
             /// Returns the name of the defect, as `check --json` prints it.
             pub fn kind(&self) -> &'static str {
                 match self {

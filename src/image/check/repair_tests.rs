@@ -1,5 +1,6 @@
 //! Tests of `repair.rs` and `undo_file.rs` on the simulated file system; `tests/verbs` has kills and power cuts.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::super::apply_undo::undo_repair;
@@ -35,14 +36,15 @@ fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
     image
 }
 
-/// Breaks an image, repairs it, compares the disk's contents, and undoes the repair.
-fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
+/// Breaks an image, checks that the defect of `kind` is reported, repairs it, compares the disk's contents, and undoes
+/// the repair.
+fn mends(kind: &str, break_it: fn(&SimHost)) {
     let host = image();
     assert_eq!(kinds(&host), [""; 0]);
     break_it(&host);
     let broken = host.bytes(Path::new(PATH)).unwrap();
     let found = kinds(&host);
-    assert!(expected.iter().all(|kind| found.contains(kind)), "{found:?}, not {expected:?}");
+    assert!(found.contains(&kind), "{found:?}, not {kind}");
     let bits = |host: &SimHost| {
         let image = Image::open(file(host)).unwrap();
         let of = |block: u32| {
@@ -53,10 +55,10 @@ fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
     };
     let before = bits(&host);
     let kept = repair(&host, &file(&host), None).unwrap().unwrap();
-    assert_eq!(kinds(&host), [""; 0], "{expected:?}");
-    assert!(bits(&host) == before, "{expected:?}");
+    assert_eq!(kinds(&host), [""; 0], "{kind}");
+    assert!(bits(&host) == before, "{kind}");
     assert!(repair(&host, &file(&host), None).unwrap().is_none(), "nothing is left to do");
-    assert!(undone(&host, &kept) == broken, "{expected:?}: an undone repair leaves other bytes");
+    assert!(undone(&host, &kept) == broken, "{kind}: an undone repair leaves other bytes");
     let undo_file = host.open(&kept, Access::Write).unwrap();
     let undo = || undo_repair(&file(&host), &undo_file).map_err(|e| e.kind());
     // If the image was changed since the repair, even in bytes without meaning, the undo is refused.
@@ -64,50 +66,73 @@ fn mends(break_it: impl FnOnce(&SimHost), expected: &[&str]) {
     let mut footer = [0; SECTOR_BYTES];
     file(&host).read_at(&mut footer, tail).unwrap();
     file(&host).set_len(tail + SECTOR + 1).unwrap();
-    assert_eq!(undo(), Err(ErrorKind::Refused), "{expected:?}");
+    assert_eq!(undo(), Err(ErrorKind::Refused), "{kind}");
     file(&host).set_len(tail + SECTOR).unwrap();
-    assert_eq!(undo(), Ok(()), "{expected:?}");
-    assert!(host.bytes(Path::new(PATH)).unwrap() == broken, "{expected:?}: an undo leaves other bytes");
-    assert_eq!(undo(), Err(ErrorKind::Refused), "{expected:?}: once only");
+    assert_eq!(undo(), Ok(()), "{kind}");
+    assert!(host.bytes(Path::new(PATH)).unwrap() == broken, "{kind}: an undo leaves other bytes");
+    assert_eq!(undo(), Err(ErrorKind::Refused), "{kind}: once only");
 }
 
 fn end(host: &SimHost) -> u64 {
     Image::open(file(host)).unwrap().data_end()
 }
 
+fn footer(host: &SimHost) -> Footer {
+    Image::open(file(host)).unwrap().footer().clone()
+}
+
+fn table(host: &SimHost) -> u64 {
+    Image::open(file(host)).unwrap().table_offset().unwrap()
+}
+
+/// Returns the offset of the last block.
+fn last_block(host: &SimHost) -> u64 {
+    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(7).unwrap()) * SECTOR
+}
+
+/// A kind of defect, and a function that causes it in the image.
+type Damage = (&'static str, fn(&SimHost));
+
+/// Damage of every repairable kind that is not in [`TESTED_ALONE`].
+const DAMAGES: &[Damage] = &[
+    ("front-footer-invalid", |host| poke(host, 0, &[1; 512])),
+    ("front-footer-invalid", |host| poke(host, 24, &[1; 2])),
+    ("trailing-footer-missing", |host| poke(host, end(host), &[0xC7; 512])),
+    ("trailing-footer-invalid", |host| poke(host, end(host) + 100, &[1; 3])),
+    ("trailing-footer-missing", |host| file(host).set_len(end(host)).unwrap()),
+    ("trailing-footer-missing", |host| file(host).set_len(end(host) - 1000).unwrap()),
+    ("short-footer", |host| file(host).set_len(end(host) + 511).unwrap()),
+    ("footers-differ", |host| poke(host, 0, &footer(host).with_size(500_224).encode())),
+    ("footer-copy-stale", |host| poke(host, 0, &Footer { timestamp: 1, ..footer(host) }.encode())),
+    ("bits-beyond-disk", |host| poke(host, last_block(host) + 14, &[0x11])),
+    ("entry-zero", |host| {
+        poke(host, table(host) + 4, &[0; 4]);
+        poke(host, table(host) + 12, &[0; 8]);
+    }),
+    ("batmap-wrong", |host| with_batmap(host, &[0, 1, 2])),
+    ("batmap-checksum", |host| {
+        with_batmap(host, &[0]);
+        poke(host, table(host) + 512 + 24, &[1; 4]);
+    }),
+    ("space-unreferenced", |host| {
+        let (at, footer) = (end(host), footer(host).encode());
+        poke(host, at, &[3; 20_000]);
+        poke(host, at + 20_480, &footer);
+    }),
+];
+
+/// The repairable kinds that have a test of their own below: the repair changes which blocks have a place, or the image
+/// is fixed.
+const TESTED_ALONE: [&str; 2] = ["block-beyond-disk", "fixed-padded"];
+
 #[test]
 fn every_repairable_defect_is_repaired_and_the_repair_can_be_undone() {
-    mends(|host| poke(host, 0, &[1; 512]), &["front-footer-invalid"]);
-    mends(|host| poke(host, 24, &[1; 2]), &["front-footer-invalid"]);
-    mends(|host| poke(host, end(host), &[0xC7; 512]), &["trailing-footer-missing"]);
-    mends(|host| poke(host, end(host) + 100, &[1; 3]), &["trailing-footer-invalid"]);
-    mends(|host| file(host).set_len(end(host)).unwrap(), &["trailing-footer-missing"]);
-    mends(|host| file(host).set_len(end(host) - 1000).unwrap(), &["trailing-footer-missing"]);
-    mends(|host| file(host).set_len(end(host) + 511).unwrap(), &["short-footer"]);
-    let footer = |host: &SimHost| Image::open(file(host)).unwrap().footer().clone();
-    mends(|host| poke(host, 0, &footer(host).with_size(500_224).encode()), &["footers-differ"]);
-    mends(
-        |host| poke(host, 0, &crate::format::Footer { timestamp: 1, ..footer(host) }.encode()),
-        &["footer-copy-stale"],
-    );
-    let last = |host: &SimHost| u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(7).unwrap()) * SECTOR;
-    mends(|host| poke(host, last(host) + 14, &[0x11]), &["bits-beyond-disk"]);
-    let table = |host: &SimHost| Image::open(file(host)).unwrap().table_offset().unwrap();
-    mends(|host| with_batmap(host, &[0, 1, 2]), &["batmap-wrong"]);
-    mends(
-        |host| {
-            with_batmap(host, &[0]);
-            poke(host, table(host) + 512 + 24, &[1; 4]);
-        },
-        &["batmap-checksum"],
-    );
-    mends(
-        |host| {
-            let (at, footer) = (end(host), footer(host).encode());
-            poke(host, at, &[3; 20_000]);
-            poke(host, at + 20_480, &footer);
-        },
-        &["space-unreferenced"],
+    DAMAGES.iter().for_each(|(kind, break_it)| mends(kind, *break_it));
+    let tested: BTreeSet<_> = DAMAGES.iter().map(|(kind, _)| *kind).chain(TESTED_ALONE).collect();
+    assert_eq!(
+        tested,
+        Defect::repairable_kinds().collect::<BTreeSet<_>>(),
+        "each repairable row of the table of defects needs a test"
     );
 }
 
@@ -138,18 +163,6 @@ fn entries_after_the_end_of_the_disk_are_dropped_and_their_space_freed() {
     assert_eq!(kinds(&host), [""; 0], "the entry is dropped, then its space is freed");
     assert!(file(&host).stat().unwrap().len < broken.len() as u64);
     assert!(undone(&host, &kept) == broken);
-}
-
-#[test]
-fn entries_of_zero_become_unused() {
-    mends(
-        |host| {
-            let table = Image::open(file(host)).unwrap().table_offset().unwrap();
-            poke(host, table + 4, &[0; 4]);
-            poke(host, table + 12, &[0; 8]);
-        },
-        &["entry-zero"],
-    );
 }
 
 #[test]
