@@ -121,6 +121,20 @@ fn cut_copy(case: &TruncationCase, whole: &Path, to: &Path, len: u64) {
     file.set_len(len).expect("it is cut");
 }
 
+/// Returns the path of the disk before the cut, whose folder is next to that of the cut copy.
+fn whole_disk(folder: &Path) -> PathBuf {
+    folder.with_file_name("whole").join("disk.vhd")
+}
+
+fn changed_runs(path: &Path) -> diffdisk::error::Result<Vec<ops::diff::ChangedRun>> {
+    let mut runs = Vec::new();
+    ops::diff::diff(&Host, path, None, &Policy::default(), |run| {
+        runs.push(run);
+        Ok(())
+    })?;
+    Ok(runs)
+}
+
 /// Function that runs a verb on the image in a folder and returns the path of the image that shows the disk afterwards.
 type Verb = fn(&Path) -> diffdisk::error::Result<PathBuf>;
 
@@ -146,6 +160,20 @@ const VERBS: &[(&str, Verb)] = &[
     ("map", |folder| {
         ops::map::map(&Host, &folder.join("disk.vhd"), &Policy::default(), |_| Ok(()))?;
         Ok(folder.join("disk.vhd"))
+    }),
+    ("compare", |folder| {
+        let open = |path: &Path| ops::SourceDisk::open(&Host, path, ops::SourceFormat::Vhd, &Policy::default());
+        let (path, whole) = (folder.join("disk.vhd"), open(&whole_disk(folder)).expect("the whole disk opens"));
+        let difference = ops::compare::compare(&open(&path)?, &whole, &mut |_| Ok(()))?;
+        assert_eq!(difference, None, "a cut disk that opens differs from the whole one");
+        Ok(path)
+    }),
+    ("diff", |folder| {
+        let path = folder.join("disk.vhd");
+        let runs = changed_runs(&path)?;
+        let all = changed_runs(&whole_disk(folder)).expect("the whole disk opens");
+        assert_eq!(runs, all, "the changes of a cut disk that opens");
+        Ok(path)
     }),
     ("create", |folder| {
         let (parent, path) = (folder.join("disk.vhd"), folder.join("new.vhd"));
@@ -288,7 +316,7 @@ fn sweep(case: &TruncationCase, figures: &mut Counts) {
                     pattern::assert_same(&what, &bytes, &want);
                     figures.verbs_done += 1;
                 }
-                // The refused verbs include `merge` of a root and `compact` of a fixed image.
+                // The refused verbs include `merge` and `diff` of a root and `compact` of a fixed image.
                 Err(_) => figures.verbs_refused += 1,
             }
         }
