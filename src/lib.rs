@@ -114,7 +114,8 @@
 //! | session | the time during which an image has a live journal |
 //! | session stamp | the sector before the trailing footer that names the live journal |
 //! | generation | a random number in the session stamp and the live journal, which distinguishes copies of an image |
-//! | replay, settle | apply a live journal to its image; replay a live journal without serving the image |
+//! | replay | apply a live journal to its image |
+//! | settle | replay a live journal without serving the image; `image/write/settle.rs` does it for all floors |
 //! | recover | complete the footers and zero the free tail of an image when it is opened for writing |
 //! | durability | the mechanism by which acknowledged writes survive a kill: a live journal or commits |
 //! | bitmap frame, clock | memory for one bitmap sector; the algorithm that selects frames to evict |

@@ -51,6 +51,8 @@ pub enum Mutant {
     /// A bitmap sector that was read from the file is used, although another load and an eviction have made it out of
     /// date.
     StaleBits,
+
+    // Mistakes in the rules of sessions (crash-safety 7). `tests/world/sessions.rs` finds all that follow.
     /// The end of a session removes the journal before it removes the stamp.
     RemoveJournalFirst,
     /// The first stamp of a session is not synced, although other machines use the file system.
