@@ -26,8 +26,9 @@
 //! # Three ideas
 //!
 //! 1. **A chain has two parts**, Top and Frozen, so a look-up costs the same at depth 1 and at depth 64 ([`chain`]).
-//! 2. **Plan, move, mark.** Planning is a look-up without side effects. Moving is a list of operations. Marking makes
-//!    the written sectors visible. No byte on disk changes its meaning before a commit ([`disk`]).
+//! 2. **Plan, move, mark.** Planning looks up the sectors and reserves space for new blocks; it can be repeated, and
+//!    does not change what the guest reads. Moving is a list of operations. Marking makes the written sectors visible.
+//!    No byte on disk changes its meaning before a commit ([`disk`]).
 //! 3. **A commit has three steps**: sync the data, write the pointers (one sector each), sync the pointers. One file
 //!    implements this order (`image/write/commit.rs`). Writes that are acknowledged but not flushed survive a kill of
 //!    the daemon in the live journal (`image/write/journal.rs`).
@@ -93,8 +94,9 @@
 //! | masked parent | a parent whose data a child hides by zeros, because QEMU marked whole blocks as present |
 //! | exposed sectors | sectors of lower layers that would become visible if a disk grew without masking them |
 //! | changed ranges | the sectors that were written since an ancestor got a child |
-//! | merge record, receiver | the file that describes an unfinished merge; the image into which it copies |
-//! | merged layer | a layer whose data a merge copies into the receiver |
+//! | merge record, receiver | the file that describes an unfinished merge; the image into which the merge copies |
+//! | CHILD | the image that a merge copies, with the layers between, into the receiver: the argument of the verb |
+//! | merged layer | a layer whose data a merge copies into the receiver: CHILD, or a layer between the two |
 //! | file stamp | inode, length and modification time of a file, by which a change is detected |
 //! | [defect](format::Defect) | a violated rule of the format |
 //!

@@ -13,8 +13,8 @@ use common::tool;
 const READS: usize = 10_000;
 const DEPTH: usize = 32;
 
-/// Queued 4 KiB reads of sectors whose extents are cached, in a child over a root: one io_uring submission carries many
-/// reads, and one interrupt reports many completions.
+/// Queued 4 KiB reads from a child over a root, after each of them was made once: fewer than one system call for four
+/// reads. A read is copied from the page cache or shares a submission, and one interrupt reports many completions.
 #[test]
 fn queued_reads_share_their_system_calls() {
     tool::require(&["strace"]);
@@ -34,7 +34,8 @@ fn queued_reads_share_their_system_calls() {
     assert!(total > 0 && total < READS / 4, "{total} system calls for {READS} reads");
 }
 
-/// Reads 4 KiB `count` times from random places of the disk, with `DEPTH` reads in flight.
+/// Reads 4 KiB `count` times from scattered offsets, with `DEPTH` reads in flight. A multiple of the number of pages of
+/// the disk reads each page equally often.
 fn read_many(guest: &mut Client, count: usize) {
     let pieces = usize::try_from(guest.capacity().expect("a size")).expect("a small disk") / 4096;
     let mut begun = 0;

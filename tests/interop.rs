@@ -2,7 +2,7 @@
 //! vhd-lib.
 //!
 //! Each reader is used only for images that it reads correctly: QEMU for images without a parent, vhd-lib for chains
-//! with one block size and no fixed root.
+//! with one block size, of 512 KiB or more, and no fixed root.
 
 mod common;
 
@@ -108,7 +108,8 @@ impl Chain {
         assert_eq!(check.code, Some(0), "check after a clean stop: {check:?}");
     }
 
-    /// Panics unless all readers read the expected disk from an image without a parent.
+    /// Panics unless all readers read the expected disk from an image without a parent. vhd-lib is one of them if
+    /// `vhdlib` is true.
     fn assert_alone(&self, vhdlib: bool) {
         self.assert_diffdisk();
         self.assert_qemu();

@@ -106,7 +106,7 @@ impl QueueLoad<'_> {
                 self.driver.add(slot, asked.kind, asked.sector, asked.sectors);
                 self.in_flight[slot] = Some(asked);
                 added += 1;
-                // Some requests get a notification of their own.
+                // Some kicks come before all free slots are used.
                 if asked.tag.is_multiple_of(3) {
                     self.driver.kick(added);
                     added = 0;
@@ -309,7 +309,7 @@ fn run(what: &str, image: &Path, lasts: Duration, event_idx: bool, rng: &mut Rng
             at(&mut tally.reconnects, 50).unwrap_or_default(),
             at(&mut tally.reconnects, 99).unwrap_or_default(),
         );
-        // The daemon runs until the drivers have read the whole disk.
+        // The connection stays open, because the drivers still read the whole disk.
         std::mem::forget(connection);
     });
     assert!(requests.load(Ordering::Relaxed) > 3 * STRIPES / 2);

@@ -281,8 +281,8 @@ fn a_guest_that_only_reads_does_not_change_the_image() {
     let (folder, runtime) = (scratch("session-reader"), RuntimeDir::new());
     let root = created(folder.path(), "root.vhd", None);
     let image = created(folder.path(), "a.vhd", Some(&root));
-    // The first open recovers the new image, which was never closed: it zeroes and cuts off the space after the last
-    // block.
+    // The first open recovers the new image, which was never closed: the space after the last block is zeroed and cut
+    // off.
     Daemon::start(&image, &[runtime.option()]).stop();
     let before = fs::read(&image).expect("the image");
     let daemon = Daemon::start(&image, &[runtime.option()]);
@@ -295,9 +295,9 @@ fn a_guest_that_only_reads_does_not_change_the_image() {
     diffdisk(["check", text(&image), "--chain", runtime.option()]).ok();
 }
 
-/// Kills a daemon repeatedly. The next daemon uses the same runtime folder or another one, and the image is unchanged,
-/// moved or replaced by an older copy. No read returns a wrong byte, and no write is lost silently.
-/// DIFFDISK_SESSION_ROUNDS sets the number of rounds (12 by default).
+/// Kills a daemon repeatedly. After a kill, an older copy of the image and a daemon with another runtime folder are
+/// refused, and the image may be moved or settled. No read of the next daemon returns a wrong byte, and no write is
+/// lost. DIFFDISK_SESSION_ROUNDS sets the number of rounds (12 by default).
 #[test]
 fn random_successors_of_killed_daemons_lose_nothing_silently() {
     let rounds: u64 = std::env::var("DIFFDISK_SESSION_ROUNDS").map_or(12, |n| n.parse().expect("a number"));

@@ -161,7 +161,7 @@ pub fn latency(bench: &mut Bench) {
             all.push(Candidate::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
             all.push(Candidate::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
             let (size, time) = (load.region, bench.time);
-            all.push(Candidate::new("preadv for one who looks, no server", move || {
+            all.push(Candidate::new("preadv for a polling reader, no server", move || {
                 baseline_wakeup::polling_reader(raw, size, time)
             }));
         }

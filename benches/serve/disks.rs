@@ -145,7 +145,7 @@ impl Disks {
         let files: Vec<_> = (0..layers).rev().map(name).collect();
         let ready = name(0).with_extension("ready");
         if !ready.exists() {
-            eprintln!("making {layers} layers in turns of {} KiB", piece >> 10);
+            eprintln!("making {layers} layers, interleaved in pieces of {} KiB", piece >> 10);
             for layer in 0..layers {
                 let image = name(layer);
                 let _ = fs::remove_file(&image);

@@ -62,12 +62,12 @@ impl Chain {
         }
     }
 
-    /// Opens the parents as `from_image` does, but ends at the first parent that is missing or that may not be opened,
-    /// and returns the error of that parent.
+    /// Opens the parents as `from_image` does, up to the first parent that is missing or that may not be opened.
+    /// Returns the images above that parent, and the error of that parent; or the whole chain and `None`.
     ///
     /// # Errors
-    /// `Invalid`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`], except the error of
-    /// such a parent.
+    /// `Invalid`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`]. The error of a parent
+    /// that is missing or may not be opened is in the returned pair instead.
     pub fn until_missing(
         env: &dyn Env,
         youngest: Image,

@@ -67,7 +67,8 @@ impl UnfinishedMerge {
         self.record.as_ref().map_or_else(by_mark, MergeRecord::command)
     }
 
-    /// Whether the disk of the receiver is neither its own nor CHILD's.
+    /// Whether the receiver may be partly overwritten: some of its sectors have CHILD's data, others do not. This is
+    /// assumed if only the mark of the receiver was found.
     fn is_partial(&self) -> bool {
         self.record.as_ref().is_none_or(|record| matches!(record.copied, Copied::Before(_)))
     }

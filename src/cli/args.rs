@@ -102,15 +102,15 @@ pub(super) enum Verb {
     Compare(CompareArgs),
     /// Merge a child, and the images between, into its parent or another ancestor
     ///
-    /// The contents of the child and of the images between are copied into the ancestor, which keeps its file name and then
-    /// shows the child's disk. The files of the child and of the images between are removed. Children of the child become
-    /// children of the ancestor if they are in a folder of the chain or in one given by --allow-parents. No other process
-    /// may have the files open.
+    /// The contents of the child and of the images between are copied into the ancestor, which keeps its file name and
+    /// then shows the child's disk. The files of the child and of the images between are removed. Children of the child
+    /// become children of the ancestor if they are in a folder of the chain or in one given by --allow-parents. No
+    /// other process may have the files open.
     ///
-    /// The merge is refused if the ancestor, or an image between, has another child in one of these folders, since the disk
-    /// of that child would change. If a merge is interrupted (Ctrl-C, a full file system, a power cut), all images are
-    /// valid and the disk is unchanged. The same command continues the merge, and --abandon abandons it. Until then a
-    /// partly overwritten ancestor cannot be opened by itself.
+    /// The merge is refused if the ancestor, or an image between, has another child in one of these folders, since the
+    /// disk of that child would change. If a merge is interrupted (Ctrl-C, a full file system, a power cut), all images
+    /// are valid and the disk is unchanged. The same command continues the merge, and --abandon abandons it. Until then
+    /// a partly overwritten ancestor cannot be opened by itself.
     Merge(MergeArgs),
     /// Copy the contents of the parents into a child, so that it needs no parent, or only the given ancestor
     Flatten(FlattenArgs),
@@ -139,8 +139,8 @@ pub(super) struct MergeArgs {
     pub(super) into: Option<PathBuf>,
     /// Abandon an unfinished merge of CHILD
     ///
-    /// If nothing or everything was copied, no trace of the merge remains. If a part was copied, the ancestor can only be
-    /// read as part of the chain of CHILD, and the merge can still be finished.
+    /// If nothing or everything was copied, no trace of the merge remains. If a part was copied, the ancestor can only
+    /// be read as part of the chain of CHILD, and the merge can still be finished.
     #[arg(long, conflicts_with = "changed_parent")]
     pub(super) abandon: bool,
     /// Merge although a parent file was modified after its child recorded the modification time

@@ -44,8 +44,8 @@ pub(super) struct DaemonArgs {
           required_unless_present_any = ["disk", "config", "print_capabilities"])]
     blk_file: Option<PathBuf>,
 
-    /// Create this socket and listen on it. Only its owner may connect unless --socket-group or --socket-mode is given. The
-    /// socket is removed at exit
+    /// Create this socket and listen on it. Only its owner may connect unless --socket-group or --socket-mode is given.
+    /// The socket is removed at exit
     #[arg(long, value_name = "PATH", conflicts_with_all = ["fd", "disk", "config"])]
     socket_path: Option<PathBuf>,
 

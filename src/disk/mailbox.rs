@@ -68,8 +68,9 @@ impl Mailbox {
 
     /// Takes all events. Makes no system call if there are none.
     pub fn take(&self) -> Vec<LaneEvent> {
-        // A load is cheaper than a swap, and mailboxes are nearly always empty. `post` sets the flag before it notifies, so no event
-        // is missed: the descriptor stays readable until this drains it.
+        // A load is cheaper than a swap, and mailboxes are nearly always empty. No event is lost if the load still
+        // returns false: `post` sets the flag before it notifies, and the descriptor stays readable until a later
+        // `take` finds the flag set and drains the descriptor.
         if !self.notified.load(Ordering::Acquire) || !self.notified.swap(false, Ordering::SeqCst) {
             return Vec::new();
         }

@@ -137,7 +137,8 @@ impl BatmapHeader {
         if self.version != 0x0001_0001 {
             return checksum(map, 0..0);
         }
-        // Version 1.1 summed signed bytes: each byte from 128 on counts 256 less.
+        // Version 1.1 summed signed bytes, so a byte of value 128 or more adds 256 less to the sum. The checksum is the
+        // inverted sum, and so is greater by 256 for each such byte.
         let high = map.iter().filter(|&&byte| byte >= 128).fold(0u32, |n, _| n.wrapping_add(256));
         checksum(map, 0..0).wrapping_add(high)
     }

@@ -41,7 +41,7 @@ pub enum Defect {
     FooterChecksum { at: u64, stored: u32, computed: u32 }
         ["footer-checksum", O4, Corruption, NotReadable, false, Invalid, relative at]
         "the footer stores checksum {stored:#010x}, but its bytes give {computed:#010x}";
-    /// The footer has another major version of the format.
+    /// The major version of the format in the footer is not 1.
     FooterVersion { at: u64, version: u32 }
         ["footer-version", O4, Corruption, NotReadable, false, Invalid, relative at]
         "format version {}.{} is not supported; only 1.x is", version >> 16, version & 0xFFFF;

@@ -46,7 +46,7 @@ impl SourceDisk {
     /// Opens the disk at `path`.
     ///
     /// # Errors
-    /// - `Busy` if another process has a file open for writing
+    /// - `Busy` if another process holds an exclusive lock on a file
     /// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
     pub fn open(env: &dyn Env, path: &Path, format: SourceFormat, policy: &Policy) -> Result<SourceDisk> {
         if format == SourceFormat::Raw {

@@ -49,7 +49,7 @@ pub(super) struct Rings<'a> {
     is_stuck: bool,
 }
 
-/// Setup of one ring as the front-end sent it.
+/// Setup of one ring by the front-end, and whether the ring runs.
 #[derive(Default)]
 pub(super) struct RingSetup {
     pub(super) size: u16,

@@ -58,7 +58,7 @@ fn places() -> Vec<Case> {
         entry("O12 block over the header", inside, |_| 1),
         entry("O12 block over the header's end", inside, |_| 2),
         entry("O12 block over the BAT", inside, |_| sector(BAT_OFFSET)),
-        Case::new("O12 a block's bitmap right behind the BAT", Expected::Accepted, |dir| {
+        Case::new("O12 a block's bitmap directly after the BAT", Expected::Accepted, |dir| {
             let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
             vhd.put(vhd.locators_at, &[0xFF; 512]);
             vhd.set_entry(0, sector(vhd.locators_at)).path.clone()
@@ -73,7 +73,7 @@ fn places() -> Vec<Case> {
             vhd.set_entry(1, sector(vhd.locators_at)).path.clone()
         }),
         entry("O12 block at the end of the file", beyond, |vhd| sector(vhd.len())),
-        entry("O12 block far behind the end", beyond, |_| 0x0100_0000),
+        entry("O12 block far after the end", beyond, |_| 0x0100_0000),
         entry("O12 block at 2^31 sectors", beyond, |_| 0x8000_0000),
         entry("O12 block at the last sector an entry can name", beyond, |_| 0xFFFF_FFFE),
         Case::new("O12 the last block lacks present sectors and the footer is missing", beyond, |dir| {
@@ -122,7 +122,7 @@ fn overlaps() -> Vec<Case> {
             let spec = VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]).with_entries(9);
             VhdFile::create(&dir.join("d.vhd"), spec).set_entry(8, 0).path.clone()
         }),
-        Case::new("bits behind the end of a block and of the disk", Expected::Accepted, |dir| {
+        Case::new("bits after the end of a block and of the disk", Expected::Accepted, |dir| {
             let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(SIZE - 512, BLOCK).with_blocks(&[7]));
             vhd.put(vhd.blocks_at, &[0xFF; 512]);
             vhd.path

@@ -68,11 +68,11 @@ fn places() -> Vec<Case> {
         header_at("O6 header at 1000", |_| 1000),
         header_at("O6 header a sector too near the end", |vhd| vhd.len() - 512),
         header_at("O6 header at the end", VhdFile::len),
-        header_at("O6 header a mebibyte behind the end", |vhd| vhd.len() + (1 << 20)),
+        header_at("O6 header a mebibyte after the end", |vhd| vhd.len() + (1 << 20)),
         header_at("O6 header's end overflows", |_| u64::MAX - 511),
         header_at("O6 no header, as in a fixed disk", |_| u64::MAX),
         header_at("O6 header at 2^63", |_| 1 << 63),
-        Case::new("O6 header behind the BAT", Expected::Accepted, |dir| {
+        Case::new("O6 header after the BAT", Expected::Accepted, |dir| {
             let vhd = dynamic(dir);
             let mut moved = [0; 1024];
             vhd.file.read_exact_at(&mut moved, HEADER_OFFSET).expect("its header");
@@ -189,7 +189,7 @@ fn tables() -> Vec<Case> {
         table_at("O10 BAT a byte behind its place", |_| BAT_OFFSET + 1),
         table_at("O10 BAT 256 bytes behind its place", |_| BAT_OFFSET + 256),
         table_at("O10 BAT at the end of the file", VhdFile::len),
-        table_at("O10 BAT far behind the end", |_| 1 << 40),
+        table_at("O10 BAT far after the end", |_| 1 << 40),
         table_at("O10 BAT's end overflows", |_| u64::MAX - 511),
         table_at("O10 BAT at 2^63", |_| 1 << 63),
         Case::new("O10 BAT a sector later", Expected::Accepted, |dir| {

@@ -138,7 +138,8 @@ impl Client {
         self.slots.iter().any(Option::is_none)
     }
 
-    /// Queues one request and notifies the back-end. Fails with `WouldBlock` if every slot is in flight.
+    /// Queues one request and notifies the back-end. Returns the ticket of the request. Fails with `WouldBlock` if
+    /// every slot is in use.
     pub(crate) fn submit(&mut self, queue: usize, command: Command<'_>) -> io::Result<u64> {
         let slot = self.slots.iter().position(Option::is_none).ok_or(io::ErrorKind::WouldBlock)?;
         let room = &mut self.memory[slot * MAX_REQUEST_BYTES..(slot + 1) * MAX_REQUEST_BYTES];

@@ -17,8 +17,7 @@ pub(crate) fn in_memory() -> TempDir {
     tempfile::tempdir_in("/dev/shm").expect("a folder in memory")
 }
 
-/// A runtime folder of one test, on tmpfs like `/run`. No other test finds the folder's live journals, even if images
-/// on another file system have the same inode numbers.
+/// A runtime folder of one test, on tmpfs like `/run`. Other tests do not find the live journals in this folder.
 pub(crate) struct RuntimeDir {
     folder: TempDir,
     option: String,

@@ -53,7 +53,7 @@ fn sections() -> BTreeSet<String> {
     found
 }
 
-/// Returns the rules that documents list in the first column of a table or in bold.
+/// Returns the rules with which a line of a document begins: in the first column of a table, in a list, or in bold.
 fn rules() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (letter, document) in RULES {
@@ -117,7 +117,7 @@ fn read(document: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Returns all Rust files of the crate, its tests and benches, except this file.
+/// Returns all Rust files of the crate, its tests and benches, except those of `tests/floors`.
 fn sources() -> Vec<PathBuf> {
     let (mut found, mut open) = (Vec::new(), ["src", "tests", "benches"].map(|folder| root().join(folder)).to_vec());
     while let Some(folder) = open.pop() {

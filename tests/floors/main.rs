@@ -149,7 +149,8 @@ fn names_of_types_are_unique() {
     assert!(found.len() > 300, "only {} types were found", found.len());
 }
 
-/// Returns every source file of the crate: its top-level module, its path, its text.
+/// Returns the source files in the folders of `src/`, except `bin`: the top-level module, the path and the text of
+/// each. Files directly in `src/` are left out.
 fn sources() -> Vec<(String, PathBuf, String)> {
     let mut found = Vec::new();
     let mut open = vec![root()];

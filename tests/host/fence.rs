@@ -52,9 +52,10 @@ fn reads_of_a_killed_thread_are_waited_for() {
     reads_of_a_parent("reads_of_a_killed_thread_are_waited_for", "--io-engine=blocking");
 }
 
-/// Only the parent is on the slow medium. Direct reads of the parent may still write to guest memory after the daemon
-/// has ended, and no inode lock makes the successor wait for these reads: only the lock on the child does. (A buffered
-/// read ends with its process; only the kernel's readahead continues.)
+/// Checks that the second daemon serves the child only after the direct reads of the killed daemon have completed. Only
+/// the parent is on the slow medium. Direct reads of the parent may still write to guest memory after the first daemon
+/// has ended, and no inode lock makes the second daemon wait for these reads: only the lock on the child does. (A
+/// buffered read ends with its process; only the kernel's readahead continues.)
 fn reads_of_a_parent(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -91,7 +92,8 @@ fn reads_of_a_parent(test: &str, engine: &str) {
     drop(device);
 }
 
-/// The image is the FUSE file, so all requests to the medium come from the daemons.
+/// Checks that the second daemon reads the image, and writes it, only after the write of the killed daemon has taken
+/// effect. The image is the FUSE file, so all requests to the medium come from the daemons.
 fn on_the_medium_itself(test: &str, engine: &str) {
     if !can_mount(test) {
         return;
@@ -113,8 +115,9 @@ fn on_the_medium_itself(test: &str, engine: &str) {
     drop(old);
 }
 
-/// The image is in ext4 on the medium, so the medium receives the daemons' direct I/O and the file system's own
-/// requests.
+/// Checks that the second daemon serves the image only after the direct write of the killed daemon has taken effect.
+/// The image is in ext4 on the medium, so the medium receives the daemons' direct I/O and the requests of the file
+/// system itself. The log does not show which read is the first of the second daemon.
 fn on_ext4(test: &str, engine: &str) {
     if !can_mount(test) {
         return;

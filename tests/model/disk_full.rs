@@ -36,8 +36,8 @@ fn leave(host: &SimHost, bytes: u64, copy_on_write: bool) {
     host.set_faults(FaultPlan { capacity: Some(taken + bytes), copy_on_write, ..FaultPlan::default() });
 }
 
-/// Makes two lanes of one disk on a full file system, after a write to the first lane. All writes of a commit need new space, and
-/// there is none.
+/// Makes two lanes of one disk on a full file system, after a write to the first lane. The file system copies on write,
+/// so all writes of a commit need space.
 fn two_lanes_without_space(host: &SimHost) -> (TestDisk, TestDisk) {
     let disk = disk(host);
     let mut first = TestDisk::new(disk.clone(), EngineKind::Auto);
@@ -46,8 +46,8 @@ fn two_lanes_without_space(host: &SimHost) -> (TestDisk, TestDisk) {
     (first, TestDisk::new(disk, EngineKind::Auto))
 }
 
-/// Runs a lane for several of its seconds, as the thread of its queue does. Afterwards a commit that the lane leads has ended or
-/// is stalled.
+/// Runs a lane for ten ticks; a worker ticks once a second. Afterwards a commit that the lane leads has ended or is
+/// stalled.
 fn run_for_seconds(disk: &mut TestDisk) {
     for _ in 0..10 {
         disk.lane.tick();
@@ -67,7 +67,7 @@ fn run_until_ended<T>(thread: JoinHandle<T>, disk: &mut TestDisk) -> T {
     thread.join().expect("the thread does not panic")
 }
 
-/// Stops a lane, which has one flush. Returns the outcome of the flush.
+/// Stops a lane that has one flush in flight. Returns the outcome of the flush.
 fn stop(disk: &mut TestDisk) -> Outcome {
     let done = disk.finish();
     assert_eq!(done.len(), 1, "{done:?}");
@@ -111,7 +111,7 @@ fn a_queue_that_stops_fails_only_its_own_flushes() {
         (TestDisk::new(disk.clone(), EngineKind::Auto), TestDisk::new(disk, EngineKind::Auto));
     leader.write(sectors(0, 8), &[7; 4096], &[4096]);
     stopping.write(sectors(128, 8), &[8; 4096], &[4096]);
-    // All writes of a commit need new space, and there is none.
+    // The file system copies on write, so all writes of a commit need space, and there is none.
     leave(&host, 0, true);
     let waiting = leader.submit(Work::Flush);
     run_for_seconds(&mut leader);

@@ -1,5 +1,5 @@
-//! A simulated host with a gate: a thread that creates a blocking engine, as a commit of the control thread does, can be made to
-//! wait there.
+//! A simulated host with a gate, at which a thread can be made to wait when it creates a blocking engine. A commit of
+//! the control thread creates one.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};

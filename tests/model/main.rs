@@ -1,7 +1,7 @@
 //! Random requests on chains of every shape, compared with a flat array of bytes.
 //!
-//! Types x depths (0 to 8) x block sizes; parents of other block sizes and disk sizes; both engines; clean and unclean ends. Each
-//! test prints its seed.
+//! The chains differ in the type of the root, in depth (0 to 8, and 63), in the block sizes and disk sizes of their
+//! layers, in the engine, and in clean and unclean ends. Each test prints its seed.
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the independent programs that the tests use for comparison: QEMU, 7-Zip, libvhdi by apt, vhd-lib by npm into
-# target/oracles. Does nothing if all of them are installed. Needs root for apt.
+# Installs the programs that the tests use: by apt strace and, for comparison, QEMU, 7-Zip and libvhdi; by npm vhd-lib,
+# also for comparison, into target/oracles. Does nothing if all of them are installed. Needs root for apt.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 oracles=${CARGO_TARGET_DIR:-$here/../../target}/oracles

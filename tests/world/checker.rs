@@ -70,7 +70,7 @@ impl Checker {
     ) -> Result<(), String> {
         let units = host.unsynced_steps();
         let count = units.len();
-        if count < EXHAUSTIVE_LIMIT && 1 << count <= sample.max(256) {
+        if count < EXHAUSTIVE_LIMIT {
             for mask in 0_u64..1 << count {
                 self.check_crash(host, &units, model, &|i| mask >> i & 1 == 1, None)?;
             }
@@ -195,8 +195,8 @@ fn sector_tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Op
     }
 }
 
-/// Checks an image, opens it as the daemon does, and reads the whole disk. With `twice` the image is checked again
-/// after recovery.
+/// Checks an image, opens it for writing, which recovers it, and reads the whole disk. With `twice` the image is
+/// checked again after recovery.
 fn check_image(after: &SimHost, twice: bool) -> Result<ImageContents, String> {
     let sound = |when: &str| {
         let file = after.open(&top(), Access::Read).map_err(|e| e.line())?;

@@ -1,5 +1,5 @@
-//! R1: every short workload on every layout. At every step all crash outcomes are checked, or a sample if there are
-//! many.
+//! R1: every short workload on every layout. At every step of a workload's last action all crash outcomes are checked,
+//! or a sample if there are many.
 
 use diffdisk::storage::sim::CompletionOrder;
 use diffdisk::units::SectorRange;
@@ -18,7 +18,7 @@ pub(crate) enum Action {
     /// A write to the end of the first block and the beginning of the next.
     WriteAcross,
     Flush,
-    /// A flush with a write before each of its steps.
+    /// A flush with one write before it and four writes while it runs.
     FlushAmongWrites,
     Zero,
     Reopen,
@@ -87,8 +87,7 @@ fn perform(world: &mut World<'_>, act: Action) -> Result<(), String> {
         Action::Discard => world.discard(0, SectorRange::between(0, BLOCK)),
         Action::Flush => world.flush(0),
         Action::FlushAmongWrites => {
-            // One write before the flush and one after each of the flush's first four steps, in the same and in other
-            // blocks.
+            // The writes go to the block of the first write and to another block.
             world.write(0, SectorRange::between(1, 2));
             world.flush(0);
             for sector in [3 * BLOCK, 4, 3 * BLOCK + 1, 5] {

@@ -1,8 +1,8 @@
-//! The production code on a simulated machine that crashes, is killed, and fails, with a model of the values that each
-//! sector may contain (crash-safety 1, 11).
+//! The production code on a simulated machine with power cuts, kills and failing operations, and a model of the values
+//! that each sector may contain (crash-safety 1, 11).
 //!
-//! A failure prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world` runs only that
-//! seed. `DIFFDISK_MUTANT=<name>` searches for one mutant only.
+//! A failure of the random runs prints its seed; `DIFFDISK_SEED=<seed> cargo test --features sim,mutants --test world
+//! random` runs only that seed. With `DIFFDISK_MUTANT=<name>`, the searches for mutants search for that mutant only.
 #![allow(unreachable_pub, clippy::cast_possible_truncation)]
 
 mod checker;

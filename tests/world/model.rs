@@ -132,7 +132,8 @@ pub(crate) fn value(sector: u64, found: &[u8]) -> Value {
 pub(crate) fn is_data(found: &[u8]) -> bool {
     let pairs = found.as_chunks::<8>().0;
     let (value, place) = found[..8].split_at(4);
-    // Numbers of actions and sectors stay below 2^16 in every run; words of metadata do not repeat like this.
+    // A sector of data repeats one pair: its value (the number of an action, or `PARENT`) and its sector number. Both
+    // are below 2^16. No sector of metadata has this form.
     let is_small = |bytes: &[u8]| bytes[..2] == [0, 0];
     pairs.iter().all(|pair| *pair == pairs[0]) && value != [0; 4] && is_small(value) && is_small(place)
 }

@@ -1,6 +1,8 @@
-//! Sessions: image and live journal under kills at every step, copies, restores, other runtime folders and other machines.
+//! Sessions: image and live journal under kills at every step, copies, restores, other runtime folders and other
+//! machines.
 //!
-//! Each scenario returns its failure. The production code passes all of them; each mutant of sessions must fail at least one.
+//! A scenario returns an error if a check fails. The production code passes all scenarios; each mutant in [`MUTANTS`]
+//! must fail at least one.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -80,7 +82,7 @@ impl Guest {
         self.submit(Work::Flush)
     }
 
-    /// Checks the disk's contents. `base` has its contents before anything was written.
+    /// Checks the contents of the disk. `base` has the contents before the first write.
     fn check(&self, written: &WrittenValues, base: &[Value]) -> CheckResult {
         let values = checker::read_disk(self.disk.version())?;
         for (sector, value) in (0..).zip(values) {
@@ -158,7 +160,8 @@ fn run_guest(host: &SimHost, written: &mut WrittenValues, round: Value) -> Resul
     guest.close()
 }
 
-/// Checks a disk after a kill: it opens, has all acknowledged values, takes writes, and leaves no journal when it is closed.
+/// Checks a disk after a kill: it opens, has all acknowledged values, and takes writes. After it is closed and stale
+/// journals are removed, there is no journal and no defect, and the disk still has these values.
 fn check_reopen(host: &SimHost, written: &WrittenValues, layout: &Layout) -> CheckResult {
     let mut written = written.clone();
     let mut guest = open(host).map_err(|e| format!("the disk does not open: {}", e.line()))?;
@@ -179,7 +182,8 @@ fn check_reopen(host: &SimHost, written: &WrittenValues, layout: &Layout) -> Che
     open(host).map_err(error_line)?.check(&written, &layout.values).map_err(|e| format!("after a clean end: {e}"))
 }
 
-/// Kills a guest's process at every `every`-th step, and likewise the process that succeeds it.
+/// Kills a process at its first step and at every `every`-th step after it. Then does the same with the second process,
+/// which takes over after a kill of the first one.
 pub(crate) fn kills(layout: &Layout, every: usize) -> CheckResult {
     for rounds in [1, 2] {
         for step in (1..).step_by(every) {
@@ -216,8 +220,9 @@ fn kill_copy(host: &SimHost, seed: u64) -> SimHost {
     kill(&host.fork(), seed)
 }
 
-/// Fails every step once, then kills the process: soon after, or at its end. All acknowledged values must be there, unless a
-/// sync failed.
+/// Injects each fault at each step, one per run, then kills the process: with `soon` after the action that reached the
+/// step, otherwise after all actions. The reopened disk must have all acknowledged values. If a sync failed, the open
+/// must fail with `Poisoned`.
 pub(crate) fn faults(layout: &Layout, soon: bool) -> CheckResult {
     for fault in [Fault::Io, Fault::NoSpace, Fault::Short] {
         for step in 1.. {
@@ -291,8 +296,11 @@ pub(crate) fn unwritten(layout: &Layout) -> CheckResult {
     Ok(())
 }
 
-/// Copies the image at every action. After a kill each copy is restored in place and opened under another name.
-/// `ends_marked`: the last action before the kill is a mark, otherwise a flush.
+/// Copies the image between the actions of a process, then kills the process. Each copy that was made during the
+/// session must be refused, in place of the image and under another name.
+///
+/// The last action before the kill is a mark if `ends_marked`, otherwise a flush. With `ends_marked`, the copy from
+/// before the session must also open with the old contents, and the last state under another name.
 pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
     // In a dynamic root the first write marks all sectors of its block, so a new mark needs another block.
@@ -304,7 +312,8 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     host.advance_clock(1);
     copies.push(("after the first flush", bytes(&host, &top())));
     guest.write(&mut written, new(2), 3);
-    // The next commit changes only bits, in the same second.
+    // The clock stands still until the flush below is complete. Without `ends_marked`, only the commit of this flush
+    // renews the generation after this copy.
     copies.push(("before the second flush", bytes(&host, &top())));
     guest.flush();
     if ends_marked {
@@ -324,7 +333,8 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     if !ends_marked {
         return Ok(());
     }
-    // The copy from before the session has no stamp and opens with its old contents. The journal stays.
+    // The copy from before the session has no stamp and opens with the old contents. `remove_stale_journals` must keep
+    // the journal, which the moved image below needs.
     restore(&host, &top(), &copies[0].1);
     let runtime = host.runtime_folder(Path::new("/run")).map_err(error_line)?;
     image::remove_stale_journals(&host, &runtime).map_err(error_line)?;
@@ -332,7 +342,8 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     guest.check(&WrittenValues::default(), &layout.values)?;
     guest.close().map_err(error_line)?;
     image::remove_stale_journals(&host, &runtime).map_err(error_line)?;
-    // A moved image is recovered at its new place. The session at the old place has ended.
+    // The journal is replayed into an image that was moved. Then the session has ended, and the image is refused at its
+    // old place.
     let moved = copy(&host, "moved.vhd", &last);
     let guest = open_at(&host, &moved, "/run").map_err(|e| format!("the moved image: {}", e.line()))?;
     guest.check(&written, &layout.values)?;
@@ -342,7 +353,8 @@ pub(crate) fn copies(layout: &Layout, ends_marked: bool) -> CheckResult {
     Ok(())
 }
 
-/// Opens two copies of a killed image: the second is refused, at any step at which the first was killed.
+/// Of a killed image and a copy of it, only one can be opened. The process that opens the copy is killed at every step.
+/// Then the image opens, and the copy is refused; or the image is refused, and the copy opens.
 pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
     for step in 1..40 {
         let (host, mut written) = (layout.host(7), WrittenValues::default());
@@ -353,7 +365,7 @@ pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
         drop(guest);
         let host = kill(&host, 1);
         let other = copy(&host, "other.vhd", &bytes(&host, &top()));
-        // The copy is opened, and its process is killed during that.
+        // The process that opens the copy is killed at step `step` of the open.
         host.stop_at(host.counts().steps + step);
         let whole = open_at(&host, &other, "/run").is_ok();
         for seed in 0..8 {
@@ -362,7 +374,8 @@ pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
             match open(&host) {
                 Ok(mut guest) => {
                     guest.check(&written, &layout.values)?;
-                    // This write makes no new mark, so the generation is still that of the take-over.
+                    // Sector 2 is already marked, so this write does not renew the generation. The copy can be refused
+                    // only because of the generation that was written after the replay.
                     guest.write(&mut written, 2, 4);
                     drop(guest);
                     let host = kill(&host, 1);
@@ -384,13 +397,15 @@ pub(crate) fn two_copies(layout: &Layout) -> CheckResult {
     Ok(())
 }
 
-/// Everything but the successor is refused.
+/// Checks that these opens are refused: of a copy of an image that is served; and, after a kill, by a daemon without
+/// the journal, by a reader, by a tool, by `check`, and on another machine. After [`image::settle`] or
+/// [`image::discard_session`] the image opens.
 pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
     let mut guest = open(&host).map_err(error_line)?;
     guest.write(&mut written, 1, 2);
     guest.flush();
-    // A copy of a running image has the session of a live daemon.
+    // The copy has the stamp of a session whose daemon runs.
     let running = copy(&host, "running.vhd", &bytes(&host, &top()));
     expect_refused(open_at(&host, &running, "/run"), "a copy of a running image")?;
     drop(guest);
@@ -414,7 +429,7 @@ pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
     )?;
     let checked = |host: &SimHost| chain::check(host, host.open(&top(), Access::Read)?, None, &[], &mut |_| Ok(()));
     expect_refused(checked(&host), "to a check, a killed image")?;
-    // The session may be live on the other machine.
+    // The daemon may still run on the machine on which the session began.
     let away = kill(&host.fork(), 1);
     away.move_to_another_machine(9);
     expect_refused(open(&away), "an image of another machine")?;
@@ -444,8 +459,9 @@ pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
     check_reopen(&host, &written, layout)
 }
 
-/// On a file system of several machines: after each acknowledged write another machine refuses the image, even if the machine of the
-/// daemon was cut off and everything is lost that it did not sync.
+/// On a file system that other machines use: after each acknowledged write another machine refuses the image, even if
+/// the machine of the daemon was cut off, and all that this machine did not sync is lost. After a clean end the other
+/// machine opens the image.
 pub(crate) fn shared_file_system(layout: &Layout) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
     host.set_faults(FaultPlan { shared_file_system: true, ..FaultPlan::default() });
@@ -465,7 +481,8 @@ pub(crate) fn shared_file_system(layout: &Layout) -> CheckResult {
     open(&other).map_err(error_line)?.check(&written, &layout.values)
 }
 
-/// The sync of the first stamp fails on a file system of several machines: the image is poisoned, also for the next daemon.
+/// The sync of the first stamp fails on a file system that other machines use: the image is poisoned, also for the next
+/// daemon.
 pub(crate) fn unsynced_stamp(layout: &Layout) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
     let mut guest = open(&host).map_err(error_line)?;
@@ -486,7 +503,8 @@ pub(crate) fn unsynced_stamp(layout: &Layout) -> CheckResult {
     }
 }
 
-/// A killed image that is a parent: a read-only open of the child is refused, a daemon settles the parent.
+/// A parent whose daemon was killed. A read-only open and a check of the child are refused, and a daemon without the
+/// journal of the parent. A daemon with the journal replays it into the parent.
 pub(crate) fn killed_parent(layout: &Layout) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
     let mut guest = open(&host).map_err(error_line)?;

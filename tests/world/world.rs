@@ -21,7 +21,7 @@ const DEPTH: usize = 32;
 pub(crate) struct CheckOptions {
     /// Number of crash outcomes to check at a step if there are too many to check all; 0 for no checks.
     pub(crate) sample: u64,
-    /// Number of steps between two checks.
+    /// A step is checked with a probability of one in `interval`.
     pub(crate) interval: u64,
     /// Whether the disk has a live journal, so that a kill must keep every acknowledged write.
     pub(crate) journal: bool,

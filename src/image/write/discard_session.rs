@@ -15,7 +15,7 @@ use crate::units::SECTOR_BYTES;
 /// open, and the journal records this file. An image without a stamp is not changed.
 ///
 /// # Errors
-/// - `Busy` if a process has the image open;
+/// - `Busy` if another process holds a lock on the image;
 /// - the errors of [`Image::open`], and `Io`.
 pub fn discard_session(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<()> {
     // Opened for reading first: this user may not be allowed to write an image without a stamp.

@@ -5,7 +5,8 @@ use crate::format::bat;
 use crate::mutant::{self, Mutant};
 
 impl Writable {
-    /// Mutant `EagerMetadata`: writes dirty bitmap sectors before their data is durable.
+    /// Mutant `EagerMetadata`: writes dirty bitmap sectors, and the BAT entries of their blocks, before the data of
+    /// these blocks is durable.
     pub(super) fn mutate_metadata(&self) {
         if !mutant::enabled(Mutant::EagerMetadata) {
             return;

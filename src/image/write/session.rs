@@ -275,7 +275,7 @@ impl Session {
         !lost
     }
 
-    /// Writes the stamp at file sector `at`, and the footer after it, in one write.
+    /// Writes the stamp at file sector `at` and, if given, the footer after it, in one write.
     fn write(&self, stamp: &SessionStamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>) -> Result<()> {
         let mut pair = [0; PAIR_BYTES];
         pair[..SECTOR_BYTES].copy_from_slice(&stamp.encode(self.uuid));
@@ -337,10 +337,11 @@ impl Session {
     }
 
     /// Writes the stamp at file sector `at`, and the footer after it, as the new end of the file. Begins the session if
-    /// it has not begun.
+    /// it has not begun. If the session is abandoned and the file has no stamp, writes zeros in place of the stamp.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: the old stamp is still the valid one.
+    /// `Io`, `NoSpace`: the stamp before the old footer, if there is one, is still valid. A session that has not begun
+    /// can begin later.
     pub(super) fn move_stamp(&self, image: &Image, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
         if let Some(stamp) = (!self.is_begun()).then(|| self.prepared_stamp(image)).flatten() {
             return self.begin(stamp, at, Some(footer), true);

@@ -41,7 +41,7 @@ pub(in crate::storage) struct HostFile {
 }
 
 impl HostFile {
-    /// Creates a file from a descriptor that was opened with O_NONBLOCK. Refuses anything but a regular file.
+    /// Wraps a descriptor that was opened with O_NONBLOCK, and clears that flag. Refuses anything but a regular file.
     pub(super) fn new(fd: OwnedFd, path: &Path, access: Access, folder: Folder) -> Result<HostFile> {
         HostFile::with_kinds(fd, path, access, folder, &[FileType::RegularFile])
     }

@@ -66,9 +66,10 @@ struct SlabEntry {
     transfer: Transfer,
 }
 
-// SAFETY: this value owns the ring's mappings and, through `entries`, the memory to which its iovecs point. Neither is
-// tied to a thread. If the kernel ties the ring to a thread, it rejects calls of other threads with an error. All
-// methods that access the ring take `&mut self`, except `wake_fd`, which only reads the descriptor's number.
+// SAFETY: the iovecs in `entries` point to bytes of payloads that `entries` owns. The bytes are heap memory, or guest
+// memory that the owner in the payload keeps mapped. Neither this memory nor the ring's mappings are tied to a thread.
+// If the kernel ties the ring to a thread, it rejects calls of other threads with an error. All methods that access the
+// ring take `&mut self`, except `wake_fd`, which only reads the descriptor's number.
 unsafe impl Send for UringEngine {}
 
 impl UringEngine {
@@ -102,10 +103,11 @@ impl UringEngine {
         let entry = &mut self.entries[number as usize];
         let op = entry.op.as_mut().expect("a queued entry has an operation");
         let sqe = submission_entry(op, &mut entry.transfer).user_data(u64::from(number));
-        // SAFETY: the entry refers to the operation's payload, and to arrays of iovecs in the payload or in `transfer`.
-        // All of them are heap memory that does not move. The slab keeps them until the kernel has completed the entry,
-        // and Drop waits for that or leaks them. No reference to the payload's bytes exists while the slab has the
-        // operation.
+        // SAFETY: the entry refers to the payload's bytes, and to arrays of iovecs in the payload or in `transfer`. The
+        // arrays and the bytes of a `Buffer` are heap memory that does not move. By the contract of
+        // `GuestIovecs::push`, guest memory stays mapped while the payload holds its owner. The slab keeps the payload
+        // and `transfer` until the kernel has completed the entry. Drop waits for the completions, or leaks the slab.
+        // While the slab has the operation, no reference to the payload's bytes exists.
         let pushed = unsafe { self.ring.submission().push(&sqe) };
         assert!(pushed.is_ok(), "the submission queue has a slot for each outstanding operation");
         self.queued += 1;
@@ -120,9 +122,9 @@ impl UringEngine {
         let mut refusals = 0;
         loop {
             self.calls += 1;
-            // SAFETY: the call has no argument structure. The kernel accesses only the payloads and iovecs of queued
-            // entries: the slab keeps them in place until the kernel has completed the entry, and Drop waits for that
-            // or leaks them.
+            // SAFETY: the call has no argument structure. The kernel accesses only the payloads and iovecs to which the
+            // submitted entries refer. By the proof in `enqueue`, they stay in place and mapped until the kernel has
+            // completed the entry.
             let taken =
                 unsafe { self.ring.submitter().enter::<libc::sigset_t>(self.queued, at_least, ENTER_GETEVENTS, None) };
             match taken {
