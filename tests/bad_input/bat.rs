@@ -118,7 +118,7 @@ fn overlaps() -> Vec<Case> {
             vhd.put(BAT_OFFSET + 32, &[0; 512 - 32]);
             vhd.path
         }),
-        Case::new("an entry behind the disk's end means nothing", Expected::Readable, |dir| {
+        Case::new("an entry after the disk's end means nothing", Expected::Readable, |dir| {
             let spec = VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]).with_entries(9);
             VhdFile::create(&dir.join("d.vhd"), spec).set_entry(8, 0).path.clone()
         }),

@@ -38,7 +38,8 @@ fn pair(dir: &Path, parent: impl Fn(&Path)) -> PathBuf {
     VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, id(1), "p.vhd")).path
 }
 
-/// Returns a case with a valid parent and child, in which the child has one more locator.
+/// Returns a case with a valid parent and child. The header of the child contains the name of the parent, and `add`
+/// sets locators, or changes that name.
 fn with_locator(name: &'static str, add: impl Fn(&VhdFile) + 'static) -> Case {
     Case::new(name, Expected::Accepted, move |dir| {
         VhdFile::create(&dir.join("p.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[3]));

@@ -186,8 +186,8 @@ fn tables() -> Vec<Case> {
         table_at("O10 BAT over the header", |_| HEADER_OFFSET),
         table_at("O10 BAT over the header's second half", |_| HEADER_OFFSET + 512),
         table_at("O10 BAT a byte before its place", |_| BAT_OFFSET - 1),
-        table_at("O10 BAT a byte behind its place", |_| BAT_OFFSET + 1),
-        table_at("O10 BAT 256 bytes behind its place", |_| BAT_OFFSET + 256),
+        table_at("O10 BAT a byte after its place", |_| BAT_OFFSET + 1),
+        table_at("O10 BAT 256 bytes after its place", |_| BAT_OFFSET + 256),
         table_at("O10 BAT at the end of the file", VhdFile::len),
         table_at("O10 BAT far after the end", |_| 1 << 40),
         table_at("O10 BAT's end overflows", |_| u64::MAX - 511),
@@ -204,7 +204,7 @@ fn tables() -> Vec<Case> {
             "O10 BAT's last sector is cut off",
             corrupt(ErrorLocation::Header, &["table", "bat", "footer"]),
             |dir| {
-                // The BAT has 16 sectors, and the file ends within the eighth.
+                // The BAT has 16 sectors. The file ends after the eighth, which contains the footer.
                 let vhd = VhdFile::create(&dir.join("d.vhd"), VhdSpec::dynamic(2048 << 12, 4096));
                 let mut copy = [0; 512];
                 vhd.file.read_exact_at(&mut copy, 0).expect("its footer");

@@ -1,8 +1,8 @@
 //! Hostile images: values at both sides of every limit of the opener, and parents outside the allowed folders.
 //!
 //! A case builds a file and states the expected result. Then `info`, `check`, `convert` and the daemon open the file. A
-//! refusal must be one line that names the file, the rule and the offset, and must take at most 64 MiB of memory. No
-//! case may change a file.
+//! refusal must be one line that contains the path, the reason, and the offset of the defect if there is one, and must
+//! take at most 64 MiB of memory. No case may change a file.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -199,7 +199,7 @@ fn files() -> Vec<Trap> {
         with_file("a socket", |_, p| tool::leave_socket(p)),
         with_file("a device", |_, p| {
             let zero = rustix::fs::makedev(1, 5);
-            // Only root may create a device node, so this is a link to an existing device.
+            // Only root may create a device node. Without root, `p.vhd` is a link to an existing device.
             mknodat(CWD, p, FileType::CharacterDevice, Mode::RUSR, zero)
                 .or_else(|_| symlink("/dev/zero", p).map_err(|_| rustix::io::Errno::IO))
                 .expect("a device");
@@ -213,7 +213,7 @@ fn files() -> Vec<Trap> {
             set(place, &child, 7, "W2ru", ".\\p.vhd");
             child.path
         }),
-        trap("beside it lies a twin of a file outside", |place| {
+        trap("the folder of the child has a copy of a file outside", |place| {
             fs::copy(place.outside.join("secret.vhd"), place.inside.join("secret.vhd")).expect("a copy");
             let child = place.child();
             set(place, &child, 0, "W2ku", "C:@\\secret.vhd");

@@ -1,5 +1,6 @@
 //! A guest whose disk can be checked after a power cut. The contents of every sector identify the write that they come
-//! from. The history has, for every write and flush, the position in the medium's log at submission and completion.
+//! from. The history has the position in the medium's log at the submission of each write and at the completion of each
+//! flush, and the order of all submissions of flushes and completions of writes.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -39,7 +40,8 @@ pub(crate) fn tagged_run(tag: u64, first: u64, count: u64) -> Vec<u8> {
     (first..first + count).flat_map(|sector| tagged(tag, sector)).collect()
 }
 
-/// Identifies the contents of sector `sector`. Fails if the bytes have no pattern of the guest, or that of another sector.
+/// Identifies the contents of sector `sector`. Fails if the bytes have no pattern of the guest, or the pattern of
+/// another sector.
 pub(crate) fn identify(bytes: &[u8], sector: u64) -> Result<Content, String> {
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     // All units of 16 bytes must be equal.

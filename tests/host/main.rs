@@ -3,7 +3,7 @@
 //!
 //! The test support of crash-safety 11.2: `fuse` is a medium that logs, delays and fails requests, `pages` stores the
 //! contents of the medium, `loopdev` makes kernel file systems on the medium, `guest` checks the guest's disk
-//! afterwards. All tests need root; without root each prints "skipped: needs root".
+//! afterwards. Tests that mount a file system need root; without root such a test prints "skipped: needs root".
 #![allow(unreachable_pub)]
 
 #[path = "../common/mod.rs"]

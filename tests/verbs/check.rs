@@ -169,8 +169,8 @@ fn list_files(folder: &Path) -> (BTreeMap<PathBuf, Vec<u8>>, Vec<PathBuf>) {
     (images, undo)
 }
 
-/// Repairs `image` once per failpoint: kills the repair at the failpoint and runs it again. Returns the number of
-/// kills.
+/// Repairs `image` once for each time that a failpoint is reached: kills the repair there and runs it again. Returns
+/// the number of kills.
 fn killed_everywhere(image: &Path, want: &[u8], policy: &Policy, options: &[&str]) -> u32 {
     let folder = image.parent().expect("a folder");
     let (before, _) = list_files(folder);
@@ -329,7 +329,7 @@ fn a_repair_survives_power_cuts_and_faults_at_every_step() {
                 host.set_faults(FaultPlan::default());
                 faults += u32::from(done.is_err());
                 if done.is_err() {
-                    // Unsynced changes may be lost, among them those before a failed sync.
+                    // Nothing is lost: the second repair sees all changes that the first one made before the fault.
                     let what = format!("step {step} of {steps}, {fault:?}");
                     assert_repaired(&host, &before, &want, &what);
                     let image = Image::open(host.open(path, Access::Read).expect("it opens"));

@@ -62,7 +62,7 @@ fn larger_blocks(fixture: &Fixture<'_>) {
 
 const LARGER: &Runs = &[(1500, 1600, T), (0, 3, T), (3700, 3705, T)];
 
-/// Makes a root whose BAT is after the blocks. Most of the blocks contain only zeros.
+/// Makes a root whose BAT is after the blocks. Three of the seven blocks contain only zeros.
 fn moved_table(fixture: &Fixture<'_>) {
     root(fixture);
     let (env, path) = (fixture.env, fixture.path("i.vhd"));
@@ -262,8 +262,8 @@ fn page_aligned_blocks_move_only_into_gaps() {
         }
         assert_eq!(fixture.defects("i.vhd"), [""; 0], "{before:?}");
     }
-    // The data of blocks that `write` adds begins at multiples of 32 sectors. `compact` moves such a block into a gap with
-    // the same alignment.
+    // The data of blocks that `write` adds begins at multiples of 32 sectors. `compact` moves such a block into a gap
+    // with the same alignment.
     let host = SimHost::new(1);
     let fixture = Fixture::new(&host, Path::new(FOLDER));
     let (path, placed) = (fixture.path("i.vhd"), at_pages(&fixture, &host, &[0, 1, 2]));

@@ -154,7 +154,7 @@ fn a_merge_changes_one_folder_during_exchanges() {
                 merged += 1;
                 let done = usize::from(gone(1));
                 assert!(gone(done) && !changed(1 - done), "two folders were changed by one merge");
-                // The path can have led to the other folder during the merge only if there was more than one exchange.
+                // After a single exchange the path may have led to one folder during the whole merge.
                 beside += u64::from(exchanges > 1);
             }
             Err(_) => {

@@ -11,7 +11,8 @@ use crate::common::vhd_bytes::{VhdFile, VhdSpec, footer};
 
 const MIB: u64 = 1 << 20;
 
-/// Creator tags: of Microsoft's programs, QEMU, XenServer, VirtualBox, DiscUtils, Xen Orchestra, Azure, OCaml, none.
+/// Creator tags: of Microsoft's programs, QEMU, XenServer, VirtualBox, DiscUtils, Xen Orchestra and Azure, and an empty
+/// one.
 const TAGS: [&[u8; 4]; 14] = [
     b"win ",
     b"vpc ",

@@ -1,5 +1,5 @@
-#![allow(unsafe_code)]
 //! A correct guest: reads and writes sectors through a virtio-blk driver in this process.
+#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::os::fd::AsRawFd;

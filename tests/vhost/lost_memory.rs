@@ -145,7 +145,7 @@ fn a_front_end_that_shrinks_its_memory_harms_only_its_own_disk() {
     assert!(daemon.terminate().success());
 }
 
-/// The host has no huge pages for the guest's memory. (If the host has huge pages, the disk is served.)
+/// The host has no huge pages for the guest's memory. (If the host has huge pages, the test is skipped.)
 #[test]
 fn guest_memory_of_huge_pages_that_the_host_lacks() {
     let Ok(fd) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB) else {
