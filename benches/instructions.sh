@@ -28,10 +28,10 @@ for what in plan-3 plan-64 request request-copied; do
     case $what in
     plan-*) name="a look-up in a chain of ${what#plan-} files" ;;
     request) name='a read of 4 KiB, ring to ring' ;;
-    request-copied) name='the same of what is in memory' ;;
+    request-copied) name='the same read, copied from the page cache' ;;
     esac
     printf '%-44s%14s\n' "$name" $(((more - less) / (many - few)))
 done
 echo
-echo 'of the last, by function:'
+echo 'instructions of the last row, by function:'
 callgrind_annotate "$out/request-copied" 2>/dev/null | grep -E '^ *[0-9,]+ \(' | grep -v 'PROGRAM TOTALS' | sed -n 1,20p | cut -c1-150

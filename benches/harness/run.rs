@@ -44,7 +44,7 @@ impl RunReport {
         println!("\nload of the machine before and after: {}", self.load.join(" | "));
     }
 
-    /// Returns the results of a bench with `size` bytes of data as JSON.
+    /// Returns the results of a bench with `bytes` bytes of data as JSON.
     pub fn as_json(&self, full: bool, bytes: u64, rows: Vec<Value>, targets: &[Target]) -> String {
         let all = json!({
             "full": full,

@@ -96,7 +96,7 @@ pub fn random_reads(bench: &mut Bench) {
         all.push(Candidate::new("io_uring, no server, deferred", || baseline_reads::io_uring(&raw, size, time, true)));
         all.push(Candidate::new("preadv, no server", || baseline_reads::preadv(&raw, size, time)));
         all.push(Candidate::new("preadv of 16 files, no server", || baseline_reads::preadv_chain(&files[1], time)));
-        all.push(Candidate::new("preadv for a sleeper, no server", || {
+        all.push(Candidate::new("preadv for a sleeping consumer, no server", || {
             baseline_wakeup::eventfd_reader(&raw, size, time)
         }));
         for candidate in &mut all {
@@ -161,7 +161,7 @@ pub fn latency(bench: &mut Bench) {
             all.push(Candidate::new(OURS_16, move || alone(Kind::Ours(extra.clone()), vhd)));
             all.push(Candidate::new("QSD raw", move || alone(Kind::Qemu("raw"), raw)));
             let (size, time) = (load.region, bench.time);
-            all.push(Candidate::new("preadv for a polling reader, no server", move || {
+            all.push(Candidate::new("preadv for a polling consumer, no server", move || {
                 baseline_wakeup::polling_reader(raw, size, time)
             }));
         }
@@ -313,11 +313,11 @@ pub fn sequential(bench: &mut Bench) {
     }
 }
 
-/// Measures two queues in comparison with one. Each queue has a processor of its own. On a machine with few processors,
-/// the daemon's thread of a queue shares the processor with the guest's thread of the same queue.
+/// Measures two queues in comparison with one. Each queue has a processor, which the daemon's thread of the queue and
+/// the guest's thread of the same queue share.
 pub fn two_queues(bench: &mut Bench) {
     if processors() < 2 {
-        return eprintln!("two queues want two processors");
+        return eprintln!("two queues need two processors");
     }
     let image = bench.disks.striped_chain(Format::Vhd, 16);
     let load = bench.random_read();

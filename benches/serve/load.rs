@@ -21,7 +21,8 @@ use virtio_driver::{
 use crate::harness::{Rng, random_stream};
 use crate::sample::{Latencies, Sample};
 
-/// Bytes of guest memory for each queue. Sufficient for eight requests of 1 MiB, and for a full queue of requests of 4 KiB.
+/// Bytes of guest memory for each queue. Sufficient for eight requests of 1 MiB, and for a full queue of requests of
+/// 4 KiB.
 const MEMORY: usize = 8 << 20;
 /// Maximum time without a completed request, after which the run fails.
 const TIMEOUT: Timespec = Timespec { tv_sec: 30, tv_nsec: 0 };

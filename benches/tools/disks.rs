@@ -85,8 +85,8 @@ impl Bench {
         path
     }
 
-    /// Creates a chain of disks of the maximum size. Each layer has blocks all over the disk, and every second block
-    /// hides a block of the layer below. Returns the youngest and the oldest file.
+    /// Creates a chain of disks of the maximum size. Each layer has blocks all over the disk. In every second layer,
+    /// every second block hides a block of the layer below. Returns the youngest and the oldest file.
     pub fn deep(&self) -> (PathBuf, PathBuf) {
         let name = |layer: u64| self.path(&format!("deep-{layer}.vhd"));
         let page = [7; 4096];

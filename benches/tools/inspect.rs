@@ -26,7 +26,7 @@ pub fn sparse(bench: &mut Bench) {
     ];
     bench.compare(work, DATA, all);
     bench.require_at_most(work, SECONDS, MEBIBYTES);
-    let work = "the same, dynamic to raw";
+    let work = "1 TiB with 64 MiB of data, dynamic to raw";
     let all = vec![
         Candidate::new("qemu-img", || qemu_convert(("vpc", &vhd), ("raw", removed(&theirs)), &[])),
         Candidate::new("diffdisk", || diffdisk("convert", &[&vhd, removed(&mine)], &["--to", "raw"])),
@@ -34,7 +34,7 @@ pub fn sparse(bench: &mut Bench) {
     bench.compare(work, DATA, all);
     verify(("raw", &mine), ("raw", &raw));
     bench.require_at_most(work, SECONDS, MEBIBYTES);
-    let work = "the same, raw compared with dynamic";
+    let work = "1 TiB with 64 MiB of data, raw compared with dynamic";
     let compare = || diffdisk("compare", &[&raw, &vhd], &["--from", "raw", "--from", "vhd"]);
     bench.compare(work, DATA, vec![Candidate::new("diffdisk", compare)]);
     bench.require_at_most(work, SECONDS, MEBIBYTES);

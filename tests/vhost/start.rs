@@ -344,7 +344,8 @@ fn a_file_size_limit_fails_the_write() {
     assert_eq!(check.status.code(), Some(0), "{}", stderr_text(&check));
 }
 
-/// The tool reports the limit, too. SIGXFSZ does not kill it, and no temporary file is left.
+/// The tool reports a file size limit (`ulimit -f`) as an error: SIGXFSZ does not kill the tool, and no temporary file
+/// is left.
 #[test]
 fn the_tool_reports_a_file_size_limit() {
     let fixture = StartFixture::new();
