@@ -14,6 +14,7 @@ pub(crate) enum FaultKind {
     Io,
     NoSpace,
     Short,
+    /// The operation completes after all other operations in flight.
     Late,
 }
 

@@ -57,7 +57,8 @@ pub(crate) fn all_layouts(blocks: u64) -> Vec<Layout> {
     ]
 }
 
-/// Makes two layouts with blocks of 32 KiB, in which bitmaps and data are allocated separately.
+/// Makes two layouts with blocks of 32 KiB. Sparse allocation reserves only the bitmaps of such blocks. (It reserves
+/// blocks of 4 KiB as a whole.)
 pub(crate) fn large_blocks() -> Vec<Layout> {
     let size = BlockSize::from_bytes(32 << 10).expect("a power of two");
     let blocks = 20 * u64::from(size.sectors()) / BLOCK;
