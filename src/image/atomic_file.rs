@@ -73,10 +73,12 @@ impl AtomicFile {
         known_as.iter().fold(e, |e, path| e.replace_path(path, &self.requested_path))
     }
 
-    /// Gives the finished, durable file its name, and makes the name durable. Never replaces another file.
+    /// Gives the finished, durable file its name, and makes the name durable. Replaces no file that has the name
+    /// already. (On a file system without hard links, a file that gets the name during the call may be replaced.)
     ///
     /// # Errors
-    /// `Refused` if the name exists; `Io`.
+    /// - `Refused` if the name exists.
+    /// - `Io`, `NoSpace`.
     pub fn publish(&mut self) -> Result<()> {
         failpoint::reached("draft.whole");
         let named = match self.has_temporary_name {
@@ -102,7 +104,7 @@ impl AtomicFile {
     /// Replaces any file of the same name by the finished, durable file, atomically, and makes the name durable.
     ///
     /// # Errors
-    /// `Io`. If the rename failed, the name still refers to the old file.
+    /// `Io`, `NoSpace`. If the rename failed, the name still refers to the old file.
     pub fn replace(&mut self) -> Result<()> {
         failpoint::reached("draft.whole-to-replace");
         // No system call links an unnamed file over an existing name.

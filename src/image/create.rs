@@ -55,10 +55,13 @@ pub struct ImageSpec {
 }
 
 /// Creates an image at `path`, which must not exist. The file gets its name when the image is complete and durable.
+/// Returns the UUID of the image.
 ///
 /// # Errors
-/// - `Refused` if the file exists.
+/// - `Refused` if the file exists, or if `path` does not end in a file name.
+/// - `NotFound` if the folder does not exist.
 /// - `Invalid` if the format does not allow the sizes.
+/// - `Unsupported` if a path of the parent cannot be recorded in a child.
 /// - `Io`, `NoSpace`.
 pub fn create(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
     create_image(env, path, spec, false)
@@ -67,10 +70,8 @@ pub fn create(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
 /// Creates an image as [`create`] does, with every block placed and its space allocated in the file system.
 ///
 /// # Errors
-/// - `Refused` if the file exists.
-/// - `Invalid` if the format does not allow the sizes.
-/// - `Unsupported` if the file system cannot allocate space in advance, or the format cannot place all blocks.
-/// - `Io`, `NoSpace`.
+/// - The errors of [`create`].
+/// - `Unsupported` also if the file system cannot allocate space in advance, or the format cannot place all blocks.
 pub fn create_preallocated(env: &dyn Env, path: &Path, spec: &ImageSpec) -> Result<Uuid> {
     create_image(env, path, spec, true)
 }
@@ -103,10 +104,11 @@ pub fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Writes a new image into an empty file, and makes it durable. The caller makes the file's name durable.
+/// Writes a new image into an empty file, and makes the file durable. The caller makes the file's name durable.
 ///
 /// # Errors
 /// - `Invalid` if the format does not allow the sizes.
+/// - `Unsupported` if a path of the parent cannot be recorded in a child.
 /// - `Io`, `NoSpace`.
 pub fn write_new(file: &File, env: &dyn Env, uuid: Uuid, spec: &ImageSpec) -> Result<()> {
     // The sizes come from the command line, so an offset in the file would mislead.

@@ -17,7 +17,8 @@ pub struct ImageIdentity {
 }
 
 impl ImageIdentity {
-    /// Reads the identity of the image in a file; `None` if the file is not an image that can be opened.
+    /// Reads the identity of the image in a file. Returns `None` if the file has no valid footer, or if a child has no
+    /// valid dynamic header. An open may still refuse the image, since the other metadata is not read.
     ///
     /// # Errors
     /// `Io`.

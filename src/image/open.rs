@@ -1,8 +1,8 @@
 //! Opens images: reads a file's metadata, and uses each structure only after it passed the rules (O1 to O16).
 //!
-//! An open reads the two footers, the header, the block table and, of XenServer's images, the batmap's header. It reads
-//! nothing else and maps nothing. A harmless violation becomes a note. `check` uses the same examination, but continues
-//! after defects that end an open.
+//! An open reads the two footers, the header, the block table and, of XenServer's images, the batmap's header. If the
+//! file was cut off inside a block, it also reads the bitmap of that block. It maps nothing. A harmless violation
+//! becomes a note. `check` uses the same examination, but continues after defects that end an open.
 
 use std::ops::ControlFlow;
 

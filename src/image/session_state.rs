@@ -54,7 +54,8 @@ impl SessionState {
 /// Refuses an image whose session has not ended, because the file may lack writes that were acknowledged to a guest.
 ///
 /// # Errors
-/// - `Refused`, with the session's owner and the command that ends the session.
+/// - `Refused`, with the command or the option that ends the session. The message names the owner of the session unless
+///   the journal is in one of `folders`.
 /// - `Io`.
 pub fn refuse_if_live(env: &dyn Env, folders: &[RuntimeFolder], image: &Image) -> Result<()> {
     if mutant::enabled(Mutant::ToolIgnoresStamp) {

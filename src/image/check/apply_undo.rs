@@ -6,7 +6,7 @@
 //!   3  end        restore the old length and the end of the file, with any trailing footer    sync
 //!   4  middle     restore pointers and data                                                   sync
 //!   5  front      restore the footer's copy at the start                                      sync
-//!   6  length     cut the file, if it was shorter                                             sync
+//!   6  length     cut the file to its old length, if the repair made it longer                sync
 //!   7  finish     state 3, durable
 //! ```
 //!
@@ -31,7 +31,7 @@ const PIECE_HEAD: usize = 16;
 /// Undoes the repair of the image in `file` with the undo file `undo`. Both files are locked exclusively.
 ///
 /// # Errors
-/// - `Invalid` if `undo` is not an undo file. Nothing was changed.
+/// - `Invalid` if `undo` is not an undo file, or if the metadata of the image cannot be read. Nothing was changed.
 /// - `Refused` if the undo file belongs to another image, the image was changed since, or the repair was not finished
 ///   or is undone already. Nothing was changed.
 /// - `Io`, `NoSpace`: repeating the call completes the undo.

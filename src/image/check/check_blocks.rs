@@ -20,8 +20,8 @@ const CHUNK_SECTORS: u32 = 128;
 const PREFETCHED_BITMAPS: usize = 256;
 /// Maximum number of suspects that are reported.
 const MAX_SUSPECTS: usize = 4096;
-/// The file sector at or after which every writer packs blocks: near the format's limit there is no room for gaps
-/// (crash-safety 3).
+/// The file sector from which on the places of blocks are not tested for alignment. Near the format's limit of 2^32
+/// sectors a writer that otherwise aligns blocks may pack them, so that all blocks fit (crash-safety 3).
 const PACKED_FROM: u32 = 0xE000_0000;
 
 /// Receives the position that a scan of the file has reached, in bytes, and ends the scan by an error.
@@ -65,7 +65,8 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     let odd = |place: u32| child && place < PACKED_FROM && (writer == PlacementWriter::Unknown || !aligned(place));
     let (mut suspects, mut budget) = (Vec::new(), MAX_DATA_BYTES);
     let entries = &sparse.placed.entries;
-    // A single packed block may be page-aligned by chance; two consecutive ones may not.
+    // A single packed block may be page-aligned by chance. Of two adjacent packed blocks of 2 MiB, as XenServer makes
+    // them, at most one is: their distance is not a multiple of a page.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
     // All bitmaps of a root are read; of a child, only those that can break a rule.
     let wanted =
@@ -136,7 +137,8 @@ fn check_batmap(image: &Image, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Finds the first sector of a block that contains data although its bit is clear.
+/// Finds the first sector of a block that contains data although its bit is clear. Reads at most `budget` bytes, and
+/// subtracts the bytes that were read. Returns `None` and sets `budget` to 0 if the next read would exceed it.
 fn data_under_clear_bits(
     image: &Image,
     block: u32,

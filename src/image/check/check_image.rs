@@ -17,7 +17,8 @@ use crate::units::OnProgress;
 /// Checks a file against every rule. Returns the report, and the image if it can be opened at all.
 ///
 /// # Errors
-/// `Io` if the file cannot be read. Violations are not errors; the report lists them.
+/// `Io` if the file cannot be read. If a defect was found before, and the read that failed is part of the open, the
+/// result is the report without an image. Violations are not errors; the report lists them.
 pub fn check(file: File) -> Result<(Report, Option<Image>)> {
     check_with_progress(file, &mut |_| Ok(()))
 }
@@ -25,7 +26,8 @@ pub fn check(file: File) -> Result<(Report, Option<Image>)> {
 /// Checks a file as [`check`] does, and reports progress in bytes of the file to `watch`; the sum is the file's length.
 ///
 /// # Errors
-/// `Io` if the file cannot be read; the error that `watch` returns.
+/// - `Io`, for the reasons listed at [`check`].
+/// - the error that `watch` returns.
 pub fn check_with_progress(file: File, watch: &mut OnProgress<'_>) -> Result<(Report, Option<Image>)> {
     let (mut report, mut passed) = (Report::default(), 0);
     let len = file.stat()?.len;

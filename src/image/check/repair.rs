@@ -61,8 +61,8 @@ struct RepairPlan {
 }
 
 /// Repairs the image in a file that is locked exclusively. If two footers contradict each other, the one that `take`
-/// chooses is copied over the other. Returns the path of the undo file; `None` if there was nothing to repair. An image
-/// that has lost sectors is not changed.
+/// chooses is copied over the other. Returns the path of the undo file; `None` if there was nothing to repair. In an
+/// image that has lost sectors, only such a footer is replaced.
 ///
 /// # Errors
 /// - `Io`, `NoSpace`.
@@ -97,7 +97,8 @@ pub fn repair(env: &dyn Env, file: &File, take: Option<FooterChoice>) -> Result<
 }
 
 impl RepairPlan {
-    /// Plans the repairs without which the image cannot be opened: padding after a fixed disk, and a choice of footer.
+    /// Plans the repairs that precede an examination of the image: removes the padding after a fixed disk, or replaces
+    /// the footer that `take` rejects. Also returns the image's UUID.
     fn plan_before_open(file: &File, take: Option<FooterChoice>) -> Result<Option<(RepairPlan, Uuid)>> {
         let len = file.stat()?.len;
         let chosen = match read_footers(file, len)? {
@@ -223,7 +224,8 @@ fn concerns_front_footer(defect: &Defect) -> bool {
     matches!(defect, Defect::FootersDiffer { .. } | Defect::FrontFooterInvalid { .. } | Defect::FooterCopyStale)
 }
 
-/// Returns the corrected sectors of batmap, bitmaps and table. With `zeros`, entries of 0 become unused entries.
+/// Returns the corrected batmap, sectors of the last block's bitmap, and sectors of the table. Entries of blocks after
+/// the end of the disk become unused; with `zeros`, entries of 0 become unused, too.
 fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Result<ByteWrites> {
     let mut writes = ByteWrites::new();
     if let Some(mut batmap) = Batmap::read(image)? {
@@ -238,7 +240,8 @@ fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Resul
     if let Some(place) = image.bat().and_then(|table| table.place(last)) {
         writes.extend(corrected_last_bitmap(image, last, place)?);
     }
-    // An entry after the end of the disk may be dropped: the places were verified by the entries of the disk alone.
+    // The entry of a block after the end of the disk is dropped, whatever its place is: no reader uses it, and places
+    // are trusted by the entries of the disk's blocks alone.
     let mut sectors = if zeros { sectors_without_zero_entries(image, sparse)? } else { BTreeMap::new() };
     for (block, _) in sparse.table.used().filter(|(block, _)| u64::from(*block) >= blocks) {
         let at = sparse.header.table_offset + u64::from(bat::sector_of(block)) * SECTOR;

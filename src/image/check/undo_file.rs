@@ -210,7 +210,7 @@ impl UndoFile {
         Ok(())
     }
 
-    /// Records the repaired image's contents, so that an undo can detect later changes.
+    /// Records the repaired image's contents, so that an undo can detect later changes. Returns the undo file's path.
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the repair is done, but an undo will refuse this undo file.

@@ -155,7 +155,8 @@ impl Offline {
         self.sparse().batmap.is_some() || batmap::presence(self.footer()) == BatmapPresence::Present
     }
 
-    /// Returns whether the batmap declares a block complete, or cannot be read in full to rule that out.
+    /// Returns whether the batmap declares a block complete. Also returns true if the batmap is damaged, or longer than
+    /// [`CHUNK`] and so not read in full.
     pub(super) fn batmap_has_claims(&self) -> Result<bool> {
         if !self.has_batmap() {
             return Ok(false);

@@ -5,9 +5,9 @@
 //! `compact.rs` combine the steps, with the failpoints at which tests kill them.
 //!
 //! New and obsolete structures lie in unreferenced space: after the blocks, or in a gap between them. So a step
-//! overwrites referenced bytes only in these cases, each of one sector: a footer; the header's first sector, which
-//! contains every field that changes; a sector of the block table, for which any mixture of old and new entries shows
-//! the same disk.
+//! overwrites referenced bytes only in these cases: a footer (one sector); the header's first sector, which contains
+//! every field that changes; sectors of the block table, for which any mixture of old and new entries shows the same
+//! disk; data and bits of the last block after the end of the disk, which no reader uses.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -41,10 +41,11 @@ pub(super) struct OfflineSparse {
 }
 
 impl Offline {
-    /// Wraps an opened image that is locked exclusively, after recovery from an unclean shutdown.
+    /// Recovers an opened image, whose file is locked exclusively, from an unclean shutdown, and wraps it.
     ///
     /// # Errors
-    /// `Refused` if the image must not be written; `NoSpace`, `Io`.
+    /// - `Refused` if the image must not be written.
+    /// - `NoSpace`, `Io`.
     pub fn new(image: &Image) -> Result<Offline> {
         image.check_writable()?;
         let (file, footer) = (image.file().clone(), image.footer().clone());
@@ -261,7 +262,8 @@ impl Offline {
 }
 
 /// Extends a file of `len` bytes, durably: allocates the space after `len` and ends the file with a footer at byte
-/// `footer_at`. If that fails, the file keeps its old length.
+/// `footer_at`. If the allocation or the write fails, the file keeps its old length. If the sync fails, it has the new
+/// one.
 pub(super) fn lengthen(file: &File, len: u64, footer_at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
     let longer = match file.allocate(len, footer_at + SECTOR - len) {
         Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),

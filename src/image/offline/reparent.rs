@@ -57,6 +57,7 @@ const HEADER_HOME: u64 = 512;
 /// relative path, as vhd-util writes it.
 ///
 /// # Errors
+/// - `Invalid`, `Refused`, for the reasons listed at [`Image::open`].
 /// - `Unsupported` if the image is fixed, or a path cannot be recorded in a child.
 /// - `Refused` if the image must not be written, or has a session that has not ended.
 /// - `NoSpace`, `Io`: the image has its old or new parent, and repeating the call is safe.

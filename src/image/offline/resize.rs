@@ -15,9 +15,9 @@
 //!   smaller          3, then drop the entries after the end of the disk, then free their space
 //! ```
 //!
-//! A fixed image has only one footer, and its file cannot grow before there is a footer at the new end. A power cut
-//! during that growth is harmless because a new length survives only with the bytes that caused it (crash-safety 2,
-//! A4: true for ext4, XFS and btrfs). No other step relies on that.
+//! A fixed image has only one footer, which must end the file. So the write of the second footer also makes the file
+//! longer. A power cut during that write is harmless, because a new length survives only with the bytes that caused it
+//! (crash-safety 2, A4: true for ext4, XFS and btrfs). No other step relies on that.
 //!
 //! The format allows more entries than blocks, and entries for blocks after the end of the disk. So an operation that
 //! is interrupted between two steps leaves a valid image, and can be repeated.
@@ -44,6 +44,7 @@ impl Offline {
     /// # Errors
     /// - `Invalid` if the format does not allow the size.
     /// - `NoSpace`, `Io`: the disk has its old or new size, and repeating the call is safe.
+    /// - the error that `exposed` returns: the disk has its old size.
     pub fn grow(mut self, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<()> {
         assert!(size > self.size() && size.is_multiple_of(SECTOR), "a disk grows by whole sectors");
         let invalid = |defect: Defect| Error::from(defect).without_offset().at_path(self.file().path());
@@ -106,7 +107,7 @@ impl Offline {
     /// Cuts the file after its last block: completes an interrupted [`Offline::grow`].
     ///
     /// # Errors
-    /// `Io`.
+    /// `NoSpace`, `Io`: the contents of the disk are unchanged.
     pub fn truncate_after_blocks(mut self) -> Result<()> {
         self.align_footer()?;
         self.truncate_unused()

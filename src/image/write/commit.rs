@@ -18,8 +18,8 @@
 //! - S is copied *before* C1, so a bit that is set during C1 is not written in C2.
 //! - The journal slots of S are ended after C3, by one store.
 //!
-//! Number of syncs: 0 if nothing was written, 1 for overwrites and for blocks of a dynamic root, 2 for new bits of a
-//! child.
+//! Number of syncs: 0 if nothing was written, 1 for overwrites and for new blocks of a dynamic root, 2 for all other
+//! new bits. A sync is repeated if growth syncs at the same time.
 //!
 //! A failed sync poisons the image: the kernel may have dropped the pages, and the next sync would succeed without
 //! them. After a failed write in C2, S is dirty again, and the next commit starts at C1.

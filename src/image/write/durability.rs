@@ -48,7 +48,8 @@ impl DurabilityState {
     /// Opens the session of the image if a journal is requested. Also returns the journal slots of a killed daemon.
     ///
     /// # Errors
-    /// - `Refused` if the image has a session whose journal is not found or does not fit;
+    /// - `Refused` if the image has a session whose journal is not requested, not found or does not fit, or a session
+    ///   of another machine;
     /// - `Poisoned` if a sync of the killed daemon failed;
     /// - `Busy` if a process has the journal open;
     /// - `NoSpace` if a journal is required and there is no space for it;

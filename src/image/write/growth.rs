@@ -151,8 +151,8 @@ impl Growth {
     /// Runs the next step of the job. `failed` is the first failure among the operations of the previous step.
     ///
     /// # Errors
-    /// - `NoSpace` if the file system has no space for one block, `Io` if a write failed: the file is valid, and growth
-    ///   may be tried again;
+    /// - `NoSpace` if there is no space for the blocks that the step must place, `Io` if a write failed: the file is
+    ///   valid, and growth may be tried again;
     /// - `Poisoned` if a sync failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         let step = self.advance(failed, ops);
@@ -320,7 +320,7 @@ impl Growth {
     }
 
     /// Pushes the write of the newest footer, or of zeros over the old stamps and footers. In a sync phase this is a
-    /// write-through, or a sync of the file if the file system is copy-on-write. The zeros are first written without
+    /// write-through, or a sync of the file if `is_growth_by_sync` requires it. The zeros are first written without
     /// write-through, so that a full file system does not look like a failed sync.
     fn push_writes(&mut self, phase: GrowthPhase, ops: &mut Vec<Op>) {
         let through = match phase {

@@ -101,7 +101,8 @@ impl Writable {
         needed > 0 && self.end_after(tail.next, needed, tail.unplaced).is_none_or(|end| end > tail.usable_end())
     }
 
-    /// Whether a step of growth makes footer and zeros durable by syncs of the file instead of write-throughs (`growth.rs`).
+    /// Whether a step of growth makes footer and zeros durable by syncs of the file instead of write-throughs
+    /// (`growth.rs`).
     pub(super) fn is_growth_by_sync(&self) -> bool {
         self.allocation_mode == AllocationMode::CopyOnWrite || self.file().is_on_shared_file_system()
     }

@@ -8,7 +8,8 @@
 //!   journal, bitmap, free_tail      the state that the modules above change
 //! ```
 //!
-//! A failed sync of a commit, of growth or of a first stamp poisons the image (`Writable::poison` in `writable`, crash-safety 6.1).
+//! A failed sync of a commit, of growth or of a first stamp poisons the image (`Writable::poison` in `writable`,
+//! crash-safety 6.1).
 
 pub mod allocation;
 pub mod bitmap;

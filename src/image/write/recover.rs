@@ -32,7 +32,8 @@ pub(in crate::image) struct WritableSparse {
 /// `stamped` means that the sector before the footer is the stamp of a session that continues.
 ///
 /// # Errors
-/// `Refused` if a journal slot has an impossible place; `Io`.
+/// - `Refused` if a journal slot has an impossible place;
+/// - `NoSpace`, `Io`.
 pub(in crate::image) fn recover(
     image: &Image,
     block_size: BlockSize,

@@ -364,10 +364,10 @@ impl Session {
         }
     }
 
-    /// Overwrites the stamp with zeros, durably. That needs no space, as the sector is allocated.
+    /// Overwrites the stamp with zeros, durably. Needs no space without copy on write, as the sector is allocated.
     ///
     /// # Errors
-    /// `Io`.
+    /// `Io`; `NoSpace` on a file system with copy on write.
     pub(super) fn erase_stamp(&self) -> Result<()> {
         let mut placed = self.stamp();
         let Some(PlacedStamp { at, .. }) = &*placed else { return Ok(()) };

@@ -15,7 +15,8 @@ impl Writable {
     /// The new footer is durable before the file is truncated, so that there is always a footer.
     ///
     /// # Errors
-    /// `Poisoned`, `Io`. A file system without space for the new footer is no error: the file keeps its length.
+    /// `Poisoned`, `Io`. A file system without space for the new footer is no error: the file keeps its length, and the
+    /// stamp is erased instead. With copy on write, `NoSpace` if the erasure fails.
     pub fn trim(&self) -> Result<()> {
         self.check_poison()?;
         let end = self.used_end() * SECTOR;

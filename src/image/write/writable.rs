@@ -65,8 +65,8 @@ impl Writable {
     /// missing, and makes the free tail durably zero. Stale bytes there would become bitmaps of new blocks.
     ///
     /// # Errors
-    /// - `Refused` if the image must not be written (hidden, saved state, footers that differ), or if its journal is
-    ///   not found or does not fit;
+    /// - `Refused` if the image must not be written (hidden, saved state, footers that differ), or if it has a session
+    ///   of another machine, or one whose journal is not requested, not found or does not fit;
     /// - `Poisoned` if a sync of the killed daemon failed;
     /// - `Busy` if a process has the journal open;
     /// - `NoSpace`, `Io`.

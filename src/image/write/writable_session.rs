@@ -130,7 +130,7 @@ impl Writable {
     /// Overwrites the stamp of a session that has ended, durably, if the file cannot be truncated.
     ///
     /// # Errors
-    /// `Io`: the journal must not be removed.
+    /// `Io`, `NoSpace`: the journal must not be removed.
     pub(super) fn erase_stamp(&self) -> Result<()> {
         self.session().map_or(Ok(()), Session::erase_stamp)
     }

@@ -324,8 +324,9 @@ impl Bitmaps {
         }
     }
 
-    /// Sets the bits of a range of one block. Calls `on_new(index, frame, bits)` for each bitmap sector that now
-    /// differs from the file. Adds bitmap sectors that are not in memory to `absent`, and does not mark them.
+    /// Sets the bits of a range of one block. Calls `on_new(index, frame, bits)` for each bitmap sector in which a bit
+    /// was clear, that was never written to the file, or that has bits neither in the file nor in the journal. Adds
+    /// bitmap sectors that are not in memory to `absent`, and does not mark them.
     #[inline]
     pub(in crate::image::write) fn mark(
         &self,
@@ -362,8 +363,8 @@ pub(in crate::image::write) struct NewBits {
     pub(in crate::image::write) bit: u32,
     /// Number of bits.
     pub(in crate::image::write) count: u32,
-    /// Whether the bitmap sector now differs from the file. If not, the bits were set before, but are not in the
-    /// journal.
+    /// Whether a bit was clear before, or the bitmap sector was never written to the file. If not, the bits were set
+    /// before, but some bits of the sector are neither in the file nor in the journal.
     pub(in crate::image::write) is_newer: bool,
 }
 
