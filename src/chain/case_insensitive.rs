@@ -41,6 +41,7 @@ impl Default for NameBudget {
 ///
 /// # Errors
 /// - `Refused` if the path contains a symbolic link or does not lead to a regular file
+/// - `Unsupported` if the kernel has no openat2
 /// - `Io`
 pub(super) fn look_up_ignoring_case(folder: &Folder, below: &Path, budget: &NameBudget) -> Result<Lookup> {
     match folder.open_beneath(below) {

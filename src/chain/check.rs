@@ -27,7 +27,7 @@ pub struct CheckedFile {
     /// The numbers of corruptions, leaks and cosmetic defects that are not listed, since there are too many of one
     /// kind.
     pub unlisted: [u64; 3],
-    /// Whether the image can be opened.
+    /// Whether all metadata of the image could be read. The image may still have defects that an open refuses.
     pub opens: bool,
     /// The ranges of its disk that are lost, in ascending order.
     pub lost: Vec<SectorRange>,
@@ -41,8 +41,9 @@ pub struct CheckedFile {
 ///
 /// # Errors
 /// Broken rules are returned as defects. Errors are:
-/// - `Busy` if another process writes to one of the files
+/// - `Busy` if another process holds a conflicting lock on one of the files
 /// - `Refused` if a file has a live journal that was not replayed, or if a parent may not be opened
+/// - `NotFound` if an allowed folder does not exist
 /// - `Io`
 /// - the error of `progress`
 pub fn check(

@@ -155,7 +155,7 @@ impl ChildSearch<'_> {
     }
 
     /// Whether the paths in a child lead to the parent's file. Also true if the paths lead to no image with the
-    /// parent's UUID.
+    /// parent's UUID, or if the child cannot be opened.
     fn resolves_to_parent(&self, child: File) -> Result<bool> {
         let Ok(child) = Image::open(child) else { return Ok(true) };
         if child.kind() != DiskType::Differencing {

@@ -33,7 +33,8 @@ impl FileStamp {
     /// Returns the current stamp of the image `uuid` at `path`; `None` if no file or another image is there.
     ///
     /// # Errors
-    /// `Io`.
+    /// - `Refused` if `path` leads to a folder, or to another file that is not regular
+    /// - `Io`
     pub fn of_image_at(env: &dyn Env, path: &Path, uuid: Uuid) -> Result<Option<FileStamp>> {
         let Some(file) = none_if_not_found(env.open(path, Access::Read))? else { return Ok(None) };
         let is_it = ImageIdentity::peek(&file)?.is_some_and(|identity| identity.uuid == uuid);
@@ -43,7 +44,7 @@ impl FileStamp {
     /// Syncs the file and returns its stamp, so that a power cut cannot restore an older state.
     ///
     /// # Errors
-    /// `Io`, `Poisoned`.
+    /// `Io`.
     pub fn after_sync(file: &File) -> Result<FileStamp> {
         file.sync_all()?;
         FileStamp::of(file)

@@ -1,9 +1,10 @@
 //! Cache of the cells of the frozen layers, with a limit on its memory.
 //!
-//! A cell of one run takes one word in a table. Lists of runs take at most [`MAX_RUN_BYTES`] together; when a new list
-//! exceeds the limit, an empty table replaces the full one, and cells are loaded again when they are needed. So a chain
-//! that is fragmented into single sectors cannot exhaust memory. A look-up takes no lock and changes no reference count
-//! that queues share: each queue keeps a [`FrozenCacheHandle`], and releases it before it sleeps.
+//! A cell of one run takes only its entry in a table. Lists of runs take at most [`MAX_RUN_BYTES`] together; when a new
+//! list exceeds the limit, a table with that list alone replaces the full one, and other cells are loaded again when
+//! they are needed. So a chain that is fragmented into single sectors cannot exhaust memory. A look-up takes no lock
+//! and changes no reference count that queues share: each queue keeps a [`FrozenCacheHandle`], and releases it
+//! before it sleeps.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -104,7 +105,8 @@ fn start_of(runs: &[PackedRun], number: usize) -> u64 {
     if number == 0 { 0 } else { runs[number - 1].end() }
 }
 
-/// Returns the index of the run that contains sector `at` of the cell, which is exact if all runs have the same length.
+/// Guesses the index of the run that contains sector `at` of the cell. The guess is right if all runs have the same
+/// length.
 fn guess_run(runs: &[PackedRun], at: u64) -> usize {
     usize::try_from(runs.len() as u64 * at / CELL_SECTORS).expect("below the number of runs")
 }
@@ -194,7 +196,8 @@ impl FrozenCache {
         self.table.load().get(index).is_some()
     }
 
-    /// Inserts a cell. If its runs exceed the limit, a new table with this cell alone replaces the current one.
+    /// Inserts a cell. If the lists of all cells then exceed the limit, a new table with this cell alone replaces the
+    /// current one.
     pub(super) fn insert(&self, index: usize, cell: Cell) {
         let (table, bytes) = (self.table.load(), cell.heap_bytes());
         if table.get(index).is_some() {

@@ -21,12 +21,14 @@ const MAX_BYTES_READ: u64 = 256 << 20;
 /// Number of bytes per read.
 const CHUNK: usize = 64 << 10;
 
-/// Finds the blocks among `suspects` of a child that hold zeros over data of the parents. Adds them to `defects`, in
-/// place of the defect that only reports that another program placed the blocks.
+/// Finds the blocks among `suspects` of a child that hold zeros over data of the parents. If the alignment proves that
+/// another program placed the suspects, adds a defect for each block found, and removes the defect that only reports
+/// that program if all suspects were compared. Otherwise adds one defect with the number of blocks found.
 ///
 /// # Errors
+/// - the errors of [`Image::open`] for a parent
 /// - `Io`
-/// - the error of `watch`, which is called between blocks
+/// - the error of `watch`, which is called before each block
 pub(super) fn find_masked(
     child: &Image,
     parents: &[Image],

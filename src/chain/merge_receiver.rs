@@ -16,6 +16,7 @@ const MERGE_ATTRIBUTE: &str = "user.diffdisk.merge";
 ///
 /// # Errors
 /// - `Unsupported` if the file system has no extended attributes
+/// - `NoSpace` if it has no space for the attribute
 /// - `Io`
 pub fn mark_receiver(receiver: &File, child: Uuid, path: &Path) -> Result<()> {
     receiver.set_attribute(MERGE_ATTRIBUTE, Some(format!("{child} {}", percent_encode(path)).as_bytes()))?;

@@ -34,6 +34,7 @@ impl MergeRecord {
     /// # Errors
     /// - `Refused` if the image at `child` is not the one that was there when the merge was begun
     /// - `Invalid` if no image is at `child`, and a record in the folder is damaged
+    /// - `NotFound` if the folder of `child` does not exist
     /// - `Io`
     pub fn find(env: &dyn Env, child: &Path, present: Option<Uuid>) -> Result<ExistingRecord> {
         let folder = env.folder(folder_of(child))?.absolute()?;

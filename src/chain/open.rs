@@ -28,16 +28,19 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Opens the image at `path` and its parents. Each file is locked before it is read: the lock of a killed daemon is
-    /// held as long as I/O of that daemon can still reach the file.
+    /// Opens the image at `path` and its parents. Except in mode `Inspect`, each file is locked before it is read: the
+    /// lock of a killed daemon is held as long as I/O of that daemon can still reach the file.
     ///
     /// # Errors
     /// - the errors of [`Image::open`] for any file of the chain
-    /// - `NotFound` if a parent is at none of its recorded places
+    /// - `NotFound` if there is no file at `path`, if a parent is at none of its recorded places, or if an allowed
+    ///   folder does not exist
+    /// - `Invalid` if the chain has a cycle, or one UUID twice
+    /// - `Refused` if the chain has too many files, or block tables of more than 128 MiB
     /// - `Refused` if a parent lies outside the allowed folders, or if two files match its name and UUID
     /// - `Busy` if another process holds a conflicting lock on any file of the chain
-    /// - `Refused` if a file that is not opened for writing has a live journal, since its daemon was killed or runs on
-    ///   another machine
+    /// - `Refused`, except in mode `Inspect`, if a file that is not opened for writing has a live journal, since its
+    ///   daemon was killed or runs on another machine
     /// - `Refused`, except in mode `Inspect`, if an unfinished merge has partly overwritten an image, and the chain
     ///   does not contain the image CHILD of that merge, which hides the overwritten sectors
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, mode: OpenMode) -> Result<Chain> {

@@ -9,11 +9,12 @@ use crate::storage::File;
 pub enum OpenMode {
     /// Reads headers. Takes no locks, so another process may be writing.
     Inspect,
-    /// Reads the disk. Fails while another process writes to a file of the chain.
+    /// Reads the disk. Fails if another process holds a file of the chain locked for writing.
     Read,
     /// Reads the remaining sectors of files that have lost some. Otherwise like `Read`.
     Salvage,
-    /// Writes the youngest image. Fails while another process has that image open, or writes to a parent.
+    /// Writes the youngest image. Fails if another process holds any lock on that image, or holds a parent locked for
+    /// writing.
     Write,
 }
 

@@ -24,7 +24,7 @@ use crate::storage::{File, FilePresence, Folder, Lock};
 pub(super) enum ParentLookup {
     /// The parent.
     Parent(Box<Image>),
-    /// The file at a recorded place is not a valid image.
+    /// The file at a recorded place cannot be read, or is not an image that can be opened.
     Invalid(File, Error),
     /// The parent may be a file that may not be opened, or two files match. This is not a defect of an image.
     Refused(Error),
@@ -48,7 +48,8 @@ impl ParentSearch<'_> {
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock on the parent
-    /// - `Io` if the child or a candidate cannot be read
+    /// - `Unsupported` if the kernel has no openat2
+    /// - `Io` if the child cannot be read, or if a folder cannot be searched for a candidate
     pub(super) fn find_parent(&self, child: &Image) -> Result<ParentLookup> {
         let header = child.header().expect("differencing images have a header");
         if header.parent_is_raw() {

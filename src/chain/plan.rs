@@ -19,7 +19,8 @@ impl Missing {
     }
 }
 
-/// The plan of a range: extents in ascending order without gaps, or the bitmaps that are missing.
+/// The plan of a range: extents in ascending order, or the bitmaps that are missing. The extents of a read or a write
+/// have no gaps.
 ///
 /// Each queue reuses one plan, so that planning allocates nothing once its vectors have grown.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

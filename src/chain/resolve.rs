@@ -1,5 +1,5 @@
-//! Planning: converts a range of the disk to extents. Planning does no I/O: it returns the bitmaps that are missing,
-//! and the caller loads them and plans again.
+//! Planning: converts a range of the disk to extents. Planning reads no file: it returns the bitmaps that are missing,
+//! and the caller loads these bitmaps and plans again.
 //!
 //! ```text
 //!   plan_* ──> extents                        (nearly always)

@@ -14,7 +14,9 @@ use crate::storage::{Access, Env, Lock};
 /// the number of such parents.
 ///
 /// # Errors
-/// - `Busy` if another process has such a parent open, or if it was replaced
+/// - the errors of [`Chain::open`] in mode `Inspect`
+/// - `Busy` if another process holds a lock on a parent with a session, or if the file of such a parent is replaced
+///   meanwhile
 /// - `Refused`, `Poisoned`, `NoSpace`, `Io`, for the reasons listed at [`image::settle`]
 pub fn settle_parents(env: &dyn Env, path: &Path, policy: &Policy) -> Result<usize> {
     if policy.runtime.is_empty() {

@@ -72,8 +72,8 @@ impl Top {
 
     /// Appends to `plan` the changes that make `range` read as zeros: extents to zero in the file, and ranges to mark.
     ///
-    /// A block without a place gets one only if data of a lower layer would be exposed. Its new space is durably zero,
-    /// so it needs only to be marked.
+    /// A block without a place gets one only if data of a lower layer would be exposed. The space of such a block is
+    /// durably zero, so its sectors need only be marked.
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for a block. The call may be repeated after the file has grown.
