@@ -25,9 +25,9 @@ pub struct File(pub(super) Arc<dyn FileBackend>);
 /// A call that takes a path resolves the path again: another process can replace a folder on the path between two such
 /// calls, so that the calls act on different folders. An open folder rules this out.
 ///
-/// A name is a single path component. No call follows a symbolic link. All errors contain the path, which begins with
-/// [`Folder::path`]. A created, renamed, linked or removed name is certain to survive a crash only after
-/// [`Folder::sync`].
+/// A name is a single path component; calls refuse any other name (`Refused`). No call follows a symbolic link. All
+/// errors contain the path, which begins with [`Folder::path`]. A created, renamed, linked or removed name is certain
+/// to survive a crash only after [`Folder::sync`].
 #[derive(Clone, Debug)]
 pub struct Folder(pub(super) Arc<dyn FolderBackend>);
 

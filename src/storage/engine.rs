@@ -51,7 +51,8 @@ pub trait Engine: Send {
     /// Returns the operation if `depth` operations are outstanding.
     fn push(&mut self, op: Op) -> Result<(), Op>;
 
-    /// Submits all pushed operations, in one system call if the kernel allows it.
+    /// Submits all pushed operations. An engine over io_uring makes one system call for them, and one for each write
+    /// that it tries without the ring.
     ///
     /// # Errors
     /// If the kernel refuses the operations. The engine cannot be used after an error.
@@ -67,9 +68,10 @@ pub trait Engine: Send {
     /// Those of `submit`.
     fn wait(&mut self) -> io::Result<()>;
 
-    /// Returns a descriptor that is readable (level-triggered) while completions may be available. `None` means that
-    /// there is no such descriptor: the caller calls `reap` after `submit`, and `wait` while operations are
-    /// outstanding.
+    /// Returns a descriptor that is readable (level-triggered) while completions of operations in flight may be
+    /// available. Operations that `submit` itself completes do not make the descriptor readable, so the caller calls
+    /// `reap` after `submit`. `None` means that there is no such descriptor: the caller also calls `wait` while
+    /// operations are outstanding.
     fn wake_fd(&self) -> Option<BorrowedFd<'_>>;
 
     /// Returns the number of operations that were pushed and not yet reaped.

@@ -84,7 +84,7 @@ pub trait Env: Send + Sync {
     /// Returns the user, boot and machine of this process.
     ///
     /// # Errors
-    /// `Io`.
+    /// `NotFound`, `Invalid`, `Io` if the boot id cannot be read from `/proc`.
     fn origin(&self) -> Result<Origin>;
 
     /// Returns the time in Unix seconds.

@@ -64,7 +64,8 @@ impl File {
     /// Makes the bytes durable, with the metadata that is needed to read them back (fdatasync).
     ///
     /// # Errors
-    /// `Io`.
+    /// - `NoSpace` if the file system (for example NFS) reports only now that there is no space for the bytes
+    /// - `Io`
     pub fn sync(&self) -> Result<()> {
         self.0.sync()
     }
@@ -72,7 +73,7 @@ impl File {
     /// Makes the bytes and all metadata durable, including the modification time (fsync).
     ///
     /// # Errors
-    /// `Io`.
+    /// `NoSpace`, `Io`, for the reasons listed at [`File::sync`].
     pub fn sync_all(&self) -> Result<()> {
         self.0.sync_all()
     }
@@ -99,6 +100,7 @@ impl File {
     ///
     /// # Errors
     /// - `Unsupported` if the file system has no such attributes
+    /// - `NoSpace` if there is no space for the attribute
     /// - `Io`, also if this user may not change the file
     pub fn set_attribute(&self, name: &str, value: Option<&[u8]>) -> Result<()> {
         self.0.set_attribute(name, value)
@@ -137,7 +139,8 @@ impl File {
         self.0.allocation_mode()
     }
 
-    /// Returns whether the file system may be in use by other machines, which see a write of this machine only after a sync.
+    /// Returns whether the file system may be in use by other machines, which see a write of this machine only after a
+    /// sync.
     pub fn is_on_shared_file_system(&self) -> bool {
         self.0.is_on_shared_file_system()
     }

@@ -98,7 +98,8 @@ impl Folder {
     /// Gives a file from [`Folder::create_unnamed`] a name in this folder.
     ///
     /// # Errors
-    /// `Io`, with `EEXIST` if the name exists.
+    /// - `Io`, with `EEXIST` if the name exists
+    /// - `NoSpace`
     ///
     /// # Panics
     /// If the file and the folder belong to different hosts.
@@ -135,7 +136,9 @@ impl Folder {
     /// Gives a file a second name in the folder.
     ///
     /// # Errors
-    /// `Io`, with `EEXIST` if the new name exists.
+    /// - `NotFound`
+    /// - `Io`, with `EEXIST` if the new name exists
+    /// - `NoSpace`
     pub fn link(&self, existing: &OsStr, new: &OsStr) -> Result<()> {
         self.check_name(existing)?;
         self.check_name(new)?;
@@ -146,6 +149,7 @@ impl Folder {
     ///
     /// # Errors
     /// - `NotFound`
+    /// - `NoSpace`
     /// - `Io`
     ///
     /// # Panics

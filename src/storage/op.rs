@@ -4,8 +4,7 @@ use std::io;
 
 use super::payload::Payload;
 
-/// Number of files that an engine can have registered at once. The longest chain has 64 layers; snapshots and merges
-/// add files while they run.
+/// Number of files that an engine can have registered at once: more than the 64 files of the longest chain.
 pub const FILE_SLOTS: u16 = 256 + 16;
 
 /// Index of a file in an engine's table of registered files.

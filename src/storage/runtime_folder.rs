@@ -40,6 +40,7 @@ impl RuntimeFolder {
     ///
     /// # Errors
     /// - `NoSpace`
+    /// - `Unsupported` if the SIGBUS handler cannot be installed
     /// - `Io`, also if the name exists
     pub fn create(&self, name: &str, words: usize) -> Result<Shm> {
         self.0.create(name, words)
@@ -60,6 +61,7 @@ impl RuntimeFolder {
     /// - `NotFound`
     /// - `Busy` if another process has it open
     /// - `Refused` if the file cannot be one that [`RuntimeFolder::create`] created for this user with `words` words
+    /// - `Unsupported` if the SIGBUS handler cannot be installed
     /// - `Io`
     pub fn open(&self, name: &str, words: usize) -> Result<Shm> {
         self.0.open(name, words)

@@ -26,9 +26,11 @@ pub enum EngineKind {
 /// Lock on a file (crash-safety 8).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lock {
-    /// Excludes every process of diffdisk that has an exclusive lock, and QEMU processes that may write or resize.
+    /// Excludes processes of diffdisk with an exclusive lock, and QEMU processes that may write or resize, or that do
+    /// not share the file with a reader.
     Shared,
-    /// Excludes every other process of diffdisk, and QEMU processes that do not share the file with a writer.
+    /// Excludes all other processes of diffdisk with a lock, and QEMU processes that may write or resize, or that do
+    /// not share the file with a writer.
     Exclusive,
 }
 

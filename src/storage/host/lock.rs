@@ -59,9 +59,9 @@ fn describe_byte(byte: i64) -> &'static str {
     }
 }
 
-/// Returns whether `/proc` shows a live process that has a lock on one of the bytes by another descriptor than `fd`. If
-/// not, the lock is taken to belong to a process that has ended or is being killed. Such a lock ends with the last I/O
-/// of that process.
+/// Returns whether `/proc` shows a live process that has a lock on one of [`IN_USE_BYTES`] of the file `id` by another
+/// descriptor than `fd`. If not, the lock is taken to belong to a process that has ended or is being killed. Such a
+/// lock ends with the last I/O of that process.
 pub(super) fn is_held_by_live_process(fd: BorrowedFd<'_>, id: FileId) -> bool {
     let theirs = |d: &LockDescriptor| d.pid != std::process::id() || d.number != fd.as_raw_fd();
     descriptors_with_lock(|line| IN_USE_BYTES.iter().any(|&byte| lock_line_covers(line, id.ino, byte)))

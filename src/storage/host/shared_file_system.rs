@@ -27,7 +27,8 @@ impl HostFile {
     }
 }
 
-/// Returns whether `f_type` is that of a shared file system. On machines where `f_type` has 32 bits, its sign may be extended.
+/// Returns whether `f_type` is that of a shared file system. On machines where `f_type` has 32 bits, its sign may be
+/// extended.
 fn is_shared(f_type: impl TryInto<i64>) -> bool {
     let Ok(f_type) = f_type.try_into() else { return false };
     SHARED_FILE_SYSTEMS.iter().any(|shared| i64::from(*shared) == f_type & i64::from(u32::MAX))

@@ -19,8 +19,8 @@ pub enum Fault {
     Io,
     /// The step fails with ENOSPC.
     NoSpace,
-    /// A write stores half of its sectors and fails with EIO. A read fails as at the end of the file. Any other step
-    /// fails with EIO.
+    /// A write stores half of its sectors and fails with EIO. A read, and any other step, fails as a read at the end of
+    /// the file does.
     Short,
 }
 

@@ -1,4 +1,5 @@
-//! The io_uring engine: one system call per batch, and none to check for completions.
+//! The io_uring engine: one system call per batch, one for each write that is tried without the ring (`nowait.rs`), and
+//! none to check for completions.
 //!
 //! Each operation has an entry in a slab for as long as the kernel may access its memory; the index of the entry is the
 //! operation's user data. The submission queue never overflows: it has a slot for each outstanding operation, and each

@@ -1,11 +1,11 @@
 //! Buffered writes that the submitting thread makes itself, without the ring.
 //!
 //! A write to the page cache is a copy. On some file systems (ext4) io_uring cannot make a buffered write without
-//! waiting, so every such write goes through a kernel thread: two thread switches for 4 KiB (`disk/lane.rs` has figures
-//! for ext4 with 32 writes in flight). So the submitting thread makes the write with RWF_NOWAIT, by which the kernel
-//! fails the call instead of waiting. If the file system does not support RWF_NOWAIT, the thread makes the write
-//! without the flag. If such a write is slow, the kernel is throttling writers. Then writes go to the ring for a while,
-//! so that its kernel threads wait and the queue continues with reads.
+//! waiting, so every such write goes through a kernel thread: two thread switches for 4 KiB (`docs/performance.md`,
+//! section 3, has figures). So the submitting thread makes the write with RWF_NOWAIT, by which the kernel fails the
+//! call instead of waiting. If the file system does not support RWF_NOWAIT, the thread makes the write without the
+//! flag. If a write without the flag is slow, the kernel is throttling writers. Then writes go to the ring for a while,
+//! so that the kernel threads of the ring wait and the queue continues with reads.
 
 use std::io;
 use std::os::fd::AsFd;
