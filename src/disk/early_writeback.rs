@@ -8,8 +8,8 @@
 //! damaged metadata), it reports the error to the hint only and drops the data. So an error of a hint counts as a
 //! failed sync, unless it is known to be harmless.
 //!
-//! No hint is given if the guest flushes rarely (the kernel writes faster if it has all data at once) or after every
-//! write (nothing overlaps), or if the engine is blocking (the queue would wait for the hint).
+//! No hint is given if the guest flushes rarely (the kernel writes faster if it has all data at once) or after a few
+//! writes (little overlaps), or if the engine is blocking (the queue would wait for the hint).
 //!
 //! [`Action::StartWriteback`]: crate::storage::Action::StartWriteback
 
@@ -29,7 +29,7 @@ const WRITES_PER_HINT: u32 = 8;
 /// The writes of one queue since the last commit, and whether hints are worthwhile.
 #[derive(Default)]
 pub(super) struct EarlyWriteback {
-    /// The number of commits that have ended.
+    /// The number of commits that have succeeded.
     commits: u64,
     /// Writes since the last commit.
     writes: u32,
@@ -42,7 +42,7 @@ pub(super) struct EarlyWriteback {
 }
 
 impl EarlyWriteback {
-    /// Records a completed write. `commits` is the number of commits that have ended.
+    /// Records a completed write. `commits` is the number of commits that have succeeded.
     pub(super) fn record_write(&mut self, commits: u64) {
         if self.commits != commits {
             self.worthwhile = (MIN_WRITES..=MAX_WRITES).contains(&self.writes);

@@ -17,6 +17,7 @@ impl Disk {
     /// - `Busy` if another process holds a conflicting lock on a file of the chain.
     /// - `Refused` if the disk is writable, and an unfinished merge forbids changes, or other images have the top as
     ///   their parent and `allow_writable_parent` is not set.
+    /// - `Unsupported` if the serial is longer than 20 bytes.
     /// - Any error of a file of the chain, with its path and offset.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
         let how = if options.read_only { OpenMode::Read } else { OpenMode::Write };

@@ -55,7 +55,7 @@ pub(super) struct Readahead {
     recent_ends: [u64; RECENT_ENDS],
     /// Index of the oldest entry of `recent_ends`.
     oldest_end: usize,
-    /// Number of reads that continued a stream.
+    /// Number of reads that began or continued a stream.
     clock: u64,
     /// Number of steps that are still granted.
     credit: u32,

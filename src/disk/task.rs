@@ -30,7 +30,7 @@ pub(super) struct Task {
     pub(super) stage: TaskStage,
     /// Number of operations in flight.
     pub(super) pending_ops: u32,
-    /// Whether an operation failed.
+    /// Whether an operation failed, or the commit or growth for which the request waited.
     pub(super) failed: bool,
     /// Whether an operation failed because the file system is full, so that the operations have to be repeated.
     pub(super) no_space: bool,
