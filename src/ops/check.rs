@@ -46,7 +46,7 @@ pub struct CheckReport {
 /// A range of a disk that a file has lost.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 pub struct LostRange {
-    /// First byte of the disk.
+    /// Offset of the range on the disk, in bytes.
     pub start: u64,
     /// Length in bytes.
     pub length: u64,
@@ -99,9 +99,10 @@ pub fn bytes_to_check(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> u
 /// image names is opened.
 ///
 /// # Errors
-/// - `Busy` if another process has a file open for writing
-/// - `Refused` if `path` is no regular file, or if the image lacks writes that are in the live journal of a killed
-///   daemon; the message states whether the live journal is in one of the folders `runtime`
+/// - `Busy` if another process holds a conflicting lock on a file
+/// - `Refused` if `path` is no regular file, if a parent may not be opened, or if an image lacks writes that are in the
+///   live journal of a killed daemon; the message states whether the live journal is in one of the folders `runtime`
+/// - `NotFound` if there is no file at `path`
 /// - `Io`; errors of `progress`
 pub fn check(
     env: &dyn Env,
@@ -118,13 +119,17 @@ pub fn check(
 /// files again and returns the result of the second check.
 ///
 /// `take` chooses one of two footers that contradict each other. The contents of the disk never change, unless the
-/// chosen footer belongs to another disk. A file that has lost sectors is not repaired. After the first check
-/// `progress` is not called again, so that an error of `progress` cannot prevent the report of a repair.
+/// chosen footer belongs to another disk. A file that has lost sectors is not repaired, except that `take` may replace
+/// a footer of another disk type. After the first check `progress` is not called again, so that an error of `progress`
+/// cannot prevent the report of a repair.
 ///
 /// # Errors
-/// - `Busy` if another process has a file open
-/// - `Refused` if `path` is no regular file, if an image lacks writes that are in the live journal of a killed daemon,
-///   if an unfinished merge forbids the repair, or if a file was replaced after the first check
+/// - `Busy` if another process holds any lock on a file to repair, or a conflicting lock on another file
+/// - `Refused` if `path` is no regular file, if a parent may not be opened, if an image lacks writes that are in the
+///   live journal of a killed daemon, if an unfinished merge forbids the repair, or if a file was replaced after the
+///   first check
+/// - `NotFound` if there is no file at `path`
+/// - `Invalid` if a file cannot be opened, for another reason than its padding or footers
 /// - `Io`, `NoSpace`; errors of `progress`
 pub fn repair(
     env: &dyn Env,
@@ -167,10 +172,11 @@ pub fn repair(
 ///
 /// # Errors
 /// The same call completes an interrupted call.
-/// - `Refused` if the undo file belongs to another image, if the image was changed since the repair, or if a live
-///   journal has writes that the image lacks
-/// - `Invalid` if the file is no undo file of a finished repair
-/// - `Busy`, `NoSpace`, `Io`
+/// - `Refused` if the undo file belongs to another image, if its repair was not finished or was undone already, if the
+///   image was changed since the repair, or if a live journal has writes that the image lacks
+/// - `Invalid` if the file at `undo` is no undo file, or if the metadata of the image cannot be read
+/// - `Busy` if another process holds a lock on one of the two files
+/// - `NotFound`, `NoSpace`, `Io`
 pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;

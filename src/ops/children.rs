@@ -22,7 +22,7 @@ pub struct ChildImage {
 /// only UUIDs in footers and headers. Takes no lock. Skips files that cannot be read, and logs a warning for each.
 ///
 /// # Errors
-/// - `Invalid` if the file at `path` is no image
+/// - `Invalid` if the file at `path` is no image, `Refused` if it is no regular file
 /// - `Io`, `NotFound` for the file at `path` and for the folders
 pub fn children(env: &dyn Env, path: &Path, folders: &[PathBuf]) -> Result<Vec<ChildImage>> {
     // Symbolic links are resolved, because children usually lie in the folder of the link's target.

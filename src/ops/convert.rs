@@ -62,9 +62,10 @@ pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) 
 /// the contents of the device are undefined.
 ///
 /// # Errors
-/// After any error no new file is left.
+/// After an error no new file is left, unless only the sync of its name failed.
 /// - `Refused` if `path` exists and `how.replace` is not set, if a device is too small, or if a VHD would be written to
 ///   a device
+/// - `NotFound` if the folder of `path` does not exist
 /// - `Busy` if the file to replace or the device is in use
 /// - `Invalid` if the format does not allow the size
 /// - `Io`, `NoSpace`; errors of `progress`

@@ -24,7 +24,7 @@ pub struct RootSpec {
     pub block_size: BlockSize,
     /// Virtual size in bytes to which the disk can grow without a new block table.
     pub reserve: u64,
-    /// Whether space for every block is reserved on the host.
+    /// Whether space for every block is reserved in the file system.
     pub preallocate: bool,
 }
 
@@ -42,7 +42,7 @@ pub struct ChildSpec {
     pub reserve: u64,
     /// Kinds of paths to the parent that the child records.
     pub locators: Locators,
-    /// Whether space for every block is reserved on the host.
+    /// Whether space for every block is reserved in the file system.
     pub preallocate: bool,
 }
 
@@ -60,11 +60,13 @@ pub struct CreatedChild {
     pub folders_not_allowed: Vec<PathBuf>,
 }
 
-/// Creates a root at `path`.
+/// Creates a root at `path`, and returns its UUID.
 ///
 /// # Errors
 /// - `Refused` if `path` exists
+/// - `NotFound` if the folder of `path` does not exist
 /// - `Invalid` if the format does not allow one of the sizes
+/// - `Unsupported` if space for every block cannot be reserved
 /// - `Io`, `NoSpace`
 pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
     let kind = if root.fixed { ImageKind::Fixed } else { ImageKind::Dynamic };
@@ -78,9 +80,12 @@ pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
 /// # Errors
 /// - `Refused` if `path` exists, if the chain would be too deep, if the child would be smaller than its parent, or if
 ///   an unfinished merge forbids a child of the parent
-/// - `Busy` if another process has an image of the parent's chain open for writing
+/// - `Busy` if another process holds a conflicting lock on an image of the parent's chain
 /// - `Invalid` if the format does not allow one of the sizes
-/// - `Invalid`, `NotFound`, `Io`, `NoSpace` for a file of the chain
+/// - `Unsupported` if the path of the parent cannot be recorded, or if space for every block cannot be reserved
+/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - `NotFound` if the folder of `path` does not exist
+/// - `Io`, `NoSpace`
 pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> Result<CreatedChild> {
     let chain = Chain::open(env, &child.parent, policy, OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {

@@ -10,7 +10,7 @@ use crate::units::SECTOR;
 /// A range of a disk that was written since an ancestor got a child.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct ChangedRun {
-    /// First byte of the disk.
+    /// Offset of the range on the disk, in bytes.
     pub start: u64,
     /// Length in bytes.
     pub length: u64,
@@ -22,8 +22,8 @@ pub struct ChangedRun {
 ///
 /// # Errors
 /// - `Refused` if there is no such ancestor
-/// - `Busy` if another process has a file open for writing
-/// - `Invalid`, `NotFound`, `Io` for a file of the chain
+/// - `Busy` if another process holds a conflicting lock on a file
+/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
 /// - errors of `found`
 pub fn diff(
     env: &dyn Env,

@@ -35,11 +35,12 @@ pub(super) enum NewFile<'a> {
 }
 
 impl<'a> FileSink<'a> {
-    /// Creates a temporary file, which [`FileSink::finish`] renames to `path`. If `replace` is set, a file at `path` is
+    /// Creates a file, to which [`FileSink::finish`] gives the name `path`. If `replace` is set, a file at `path` is
     /// replaced.
     ///
     /// # Errors
     /// - `Refused` if `path` exists, or if `replace` is set and `path` is no regular file
+    /// - `NotFound` if the folder of `path` does not exist
     /// - `Busy` if the file to replace is in use
     /// - `Invalid` if the format does not allow the size
     /// - `Io`, `NoSpace`
@@ -88,7 +89,7 @@ impl<'a> FileSink<'a> {
         }
     }
 
-    /// Makes the file durable and renames it from its temporary name.
+    /// Makes the file durable, and gives it its name.
     pub(super) fn finish(mut self) -> Result<()> {
         self.complete().map_err(|e| self.draft.with_requested_path(e))
     }

@@ -27,6 +27,7 @@ impl ScannedImage {
     ///
     /// # Errors
     /// - `Busy` if another file has this name now
+    /// - `Refused` if the name is a symbolic link, a folder or a device now
     /// - `NotFound`, `Io`
     pub(super) fn open(&self, access: Access) -> Result<File> {
         let file = self.folder.open(file_name(&self.path)?, access)?;
@@ -43,7 +44,8 @@ impl ScannedImage {
 /// read.
 ///
 /// # Errors
-/// `Io`, `NotFound` if a folder or a file cannot be read. A file is not skipped then, because it may be an image.
+/// - `NotFound`, `Io` if a folder cannot be listed
+/// - `Io` if a file cannot be read for another reason than a missing permission: the file may be an image
 pub(super) fn scan(env: &dyn Env, folders: &[Folder]) -> Result<Vec<ScannedImage>> {
     scan_with(env, folders, &mut Err)
 }

@@ -169,7 +169,7 @@ impl<'a> ImageWriter<'a> {
     ///
     /// # Errors
     /// - the error in `outcome`
-    /// - `Io`, `Poisoned` if the commit or the close fails
+    /// - `NoSpace`, `Io`, `Poisoned` if the commit or the close fails
     pub(super) fn finish<T>(mut self, outcome: Result<T>) -> Result<T> {
         let closed = self.commit().and_then(|()| self.close());
         match outcome {
@@ -184,7 +184,7 @@ impl<'a> ImageWriter<'a> {
     /// Makes all writes durable, and visible to later readers of the file.
     ///
     /// # Errors
-    /// `Io`, `Poisoned`.
+    /// `NoSpace`, `Io`, `Poisoned`.
     pub(super) fn commit(&mut self) -> Result<()> {
         self.uncommitted = 0;
         let top = self.version.top().expect("opened for writing");

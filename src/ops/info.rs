@@ -160,8 +160,8 @@ pub struct LocatorInfo {
 /// Returns the properties of the image at `path`, and with a policy those of its parents. Takes no lock, so the image
 /// may be in use.
 ///
-/// Without a policy no file that the image names is opened. With a policy, if a parent is not found, the chain ends at
-/// the child of that parent, and a warning is logged.
+/// Without a policy no file that the image names is opened. With a policy, if a parent is not found or may not be
+/// opened, the chain ends at the child of that parent, and a warning is logged.
 ///
 /// # Errors
 /// `Invalid`, `Refused`, `NotFound`, `Io` for the image, or (with a policy) for a parent that was found.

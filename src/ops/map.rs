@@ -11,7 +11,7 @@ use crate::units::SECTOR;
 /// A range of a disk that is contiguous in one file, or is in no file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MapRun<'a> {
-    /// First byte of the disk.
+    /// Offset of the range on the disk, in bytes.
     pub start: u64,
     /// Length in bytes.
     pub length: u64,
@@ -34,7 +34,7 @@ pub struct FilePosition<'a> {
 /// they are contiguous in one file.
 ///
 /// # Errors
-/// - `Busy` if another process has a file open for writing
+/// - `Busy` if another process holds a conflicting lock on a file
 /// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
 /// - errors of `found`
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(MapRun<'_>) -> Result<()>) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::storage::{Access, Env, Lock};
 /// - `Busy` if another process holds a conflicting lock on a file of the chain
 /// - `Refused` if a live journal has writes that the image lacks, if the image must not be written, or if an unfinished
 ///   merge forbids the change
-/// - `Invalid`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
 pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Chain> {
     Chain::from_image(env, image(env, path, change, policy)?, policy, OpenMode::Write)
 }

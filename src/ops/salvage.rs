@@ -12,7 +12,7 @@ use crate::units::{SECTOR, SectorRange};
 /// A range of a disk that is lost and reads as zeros.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SalvageLoss {
-    /// First byte of the disk.
+    /// Offset of the range on the disk, in bytes.
     pub start: u64,
     /// Length in bytes.
     pub length: u64,
@@ -25,7 +25,7 @@ pub struct SalvageLoss {
 /// the old data of a parent. Files are opened read-only and are not recovered.
 ///
 /// # Errors
-/// - `Busy` if another process has a file open for writing
+/// - `Busy` if another process holds a conflicting lock on a file
 /// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
 pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, Vec<SalvageLoss>)> {
     let chain = Chain::open(env, path, policy, OpenMode::Salvage)?;

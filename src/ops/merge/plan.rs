@@ -32,11 +32,12 @@ pub(super) struct MergePlan {
 /// and locks the files.
 ///
 /// # Errors
-/// - `Busy` if another process holds a conflicting lock on a file
-/// - `Refused` if the disk of another child would change, if the sizes differ, if an unfinished merge forbids the
-///   change, if a live journal has writes that a file lacks, or (without `changed_parent`) if a parent was written to
-///   after its child recorded its modification time
-/// - `Invalid`, `NotFound`, `Io` for a file of the chain
+/// - `Busy` if another process holds a conflicting lock on a file, or changed the chain meanwhile
+/// - `Refused` if `into` is no ancestor, if the disk of another child would change, if the sizes do not allow the
+///   merge, if an unfinished merge forbids the change, if a live journal has writes that a file lacks, or (without
+///   `changed_parent`) if a parent was written to after its child recorded its modification time
+/// - `Unsupported` if the path of the ancestor cannot be recorded in a child of CHILD
+/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
 pub(super) fn plan_merge(
     env: &dyn Env,
     child: &Path,
