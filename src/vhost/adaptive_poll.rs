@@ -2,8 +2,8 @@
 //!
 //! To sleep and to be woken costs tens of microseconds, much more than a read from the page cache. Polling saves this
 //! time only if work arrives while the thread polls. So the polling window follows the gaps between work. A gap of at
-//! most the maximum window raises the window to twice the gap, limited by the maximum. A longer gap halves the window.
-//! The window of an idle or slow queue shrinks to zero.
+//! most the maximum window raises a window that is shorter than twice the gap to twice the gap, limited by the maximum.
+//! A longer gap halves the window. So the window of a slow queue shrinks to zero.
 
 use std::time::{Duration, Instant};
 

@@ -55,7 +55,8 @@ struct SocketLocation<'a> {
 ///
 /// # Errors
 /// * `Busy` if another process listens at `path`, or is about to listen.
-/// * `Refused` if `path` exists and is not a socket, or is a socket in use that is not a stream socket.
+/// * `Refused` if `path` exists and is not a socket, is a socket in use that is not a stream socket, or does not end
+///   in a file name.
 /// * `NotFound` if the folder does not exist.
 /// * `Io` if a system call fails, for example because the process may not set the group.
 pub(super) fn bind(path: &Path, access: SocketAccess) -> Result<(UnixListener, BoundName)> {

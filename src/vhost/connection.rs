@@ -87,8 +87,8 @@ impl<'a> Connection<'a> {
         false
     }
 
-    /// Handles the next message. A refused message does not end the connection, unless its request requires a reply for
-    /// which the protocol defines no error.
+    /// Handles the next message. Returns the reason if the connection has ended. A refused message does not end the
+    /// connection, unless its request requires a reply for which the protocol defines no error.
     ///
     /// # Errors
     /// `Io` if the connection fails, or must be closed because a refusal cannot be reported.

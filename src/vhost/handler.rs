@@ -69,7 +69,8 @@ impl<'a> Handler<'a> {
         self.rings.is_stuck()
     }
 
-    /// Returns the number of requests that passed the checks of the vhost crate.
+    /// Returns the number of requests that passed the checks of the vhost crate, without requests that the daemon does
+    /// not offer.
     pub(super) fn handled_requests(&self) -> u64 {
         self.handled_requests
     }

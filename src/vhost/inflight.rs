@@ -32,9 +32,9 @@ fn refuse(why: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
-/// Returns the length of a region in bytes: at most 32 MiB, for 64 queues of 32768 descriptors. The region may have
-/// more or larger queues than the disk. A front-end sends the numbers that its user configured, and a refusal would
-/// leave the guest without its disk.
+/// Returns the length of a region in bytes: 32 MiB and 4 KiB at most, for 64 queues of 32768 descriptors. The region
+/// may have more or larger queues than the disk. A front-end sends the numbers that its user configured, and a refusal
+/// would leave the guest without its disk.
 ///
 /// # Errors
 /// `InvalidInput` if the number or the size of the queues is out of range.

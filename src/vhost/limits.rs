@@ -14,7 +14,8 @@ const PER_DISK: u64 = 48;
 /// File descriptors per file of a chain: that of the file, and one more while the file is opened or registered.
 const PER_FILE: u64 = 2;
 
-/// Returns the maximum number of file descriptors that a disk with `queues` queues and `files` files needs.
+/// Returns the maximum number of file descriptors that a disk with `queues` queues and `files` files needs, if the
+/// front-end shares at most 32 memory regions.
 pub fn fds_of_disk(queues: u16, files: usize) -> u64 {
     u64::from(queues) * PER_QUEUE + PER_DISK + files as u64 * PER_FILE
 }
