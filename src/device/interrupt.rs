@@ -54,8 +54,8 @@ impl InterruptCoalescing {
         self.pending
     }
 
-    /// Returns whether the pending interrupt is to be sent now. `left` is the number of chains that the next batch pops
-    /// at once, and `now` returns the time.
+    /// Returns whether the pending interrupt is to be sent now. `left` is the number of chains that the next batches
+    /// can pop without waiting for another event, and `now` returns the time.
     pub(super) fn is_due(&mut self, left: u16, now: impl FnOnce() -> Instant) -> bool {
         if !self.pending || self.time_per_chain >= SLOW_CHAIN || self.time_per_chain * u32::from(left) <= GUEST_WAKE {
             return self.pending;

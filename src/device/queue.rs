@@ -85,7 +85,7 @@ impl Queue {
     /// # Errors
     /// The queue stays stopped.
     /// - `Invalid` if the ring violates V1, or the record is not valid.
-    /// - `Io` if a page of the guest's memory is lost.
+    /// - `Io` if there is a record, and a page of the guest's memory or of the record is lost.
     pub fn start(&mut self, vring: &Vring, memory: Arc<SharedMemory>, record: Option<InFlightRecord>) -> Result<()> {
         assert!(self.virtqueue.is_none(), "a queue is stopped before it is started again");
         let (layout, next_avail) = {
@@ -278,7 +278,7 @@ impl Queue {
         any
     }
 
-    /// Sends the pending interrupt, unless it may wait for the chains that the next batch pops at once.
+    /// Sends the pending interrupt, unless the interrupt may wait until the chains that are available now are served.
     fn interrupt_if_due(&mut self, vring: &Vring) {
         if !self.interrupts.is_pending() {
             return;

@@ -79,7 +79,7 @@ impl Virtqueue {
     /// are resubmitted first, and new chains are popped after them.
     ///
     /// # Errors
-    /// - `Io` if a page of the guest's memory or of the in-flight record is lost.
+    /// - `Io` if there is a record, and a page of the guest's memory or of the record is lost.
     /// - Any error of [`InFlightRecord::resume`].
     pub fn new(
         view: GuestView,
