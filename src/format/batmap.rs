@@ -52,11 +52,11 @@ pub struct BatmapHeader {
 /// Whether an image has a batmap.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BatmapPresence {
-    /// Never.
+    /// The image has no batmap.
     Absent,
-    /// Only if the file contains its header (version 1.1).
+    /// The image has a batmap (version 1.1) only if a batmap header follows the BAT.
     Perhaps,
-    /// Always.
+    /// The image has a batmap.
     Present,
 }
 

@@ -17,10 +17,11 @@ pub struct EntryRules<'a> {
     pub metadata: &'a MetadataMap,
     /// Size of a block.
     pub block_size: BlockSize,
-    /// Number of blocks of the disk. Entries after these blocks are ignored, except that their space counts as used
-    /// (see `slack`).
+    /// Number of blocks of the disk. The entry of a later block is reported as [`Defect::BlockBeyondDisk`], and its
+    /// space counts as used unless it ends more than `slack` bytes after `data_end`.
     pub blocks: u64,
-    /// Byte offset at which the data ends. Blocks that end after this offset count as [`PlacedBlocks::truncated`].
+    /// Byte offset at which the data ends. Blocks of the disk that end after this offset count as
+    /// [`PlacedBlocks::truncated`].
     pub data_end: u64,
     /// Number of bytes that a block after the end of the disk may extend beyond `data_end`, for its space to count as
     /// used.
@@ -49,9 +50,10 @@ impl<'a> EntryRules<'a> {
 pub struct PlacedBlocks {
     /// (entry, block) for each block of the disk that has a place, ordered by place.
     pub entries: Vec<(u32, u32)>,
-    /// The places of blocks after the end of the disk. They are never read, and their space is never reused.
+    /// The places of blocks after the end of the disk, without those that end more than [`EntryRules::slack`] bytes
+    /// after the data. These blocks are never read, and their space is never reused.
     pub beyond_disk: Vec<u32>,
-    /// The first byte after all metadata and all blocks.
+    /// The first byte after all metadata, all blocks in `entries` and all blocks in `beyond_disk`.
     pub end: u64,
     /// Number of blocks at the end of `entries` that end after the end of the data. Their bitmaps decide whether bytes
     /// are lost (O12).
@@ -67,9 +69,9 @@ impl PlacedBlocks {
     }
 }
 
-/// Checks (block, entry) pairs against the rules (O12, O13). Calls `found` with each defect until it returns `Break`.
-/// To stop at the first serious defect, `found` returns `Break` for a defect whose severity is higher than
-/// [`Severity::Cosmetic`](super::Severity::Cosmetic).
+/// Checks (block, entry) pairs against the rules (O12, O13). Calls `found` with each defect, until `found` returns
+/// `Break`. To stop at the first defect that makes the image unreadable, `found` returns `Break` for a defect with the
+/// consequence [`NotReadable`](super::Consequence::NotReadable).
 ///
 /// # Errors
 /// The value of the `Break` that `found` returned.

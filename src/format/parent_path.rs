@@ -35,7 +35,8 @@ impl ParentPath {
 /// file URLs.
 ///
 /// # Errors
-/// The reason, as text, if the text names no file on this system: another host, another URL, or no file name.
+/// The reason, as text, if the text is longer than 4096 bytes, has a zero byte, or names no file on this system: a path
+/// on another host, a URL that is not a file URL, or a path without a file name.
 pub fn normalise(text: &[u8]) -> std::result::Result<ParentPath, &'static str> {
     if text.len() > MAX_TEXT_BYTES as usize {
         return Err("longer than 4096 bytes");
@@ -154,7 +155,7 @@ pub fn encode_macx(path: &Path) -> Result<Vec<u8>> {
 /// if the parent is in another folder.
 ///
 /// # Errors
-/// [`ErrorKind::Unsupported`] for a path that is not relative, or longer than 255 UTF-16 units.
+/// [`ErrorKind::Unsupported`] for a path that is not relative, cannot be encoded, or is longer than 255 UTF-16 units.
 pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
     let mut text = join_parts(path, false, "/")?;
     if normalise(text.as_bytes()).ok().as_ref().map(ParentPath::as_path) != Some(Path::new(&text)) {
@@ -172,8 +173,8 @@ pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
     Ok(name)
 }
 
-/// Returns the components of a path. Fails if the path has no file name, or is not absolute or relative as `absolute`
-/// requires.
+/// Returns the components of a path. Fails if the path has no file name, has a backslash, or is not absolute or
+/// relative as `absolute` requires.
 fn parts(path: &Path, absolute: bool) -> Result<Vec<&[u8]>> {
     if path.is_absolute() != absolute {
         return Err(unwritable(path, if absolute { "it is not absolute" } else { "it is not relative" }));

@@ -15,8 +15,7 @@
 //!
 //! The sum distinguishes a stamp from other bytes and from the stamp of another image. The sum does not protect against
 //! a guest that forges a stamp in its own data. Therefore a sector counts as a stamp only if no block and no metadata
-//! covers it, and a session counts only if its journal exists. Texts are printed only through [`escape_for_display`],
-//! and never opened as paths.
+//! covers it. Texts are printed only through [`escape_for_display`], and never opened as paths.
 
 use uuid::Uuid;
 
@@ -40,7 +39,7 @@ pub struct SessionStamp {
     pub session: Uuid,
     /// A number that changes whenever the journal no longer matches older copies of the image.
     pub generation: u64,
-    /// The boot id of the kernel that ran when the session was begun or taken over.
+    /// The boot id of the kernel that ran when the session began.
     pub boot: Uuid,
     /// The machine id of the system, which stays the same over reboots.
     pub machine: Uuid,
@@ -73,7 +72,7 @@ impl SessionStamp {
         bytes
     }
 
-    /// Decodes a sector of the image with this UUID; `None` if the sector holds no stamp of it.
+    /// Decodes a sector of the image with this UUID; `None` if the sector holds no stamp of this image.
     pub fn decode(bytes: &[u8; SECTOR_BYTES], image: Uuid) -> Option<SessionStamp> {
         if bytes[..8] != MAGIC || bytes[SUM..] != sum(&bytes[..SUM], image) {
             return None;
