@@ -307,8 +307,8 @@ pub(super) struct ConvertArgs {
     /// Replace an existing file, atomically at the end; or overwrite a block device in place
     #[arg(long)]
     pub(super) force: bool,
-    /// Copy what can be read of a disk whose files have lost sectors. Lost ranges become zeros and are listed. The source
-    /// is never written
+    /// Copy what can be read of a disk whose files have lost sectors. Lost ranges become zeros and are listed. The
+    /// source is never written
     #[arg(long)]
     pub(super) salvage: bool,
 }

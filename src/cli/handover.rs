@@ -25,8 +25,8 @@ struct OfferedSocket {
 /// Takes all sockets that were handed over. The result has one entry for each disk.
 ///
 /// # Errors
-/// * `Refused`: a socket belongs to no disk or to several, a disk has two sockets, or a descriptor is not a Unix stream
-///   socket.
+/// * `Refused`: a socket belongs to no disk or to several, a disk has two sockets, a disk with a socket in
+///   `LISTEN_FDS` has `socket-group` or `socket-mode`, or a descriptor is not a Unix stream socket.
 /// * `Io`: a descriptor was not handed over or is not a socket, or `LISTEN_FDS` and `LISTEN_FDNAMES` are inconsistent.
 pub(super) fn take_sockets(disks: &[DiskArgs], mut inherited: InheritedFds) -> Result<Vec<Option<Socket>>> {
     let mut taken: Vec<Option<Socket>> = disks.iter().map(|_| None).collect();

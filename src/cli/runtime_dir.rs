@@ -34,13 +34,15 @@ pub(super) fn existing_folders(explicit: Option<&Path>) -> Result<Vec<RuntimeFol
     }
 }
 
-/// Creates the folder for new live journals of `bytes` in total. Returns this folder first, and after it the other
-/// folders that may contain live journals. Returns no folder if none can be used. Logs one warning if a default folder,
-/// or the folder `explicit`, cannot be used.
+/// Creates the folder for new live journals of `bytes` in total: the folder `explicit` if it is given, otherwise the
+/// first default folder with enough space. Returns this folder first, and after it the other default folders that may
+/// contain live journals. If no default folder has enough space, returns those that can be opened: some of the journals
+/// may still fit. Returns no folder if none can be opened, or if `explicit` is not on tmpfs. Logs one warning if a
+/// folder was passed over or no folder is returned.
 ///
 /// # Errors
 /// - `Refused` if the folder `explicit` belongs to another user, or other users may write to it
-/// - `Io` if the folder `explicit` cannot be created or opened
+/// - `NotFound`, `NoSpace`, `Io` if the folder `explicit` cannot be created or opened
 pub(super) fn prepare(explicit: Option<&Path>, bytes: u64) -> Result<Vec<RuntimeFolder>> {
     let Some(folder) = explicit else { return Ok(choose_folder(&candidates(), bytes)) };
     match create_and_open(folder) {
@@ -110,7 +112,7 @@ fn free_bytes(folder: &Path) -> u64 {
 /// Creates the folder with mode 0700 if it does not exist, and opens it.
 ///
 /// # Errors
-/// - `NotFound`, `Io` if the folder cannot be created or opened
+/// - `NotFound`, `NoSpace`, `Io` if the folder cannot be created or opened
 /// - `Refused` if the folder belongs to another user, or other users may write to it
 /// - `Unsupported` if the folder is not on tmpfs
 fn create_and_open(folder: &Path) -> Result<RuntimeFolder> {

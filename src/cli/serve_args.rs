@@ -113,8 +113,8 @@ pub(super) struct DaemonArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) runtime_dir: Option<PathBuf>,
 
-    /// Discard the live journals of the images, and so the acknowledged writes that a killed daemon did not write to the
-    /// images. The guests must have ended
+    /// Discard the live journals of the images, and so the acknowledged writes that a killed daemon did not write to
+    /// the images. The guests must have ended
     #[arg(long)]
     pub(super) discard_journal: bool,
 

@@ -13,7 +13,7 @@ use crate::storage::host::Host;
 /// Discards the live journals of the images that are arguments of `verb`.
 ///
 /// # Errors
-/// - `Busy` if another process has an image open
+/// - `Busy` if another process holds a lock on an image
 /// - `Refused`, `Invalid`, `NotFound` if an image cannot be opened
 /// - `Refused` if the folder of `--runtime-dir` belongs to another user, or other users may write to it
 /// - `Io`
@@ -43,9 +43,10 @@ pub(super) fn discard(verb: &Verb, common: &CommonArgs) -> Result<()> {
 /// Runs the verb `settle`.
 ///
 /// # Errors
-/// - `Busy` if another process has the image open
-/// - `Refused` if the live journal is not found or does not belong to the image in its present state, or if the runtime
-///   folder is refused
+/// - `Busy` if another process holds a lock on the image, or has its journal open
+/// - `Refused` if the live journal is not found or does not belong to the image in its present state, if the session is
+///   of another machine, or if the image must not be written
+/// - `Refused` if the folder of `--runtime-dir` belongs to another user, or other users may write to it
 /// - `Poisoned` if a sync of the killed daemon failed
 /// - `Invalid`, `NotFound`, `NoSpace`, `Io`
 pub(super) fn settle(args: &SettleArgs, common: &CommonArgs) -> Result<Exit> {
