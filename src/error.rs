@@ -13,14 +13,16 @@ pub enum ErrorKind {
     Io,
     /// The file system is full, or a quota is used up.
     NoSpace,
-    /// An image breaks a rule of its format.
+    /// An image, or another input such as a configuration file, a merge record or a virtqueue, breaks a rule of its
+    /// format.
     Invalid,
     /// A rule of diffdisk or an option forbids the operation (for example a parent outside the allowed folders, or a
     /// chain that is too deep), or the user interrupted it.
     Refused,
     /// A file or a parent does not exist.
     NotFound,
-    /// Another process has the image or the socket in use.
+    /// A file, block device, socket or queue is in use, or a file changed while it was opened. A later attempt may
+    /// succeed.
     Busy,
     /// The operation is not possible for this image, on this file system or with these arguments.
     Unsupported,
@@ -107,7 +109,7 @@ impl Error {
         self.0.offset
     }
 
-    /// Returns the error code of the system call at the end of the chain of causes, if there is one.
+    /// Returns the code of the first system call error in the chain of causes, if there is one.
     pub fn raw_os_error(&self) -> Option<i32> {
         let mut next: Option<&(dyn error::Error + 'static)> = Some(self);
         while let Some(e) = next {

@@ -1,8 +1,8 @@
 //! Failpoints in the verbs that change files, at which tests kill the process (feature `mutants`, never in a release).
 //! Without the feature a failpoint compiles to nothing.
 //!
-//! The name of a failpoint has the form `verb.step` and occurs once in the sources. `tests/verbs` collects the names
-//! from the sources, so that each failpoint is tested.
+//! The name of a failpoint has the form `action.step`, for example `merge.copied`, and occurs once in the sources.
+//! `tests/verbs` collects the names from the sources, so that each failpoint is tested.
 
 /// Environment variable that selects a failpoint: `NAME`, or `NAME:COUNT` for the COUNT-th time that a thread reaches
 /// the failpoint.

@@ -23,7 +23,8 @@ pub fn sectors_to_bytes(sectors: u64) -> Option<u64> {
     sectors.checked_mul(SECTOR)
 }
 
-/// A range of virtual sectors: `start .. start + count`. The end of the range in bytes fits in 64 bits.
+/// A range of virtual sectors: `start .. start + count`. The end of the range in bytes fits in 64 bits; `new` checks
+/// this.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SectorRange {
     start: u64,
@@ -38,7 +39,8 @@ impl SectorRange {
         Some(SectorRange { start, count })
     }
 
-    /// Creates the range from `start` up to, not including, `end`; empty if `end <= start`.
+    /// Creates the range from `start` up to, not including, `end`; empty if `end <= start`. Does not check that the end
+    /// in bytes fits in 64 bits.
     pub fn between(start: u64, end: u64) -> SectorRange {
         SectorRange { start, count: end.saturating_sub(start) }
     }
