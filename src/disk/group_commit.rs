@@ -1,12 +1,14 @@
 //! Group commit: all flushes that arrive while a commit runs share the next commit.
 //!
-//! A commit and its flushes are a *round*. A flush joins a round that starts after the flush has arrived, never the running one,
-//! whose snapshot is already taken. The lane whose flush starts a round leads it on its own engine; the other lanes get an event
-//! when it ends. If flushes wait for the next round then, the same lane leads that, too.
+//! A commit and its flushes are a *round*. A flush joins a round that starts after the flush has arrived, never the
+//! running round, whose snapshot is already taken. The lane whose flush starts a round leads the round on its own
+//! engine; the other lanes get an event when the round ends. If flushes wait for the next round then, the same lane
+//! leads the next round, too.
 //!
-//! If a round finds the file system full, it *stalls*: its leader keeps it open, and leads it again later. The control thread and
-//! a queue that stops must not wait for space. They are *urgent*: they leave a round that stalls, and only their own flushes fail.
-//! An urgent leader leaves the round without a leader, and the first waiter that claims the lead takes it over.
+//! If the file system is full, a round *stalls*: its leader keeps the round open, and leads it again later. The control
+//! thread and a queue that stops must not wait for space. They are *urgent*: they leave a round that stalls, and only
+//! their own flushes fail. An urgent leader leaves the round without a leader, and the first waiter that claims the
+//! lead takes the round over.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,7 +30,7 @@ struct GroupCommitState {
     round: u64,
     /// Waiters for the running round.
     current: Vec<RoundWaiter>,
-    /// Waiters for the round after it.
+    /// Waiters for the round after the running round.
     next: Vec<RoundWaiter>,
 }
 
@@ -36,7 +38,7 @@ struct GroupCommitState {
 #[derive(Debug)]
 struct RoundWaiter {
     mailbox: Arc<Mailbox>,
-    /// Whether it leaves a round that stalls.
+    /// Whether the lane or thread leaves a round that stalls.
     urgent: bool,
 }
 
@@ -56,7 +58,8 @@ pub struct JoinedRound {
 }
 
 impl GroupCommitState {
-    /// Starts the round after the running one. Returns false if no flush waits for it; then no round runs any more.
+    /// Starts the round after the running round. Returns false if no flush waits for that round; then no round runs any
+    /// more.
     fn advance(&mut self) -> bool {
         self.running = !self.next.is_empty();
         self.round += u64::from(self.running);
@@ -71,7 +74,8 @@ impl GroupCommitState {
         self.current.drain(..).for_each(|waiter| waiter.mailbox.post(event));
     }
 
-    /// Offers the lead of the running round to its waiters. If it has none, starts the next round and offers the lead of that.
+    /// Offers the lead of the running round to its waiters. If the round has no waiters, starts the next round, if a
+    /// flush waits for that, and offers the lead of the next round.
     fn offer_lead(&mut self) {
         self.leaderless = !self.current.is_empty() || self.advance();
         self.current.iter().for_each(|waiter| waiter.mailbox.post(LaneEvent::Leaderless));
@@ -87,7 +91,7 @@ impl GroupCommitState {
 }
 
 impl GroupCommit {
-    /// Joins the next round to start. Its end is posted to `mailbox`, once per round.
+    /// Joins the next round to start. The end of the round is posted to `mailbox`, once per round.
     pub fn join(&self, mailbox: &Arc<Mailbox>) -> JoinedRound {
         let mut state = self.lock();
         let lead = !state.running;
@@ -110,13 +114,14 @@ impl GroupCommit {
         waiters.filter(|waiter| waiter.has(mailbox)).for_each(|waiter| waiter.urgent = true);
     }
 
-    /// Removes the urgent waiters: the running round found the file system full, and its leader is going to lead it again.
+    /// Removes the urgent waiters from both rounds: the running round found the file system full, and its leader is
+    /// going to lead it again.
     pub(super) fn stall(&self) {
         self.lock().remove_waiters(|waiter| waiter.urgent);
     }
 
-    /// Removes the leader of the running round, which has this mailbox, and offers the lead to the other waiters: the round
-    /// found the file system full, and its leader must not wait for space.
+    /// Removes the leader of the running round, to which `mailbox` belongs, and offers the lead to the other waiters:
+    /// the round found the file system full, and its leader must not wait for space.
     pub(super) fn hand_over(&self, mailbox: &Arc<Mailbox>) {
         let mut state = self.lock();
         state.remove_waiters(|waiter| waiter.has(mailbox));
@@ -128,23 +133,24 @@ impl GroupCommit {
         std::mem::take(&mut self.lock().leaderless)
     }
 
-    /// Ends the running round and posts its end to its waiters. Returns the number of the next round if flushes wait for one; the
-    /// caller has to lead it.
+    /// Ends the running round and posts its end to its waiters. Returns the number of the next round if flushes wait
+    /// for one; the caller has to lead that round.
     pub fn finish(&self, ok: bool) -> Option<u64> {
         let mut state = self.lock();
         state.post_end(ok);
         state.advance().then_some(state.round)
     }
 
-    /// Ends the running round like [`GroupCommit::finish`], but leaves the lead of the next round to one of its waiters.
+    /// Ends the running round as [`GroupCommit::finish`] does, but leaves the lead of the next round to a waiter of
+    /// that round.
     pub(super) fn finish_and_hand_over(&self, ok: bool) {
         let mut state = self.lock();
         state.post_end(ok);
         state.offer_lead();
     }
 
-    /// Removes the waiter with this mailbox from all rounds, without an event. Its lane has no flush in flight, and stops or is
-    /// dropped.
+    /// Removes the waiter with this mailbox from all rounds, without an event. The lane of the mailbox has no flush in
+    /// flight, and stops or is dropped.
     pub(super) fn leave(&self, mailbox: &Arc<Mailbox>) {
         let mut state = self.lock();
         state.current.retain(|waiter| !waiter.has(mailbox));
@@ -262,7 +268,8 @@ mod tests {
             let mailbox = waiters[index].mailbox.clone();
             match (action, leader) {
                 (0 | 1, _) => {
-                    // A flush that joins a round which its lane has just left fails with the event of the earlier flush.
+                    // A flush that joins a round which its lane has just left would fail by the event of the earlier
+                    // flush.
                     take_events(&rounds, &mut waiters, index, &mut leader);
                     let JoinedRound { round, lead } = rounds.join(&mailbox);
                     if !waiters[index].rounds.contains(&round) {

@@ -1,9 +1,9 @@
-//! The engine of one virtqueue: takes requests, advances them through their stages, answers them. A lane belongs to one thread
-//! and never waits.
+//! The engine of one virtqueue: takes requests, advances them through their stages, answers them. A lane belongs to one
+//! thread. Only `drain` and the drop of a lane wait for completions.
 //!
-//! A read of known sectors takes no lock and allocates nothing: tasks, iovecs and plans are reused. Reads from the page cache are
-//! copies (`cached_reads`). All other operations that were pushed are submitted by one system call.
-//! `docs/performance.md`, section 3, lists the measures that make a queue fast and those that were dropped.
+//! A read of known sectors takes no lock and allocates nothing: tasks, iovecs and plans are reused. Reads from the page
+//! cache are copies (`cached_reads`). `docs/performance.md`, section 3, lists the measures that make a queue fast and
+//! those that were dropped.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -121,7 +121,7 @@ impl Lane {
         }
     }
 
-    /// Submits all pushed operations in one call, and makes the copies of queued reads.
+    /// Submits all pushed operations, and makes the copies of queued reads.
     ///
     /// # Errors
     /// The engine failed and cannot be used any more.

@@ -166,12 +166,13 @@ impl Disk {
         lanes.retain(|lane| lane.upgrade().map(|m| m.post(event)).is_some());
     }
 
-    /// Makes all completed writes durable. Waits until they are, but not for space on a full file system: the calling thread
-    /// has other work. If the call fails for lack of space, flushes of lanes do not fail with it; they wait.
+    /// Makes all completed writes durable, and waits until they are durable. Does not wait for space on a full file
+    /// system: the calling thread has other work. If the disk parks writes, the flushes of lanes do not fail with the
+    /// call; they wait for space.
     ///
     /// # Errors
     /// - `NoSpace` if the file system is full. No write is lost, and the call may be repeated.
-    /// - `Io` if the commit failed.
+    /// - `Io` if the commit failed, or if a commit that a lane led failed, also for lack of space.
     /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
     pub fn commit(&self) -> Result<()> {
         let Some(top) = self.version.top() else { return Ok(()) };
@@ -201,8 +202,8 @@ impl Disk {
         }
     }
 
-    /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to the lanes, and the
-    /// running one, too, if the file system is full: lanes can wait for space.
+    /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to the lanes.
+    /// If the file system is full, leaves the running round to the lanes, too, because lanes can wait for space.
     fn lead_commit(&self, top: &Top, mailbox: &Arc<Mailbox>) -> Result<()> {
         let mut commit = Commit::new(top.image.clone(), top.slot);
         let result =
@@ -226,8 +227,8 @@ impl Disk {
         }
     }
 
-    /// Commits and closes the image cleanly: the file then ends with a footer directly after its last block, or keeps its
-    /// length if the file system has no space for that footer. All lanes must be dropped before.
+    /// Commits and closes the image cleanly: the file then ends with a footer directly after its last block, or keeps
+    /// its length if the file system has no space for that footer. All lanes must be dropped before this call.
     ///
     /// # Errors
     /// Those of [`Disk::commit`], and of cutting the file; the next open then recovers the image.
