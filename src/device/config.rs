@@ -104,8 +104,8 @@ impl Device {
         config_window(&self.config().encode(), offset, len)
     }
 
-    /// Writes the `writeback` field, the only field of the configuration space that a driver may write. If the write turns
-    /// the write cache off, all completed writes are durable when this function returns.
+    /// Writes the `writeback` field, the only field of the configuration space that a driver may write. If the write
+    /// turns the write cache off, all completed writes are durable when this function returns.
     ///
     /// # Errors
     /// The mode stays as it was.

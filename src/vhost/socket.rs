@@ -34,8 +34,8 @@ impl Socket {
     ///
     /// # Errors
     /// * `Busy` if another process listens at `path`, or is about to listen.
-    /// * `Refused` if `path` exists and is not a socket, is a socket in use that is not a stream socket, or does not end
-    ///   in a file name.
+    /// * `Refused` if `path` exists and is not a socket, is a socket in use that is not a stream socket, or does not
+    ///   end in a file name.
     /// * `NotFound` if the folder does not exist.
     /// * `Io` if a system call fails, for example because the process may not set the group.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Socket> {
