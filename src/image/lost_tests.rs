@@ -24,13 +24,13 @@ fn lost(host: &SimHost) -> (Vec<(u64, u64)>, bool) {
 fn sectors_cut_off_are_lost_if_their_bits_are_set() {
     for kind in [child(), ImageKind::Dynamic] {
         let root = matches!(kind, ImageKind::Dynamic);
-        // Block 0 has sectors 0 to 10, block 1 only its first; a root sets the bits of whole blocks.
+        // Sectors 0 to 9 of block 0 and the first sector of block 1 are written. A root sets the bits of whole blocks.
         let host = written(kind, 1000, &[(0, 10), (128, 129)]);
         let (first, last) = (place(&host, 0), place(&host, 1));
         assert_eq!(lost(&host), (vec![], true));
         let cut = |len: u64| file(&host).set_len(len).unwrap();
-        // The cut is in absent sectors of the last block. That is an unclean shutdown, except in a root, which has
-        // their bits set.
+        // The cut is in sectors of the last block that were never written. In a child their bits are clear, so no
+        // sector is lost. In a root their bits are set.
         cut(last + 20 * SECTOR);
         match root {
             false => assert_eq!(lost(&host), (vec![], true)),
@@ -40,8 +40,7 @@ fn sectors_cut_off_are_lost_if_their_bits_are_set() {
         cut(last + SECTOR + 100);
         let all = if root { (128, 256) } else { (128, 129) };
         assert_eq!(lost(&host), (vec![all], false));
-        // The cut is in the bitmap: all sectors of the block may have been present. The first block ends in absent
-        // sectors.
+        // The cut is in the bitmap of the last block, so all sectors of that block may have been present.
         cut(last + 100);
         assert_eq!(lost(&host), (vec![(128, 256)], false));
         cut(last);

@@ -36,8 +36,8 @@ fn undone(host: &SimHost, kept: &Path) -> Vec<u8> {
     image
 }
 
-/// Breaks an image, checks that the defect of `kind` is reported, repairs it, compares the disk's contents, and undoes
-/// the repair.
+/// Breaks an image, checks that the defect of `kind` is reported, repairs it, compares the place and the number of
+/// present sectors of each block with those before the repair, and undoes the repair.
 fn mends(kind: &str, break_it: fn(&SimHost)) {
     let host = image();
     assert_eq!(kinds(&host), [""; 0]);

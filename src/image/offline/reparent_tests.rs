@@ -15,7 +15,7 @@ fn link(uuid: u128, name: &str) -> ParentLink {
     ParentLink { uuid: Uuid::from_u128(uuid), modified: 0, relative: Some(name.into()), absolute, name: name.into() }
 }
 
-/// Creates a child of three blocks, with data in the first one.
+/// Creates a child of three blocks, with data in the first sector of block 1.
 fn child() -> SimHost {
     let host = host_with(ImageKind::Differencing(link(7, "old.vhd")), 128 * 3);
     let image = open(&host).unwrap();
@@ -66,7 +66,7 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
             let is_left = Image::open(file(&after)).is_ok_and(|image| !is_reparent_finished(&image));
             assert!(is_left || found == old || kinds(&after).is_empty(), "{:?}", kinds(&after));
             switched += usize::from(found == new);
-            // In every other case another program writes to the image before the reparent is repeated.
+            // In every other case, the image is written before the reparent is repeated, if it opens for writing.
             let image = open(&after);
             let front = after.bytes(Path::new(crate::image::testing::PATH)).unwrap()[..SECTOR_BYTES].to_vec();
             let is_whole = Footer::decode(front.as_slice().try_into().unwrap()).is_ok();

@@ -65,7 +65,7 @@ fn write(image: &Writable, block: u32, sector: u64) {
     assert_eq!(image.mark(SectorRange::between(at, at + 8)), Ok(true), "the journal has free slots");
 }
 
-/// The blocks, of the first eight, that have the sectors of `write(block, sector)`, in memory or in the file.
+/// The blocks, of the first eight, in which the bit of `sector` is set, in memory or in the file.
 fn marked(image: &Writable, sector: u32) -> Vec<u32> {
     let has = |block: &u32| {
         let Some(place) = image.image().bat().unwrap().place(*block) else { return false };
@@ -153,7 +153,7 @@ fn a_full_journal_is_replayed_after_a_kill() {
         kept += u32::from(image.mark(SectorRange::between(at, at + 8)) == Ok(true));
     }
     assert_eq!(kept, JOURNAL_SLOTS, "the other writes need a commit before they are acknowledged");
-    // The commit is abandoned after it has written all bitmaps, and all sectors of the BAT but the last few.
+    // The commit is abandoned after it has written all bitmaps and most sectors of the BAT.
     assert!(!commit(&image, JOURNAL_SLOTS as usize + 200 + 25));
     drop(image);
     let image = rig.open();
