@@ -1,4 +1,4 @@
-//! Units: sectors, ranges of sectors, block sizes, and the progress callback.
+//! Units: sectors, ranges of sectors, blocks and their sizes, and the progress callback.
 //!
 //! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is
 //! always 512 bytes, regardless of the logical block size of the storage device.
@@ -95,6 +95,70 @@ impl fmt::Display for SectorRange {
     }
 }
 
+/// The index of a block of an image, which is also the index of its BAT entry.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
+pub struct BlockIndex(u32);
+
+impl BlockIndex {
+    /// Creates an index. Every value is valid: an image has at most 2^32 blocks.
+    #[inline]
+    pub const fn new(index: u32) -> BlockIndex {
+        BlockIndex(index)
+    }
+
+    /// Creates the index of the block of element `at` of an array with one element per block.
+    ///
+    /// # Panics
+    /// If no image has so many blocks.
+    #[inline]
+    pub fn from_usize(at: usize) -> BlockIndex {
+        BlockIndex(u32::try_from(at).expect("at most 2^32 blocks"))
+    }
+
+    /// Returns the number.
+    #[inline]
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+
+    /// Returns the index into an array with one element per block.
+    #[inline]
+    pub const fn as_usize(self) -> usize {
+        self.0 as usize
+    }
+
+    /// Returns whether a disk of `blocks` blocks has this block.
+    #[inline]
+    pub fn is_within(self, blocks: u64) -> bool {
+        u64::from(self.0) < blocks
+    }
+
+    /// Returns the block after this one.
+    #[inline]
+    pub fn following(self) -> BlockIndex {
+        BlockIndex(self.0 + 1)
+    }
+
+    /// Returns the block `count` blocks before this one, but at least block 0.
+    #[inline]
+    pub fn saturating_sub(self, count: u32) -> BlockIndex {
+        BlockIndex(self.0.saturating_sub(count))
+    }
+
+    /// Returns the number of blocks from this one to `other`, in either direction.
+    #[inline]
+    pub fn distance_to(self, other: BlockIndex) -> u32 {
+        self.0.abs_diff(other.0)
+    }
+}
+
+impl fmt::Display for BlockIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 /// Size of the allocation unit of a dynamic or differencing image: a power of two of sectors.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct BlockSize {
@@ -137,8 +201,8 @@ impl BlockSize {
     }
 
     /// Returns the index of the block that contains a virtual sector. A disk has at most 2^32 blocks (checked at open).
-    pub fn block_at(self, sector: u64) -> u32 {
-        u32::try_from(sector >> self.shift).expect("a sector beyond the last block of any image")
+    pub fn block_at(self, sector: u64) -> BlockIndex {
+        BlockIndex(u32::try_from(sector >> self.shift).expect("a sector beyond the last block of any image"))
     }
 
     /// Returns the index of a virtual sector within its block.
@@ -148,7 +212,7 @@ impl BlockSize {
 
     /// Splits a range at block boundaries. Yields the index of each block and the part of the range in the block.
     #[inline]
-    pub fn split_at_blocks(self, range: SectorRange) -> impl Iterator<Item = (u32, SectorRange)> {
+    pub fn split_at_blocks(self, range: SectorRange) -> impl Iterator<Item = (BlockIndex, SectorRange)> {
         let mut rest = range;
         std::iter::from_fn(move || {
             (!rest.is_empty()).then(|| {
@@ -161,8 +225,8 @@ impl BlockSize {
     }
 
     /// Returns the virtual sectors of a block.
-    pub fn sectors_of(self, block: u32) -> SectorRange {
-        SectorRange { start: u64::from(block) << self.shift, count: u64::from(self.sectors()) }
+    pub fn sectors_of(self, block: BlockIndex) -> SectorRange {
+        SectorRange { start: u64::from(block.0) << self.shift, count: u64::from(self.sectors()) }
     }
 
     /// Returns the number of blocks of a disk with `sectors` sectors.
@@ -200,7 +264,7 @@ mod tests {
         let size = BlockSize::from_bytes(4096).unwrap();
         let parts = |from, to| -> Vec<_> {
             size.split_at_blocks(SectorRange::between(from, to))
-                .map(|(b, part)| (b, part.start(), part.end()))
+                .map(|(b, part)| (b.get(), part.start(), part.end()))
                 .collect()
         };
         assert_eq!(parts(6, 17), [(0, 6, 8), (1, 8, 16), (2, 16, 17)]);
@@ -216,7 +280,7 @@ mod tests {
         }
         let b = BlockSize::from_bytes(4 << 20).unwrap();
         assert_eq!((b.sectors(), b.bitmap_sectors(), b.stride_sectors()), (8192, 2, 8194));
-        assert_eq!((b.block_at(8193), b.sector_in_block(8193)), (1, 1));
+        assert_eq!((b.block_at(8193), b.sector_in_block(8193)), (BlockIndex::new(1), 1));
         assert_eq!(BlockSize::from_bytes(4096).unwrap().bitmap_sectors(), 1);
     }
 }

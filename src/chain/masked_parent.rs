@@ -14,7 +14,7 @@ use crate::format::Defect;
 use crate::image::{Image, Suspects, is_zero};
 use crate::storage::FileSlot;
 use crate::units::OnProgress;
-use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Maximum number of bytes that are read from one image and its parents together.
 const MAX_BYTES_READ: u64 = 256 << 20;
@@ -86,7 +86,7 @@ struct MaskScan<'a> {
 impl MaskScan<'_> {
     /// The first sector of a block that is zero over data of the parents. A block that is zero as a whole counts only
     /// if `all` is set: QEMU places a block only to write data to it.
-    fn first_masked_sector(&mut self, block: u32, place: u32, all: bool) -> Result<Option<u64>> {
+    fn first_masked_sector(&mut self, block: BlockIndex, place: u32, all: bool) -> Result<Option<u64>> {
         let block_size = self.child.block_size().expect("an image with suspects has blocks");
         let range = block_size.sectors_of(block);
         let disk = range.clip(SectorRange::between(0, self.child.size() / SECTOR));

@@ -186,6 +186,7 @@ mod tests {
     use super::super::testing::{ChainFolder, plan_loaded, read_sector_bytes, write};
     use super::super::{OpenMode, Version};
     use super::*;
+    use crate::units::BlockIndex;
 
     fn ranges(plan: &PlanBuffer) -> Vec<(u64, u64)> {
         plan.extents.iter().map(|e| (e.range.start(), e.range.end())).collect()
@@ -249,7 +250,7 @@ mod tests {
         let bat = version.top().unwrap().image.image().bat().unwrap();
         let plan = plan_loaded(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
         assert!(plan.reserved);
-        let (a, b) = (bat.place(0).unwrap(), bat.place(1).unwrap());
+        let (a, b) = (bat.place(BlockIndex::new(0)).unwrap(), bat.place(BlockIndex::new(1)).unwrap());
         assert!(b >= a + BlockSize::DEFAULT.stride_sectors(), "{a} and {b} overlap");
         let at = |place: u32, within: u64| Source::File {
             slot: FileSlot(0),
@@ -270,7 +271,7 @@ mod tests {
         let mut plan = PlanBuffer::default();
         version.plan_write(range(4_000, 4_200), &mut plan).unwrap();
         assert_eq!((plan.missing.as_slice(), plan.reserved), (&[Missing::BitmapSector(0)][..], false));
-        assert_eq!(version.top().unwrap().image.image().bat().unwrap().place(1), None);
+        assert_eq!(version.top().unwrap().image.image().bat().unwrap().place(BlockIndex::new(1)), None);
         drop(version);
         // Opened read-only, the same file is a frozen layer.
         assert_eq!(read_sector_bytes(&chains.chain("leaf", OpenMode::Read).unwrap().into_frozen(), 0, 2), [9, 1]);

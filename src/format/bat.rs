@@ -3,7 +3,7 @@
 //! The table takes whole sectors. The bytes after the last entry in the last sector have no meaning: some programs fill
 //! them with ones, some with zeros.
 
-use crate::units::SECTOR;
+use crate::units::{BlockIndex, SECTOR};
 
 /// The entry of a block without a place.
 pub const UNUSED: u32 = 0xFFFF_FFFF;
@@ -18,8 +18,19 @@ pub fn bytes(entries: u32) -> u64 {
 }
 
 /// Returns the sector of the table that holds the entry of `block`, counted from the table's start.
-pub fn sector_of(block: u32) -> u32 {
-    block / ENTRIES_PER_SECTOR
+pub fn sector_of(block: BlockIndex) -> u32 {
+    block.get() / ENTRIES_PER_SECTOR
+}
+
+/// Returns the index of the entry of `block` in its sector of the table.
+pub fn entry_in_sector(block: BlockIndex) -> usize {
+    (block.get() % ENTRIES_PER_SECTOR) as usize
+}
+
+/// Returns the blocks of the entries in a sector of the table, including entries after the end of the table.
+pub fn blocks_of(sector: u32) -> impl Iterator<Item = BlockIndex> {
+    let first = sector * ENTRIES_PER_SECTOR;
+    (0..ENTRIES_PER_SECTOR).map(move |n| BlockIndex::new(first + n))
 }
 
 /// Decodes the entries in `bytes`, which begins at an entry. Fewer than four bytes at the end are ignored.
@@ -54,7 +65,11 @@ mod tests {
     fn sectors_of_entries() {
         assert_eq!((bytes(0), bytes(1), bytes(128), bytes(129)), (0, 512, 512, 1024));
         assert_eq!(bytes(u32::MAX), 1 << 34);
-        assert_eq!((sector_of(127), sector_of(128)), (0, 1));
+        let block = BlockIndex::new;
+        assert_eq!((sector_of(block(127)), sector_of(block(128))), (0, 1));
+        assert_eq!((entry_in_sector(block(127)), entry_in_sector(block(130))), (127, 2));
+        let blocks: Vec<_> = blocks_of(1).collect();
+        assert_eq!((blocks.len(), blocks[0], blocks[127]), (128, block(128), block(255)));
         let sector = encode_sector(&[1, 0x0102_0304, UNUSED]);
         assert_eq!(sector[..12], [0, 0, 0, 1, 1, 2, 3, 4, 255, 255, 255, 255]);
         assert!(sector[12..].iter().all(|&b| b == 0xFF));

@@ -13,7 +13,7 @@ use crate::format::checksum::checksum;
 use crate::format::defect::Defect;
 use crate::format::footer::{DiskType, Footer};
 use crate::format::header::DynamicHeader;
-use crate::units::SECTOR;
+use crate::units::{BlockIndex, SECTOR};
 
 const COOKIE: [u8; 8] = *b"tdbatmap";
 
@@ -157,8 +157,8 @@ impl BatmapHeader {
 }
 
 /// Returns whether the map marks a block whole. Blocks after the end of the map are not whole.
-pub fn is_whole(map: &[u8], block: u32) -> bool {
-    map.get((block / 8) as usize).is_some_and(|byte| byte << (block % 8) & 0x80 != 0)
+pub fn is_whole(map: &[u8], block: BlockIndex) -> bool {
+    map.get(block.as_usize() / 8).is_some_and(|byte| byte << (block.get() % 8) & 0x80 != 0)
 }
 
 #[cfg(test)]
@@ -217,6 +217,6 @@ mod tests {
         assert_eq!((BatmapHeader::checksummed_bytes(1), BatmapHeader::checksummed_bytes(1 << 33)), (512, 512));
         assert_eq!(BatmapHeader::checksummed_bytes((1 << 33) + (1 << 24)), 1024);
         let map = [0b0100_0000, 0b0000_0001];
-        assert_eq!((0..17).filter(|&block| is_whole(&map, block)).collect::<Vec<_>>(), [1, 15]);
+        assert_eq!((0..17).filter(|&block| is_whole(&map, BlockIndex::new(block))).collect::<Vec<_>>(), [1, 15]);
     }
 }

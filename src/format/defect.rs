@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind};
 use crate::format::defect_rule::{Consequence, Severity, defects};
 use crate::format::image_format::ImageFormat;
 use crate::format::metadata_part::MetadataPart;
-use crate::units::SECTOR;
+use crate::units::{BlockIndex, SECTOR};
 
 defects! {
 /// A broken rule of the format, with the numbers that break it. `at` is a byte offset in the file.
@@ -144,38 +144,38 @@ pub enum Defect {
         ["table-overlaps", O10, Corruption, NotReadable, false, Invalid, *at]
         "the block table ({bytes} bytes at {offset}) overlaps the {part}";
     /// A block overlaps metadata.
-    BlockInMetadata { block: u32, entry: u32, part: MetadataPart }
+    BlockInMetadata { block: BlockIndex, entry: u32, part: MetadataPart }
         ["block-in-metadata", O12, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
         "block {block} overlaps the {part}";
     /// A block ends after the end of the data, and its bitmap marks no sector there as present.
-    BlockBeyondEnd { block: u32, entry: u32, end: u64, limit: u64 }
+    BlockBeyondEnd { block: BlockIndex, entry: u32, end: u64, limit: u64 }
         ["block-beyond-end", O12, Corruption, NotWritable, false, Invalid, u64::from(*entry) * SECTOR]
         "block {block} ends at byte {end}, after the end of the data at byte {limit}";
     /// Two blocks have the same place.
-    BlockDuplicate { block: u32, other: u32, entry: u32 }
+    BlockDuplicate { block: BlockIndex, other: BlockIndex, entry: u32 }
         ["block-duplicate", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
         "blocks {block} and {other} share one place; a write to one would change the other";
     /// Two blocks overlap.
-    BlockOverlap { block: u32, entry: u32, other: u32, other_entry: u32 }
+    BlockOverlap { block: BlockIndex, entry: u32, other: BlockIndex, other_entry: u32 }
         ["block-overlap", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
         "blocks {block} and {other} overlap; a write to one would change the other";
     /// The BAT gives a place to a block after the end of the disk.
-    BlockBeyondDisk { block: u32, entry: u32, blocks: u64 }
+    BlockBeyondDisk { block: BlockIndex, entry: u32, blocks: u64 }
         ["block-beyond-disk", _, Cosmetic, Warning, true, Invalid, u64::from(*entry) * SECTOR]
         "the block table gives a place to block {block}, but the disk has {blocks} blocks";
     /// BAT entries are 0, where no block can begin; they are read as unused. `block` is the first.
-    EntryZero { block: u32, entries: u64, at: u64 }
+    EntryZero { block: BlockIndex, entries: u64, at: u64 }
         ["entry-zero", _, Cosmetic, Warning, true, Invalid, *at]
         "the table entry of block {block}{} is 0, where no block can begin; it is read as unused",
         AndMore(entries - 1);
     /// Sectors of a block are lost: the data ends before these sectors, and the block's bitmap marks them as present or
     /// is itself lost.
-    BlockCutOff { block: u32, sectors: u64, at: u64 }
+    BlockCutOff { block: BlockIndex, sectors: u64, at: u64 }
         ["block-cut-off", O12, Corruption, NotReadable, false, Invalid, *at]
         "{sectors} sectors of block {block} are lost: the file was truncated before them. Restore the image from a \
          complete copy; `convert --salvage` copies what is left";
     /// The bitmap of the last block, which is not whole, marks sectors after the end of the disk as present.
-    BitsBeyondDisk { block: u32, bits: u32, at: u64 }
+    BitsBeyondDisk { block: BlockIndex, bits: u32, at: u64 }
         ["bits-beyond-disk", _, Cosmetic, Warning, true, Invalid, *at]
         "the bitmap of the last block ({block}) marks {bits} sectors after the end of the disk as present";
     /// No place below 2 TiB is left for a block.
@@ -187,7 +187,7 @@ pub enum Defect {
         ["space-unreferenced", _, Leak, Warning, true, Invalid, *offset]
         "no block and no metadata uses {bytes} bytes";
     /// A sector that the bitmap marks as absent holds data.
-    DataUnderClearBit { block: u32, sector: u64, at: u64 }
+    DataUnderClearBit { block: BlockIndex, sector: u64, at: u64 }
         ["data-under-clear-bit", _, Cosmetic, Warning, false, Invalid, *at]
         "sector {sector} of block {block} holds data but is marked absent; programs differ in how they read it";
     /// A parent locator has an unknown platform code.
@@ -237,19 +237,19 @@ pub enum Defect {
         found.saturating_sub(*recorded);
     /// Another program marked a block whole, and its zeros hide data of the parent. QEMU writes to children in this
     /// way.
-    ParentHidden { block: u32, sector: u64, at: u64 }
+    ParentHidden { block: BlockIndex, sector: u64, at: u64 }
         ["parent-hidden", _, Corruption, Warning, false, Invalid, *at]
         "block {block} was placed by another program and marked whole: its zeros hide data of the parent, from sector \
          {sector} of the block on. QEMU does this when it writes to a differencing VHD, which it takes for a dynamic \
          one";
     /// Whole blocks are not where the image's own writer would have placed them; `block` is the first.
-    PlacedByAnother { block: u32, blocks: u64, at: u64 }
+    PlacedByAnother { block: BlockIndex, blocks: u64, at: u64 }
         ["placed-by-another", _, Cosmetic, Warning, false, Invalid, *at]
         "block {block}{} was placed by another program than the image's own writer, and marked whole. QEMU does this \
          when it writes to a differencing VHD, which it takes for a dynamic one, and so hides the parent's data; \
          `check --chain` reports whether it did", AndMore(blocks - 1);
     /// Whole blocks hold zeros over data of the parent; `block` is the first.
-    ZerosOverParent { block: u32, blocks: u64, at: u64 }
+    ZerosOverParent { block: BlockIndex, blocks: u64, at: u64 }
         ["zeros-over-parent", _, Note, Warning, false, Invalid, *at]
         "block {block}{} is marked whole and holds zeros over data of the parent: either the guest zeroed it, or QEMU \
          wrote to the image, which it takes for a dynamic one", AndMore(blocks - 1);
@@ -282,7 +282,7 @@ pub enum Defect {
         ["batmap-checksum", O15, Corruption, Warning, true, Invalid, relative at]
         "the batmap's checksum is {stored:#010x}, but its bytes give {computed:#010x}";
     /// XenServer's batmap marks a block whole that is not whole.
-    BatmapWrong { at: u64, block: u32 }
+    BatmapWrong { at: u64, block: BlockIndex }
         ["batmap-wrong", _, Corruption, Warning, true, Invalid, *at]
         "the batmap marks block {block} whole, which it is not";
     /// The data is encrypted.

@@ -8,7 +8,7 @@ use crate::format::footer_choice::{ChosenFooter, FooterSource};
 use crate::format::header::DynamicHeader;
 use crate::format::layout::{self, PAGE};
 use crate::format::metadata::MetadataMap;
-use crate::units::{BlockSize, SECTOR};
+use crate::units::{BlockIndex, BlockSize, SECTOR};
 
 /// The rules for the entries of a BAT: the values against which the entries are checked.
 #[derive(Clone, Debug)]
@@ -49,7 +49,7 @@ impl<'a> EntryRules<'a> {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PlacedBlocks {
     /// (entry, block) for each block of the disk that has a place, ordered by place.
-    pub entries: Vec<(u32, u32)>,
+    pub entries: Vec<(u32, BlockIndex)>,
     /// The places of blocks after the end of the disk, without those that end more than [`EntryRules::slack`] bytes
     /// after the data. These blocks are never read, and their space is never reused.
     pub beyond_disk: Vec<u32>,
@@ -76,7 +76,7 @@ impl PlacedBlocks {
 /// # Errors
 /// The value of the `Break` that `found` returned.
 pub fn check_entries<B>(
-    entries: impl IntoIterator<Item = (u32, u32)>,
+    entries: impl IntoIterator<Item = (BlockIndex, u32)>,
     rules: &EntryRules<'_>,
     mut found: impl FnMut(Defect) -> ControlFlow<B>,
 ) -> Result<PlacedBlocks, B> {
@@ -92,7 +92,7 @@ pub fn check_entries<B>(
             continue;
         }
         let range = u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR;
-        if u64::from(block) >= rules.blocks {
+        if !block.is_within(rules.blocks) {
             if range.end <= rules.data_end.saturating_add(rules.slack) {
                 placed.end = placed.end.max(range.end);
                 placed.beyond_disk.push(entry);
@@ -163,12 +163,22 @@ mod tests {
         DynamicHeader::new(table, entries, BlockSize::from_bytes(4096).unwrap())
     }
 
+    /// Makes pairs for `check_entries` from (block, entry).
+    fn indexed(entries: &[(u32, u32)]) -> impl Iterator<Item = (BlockIndex, u32)> {
+        entries.iter().map(|&(block, entry)| (BlockIndex::new(block), entry))
+    }
+
+    /// Makes `PlacedBlocks::entries` from (entry, block).
+    fn placed<const N: usize>(entries: [(u32, u32); N]) -> Vec<(u32, BlockIndex)> {
+        entries.map(|(entry, block)| (entry, BlockIndex::new(block))).to_vec()
+    }
+
     fn all(entries: &[(u32, u32)], limit: u64) -> (PlacedBlocks, Vec<&'static str>) {
         let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: limit, slack: 0 };
         let mut kinds = Vec::new();
-        let placed = check_entries(entries.iter().copied(), &rules, |defect| {
+        let placed = check_entries(indexed(entries), &rules, |defect| {
             kinds.push(defect.kind());
             ControlFlow::<()>::Continue(())
         });
@@ -181,7 +191,7 @@ mod tests {
         let end = 13 * 512;
         assert_eq!(
             all(&[(0, 4)], end),
-            (PlacedBlocks { entries: vec![(4, 0)], beyond_disk: vec![], end, truncated: 0 }, vec![])
+            (PlacedBlocks { entries: placed([(4, 0)]), beyond_disk: vec![], end, truncated: 0 }, vec![])
         );
         assert_eq!(all(&[(0, 4)], end + 1).1, [""; 0]);
         assert_eq!(
@@ -196,7 +206,7 @@ mod tests {
             all(&[(0, bat::UNUSED), (9, bat::UNUSED)], end),
             (PlacedBlocks { entries: vec![], beyond_disk: vec![], end: 2048, truncated: 0 }, vec![])
         );
-        assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, [(4, 1), (13, 0)]);
+        assert_eq!(all(&[(0, 13), (1, 4)], LEN).0.entries, placed([(4, 1), (13, 0)]));
         assert_eq!(all(&[(0, 12), (1, 4)], LEN).1, ["block-overlap"]);
         assert_eq!(all(&[(0, 4), (7, 4)], LEN).1, ["block-duplicate"]);
         assert_eq!(all(&[(7, 13), (8, 13)], LEN).1, ["block-beyond-disk"]);
@@ -208,8 +218,11 @@ mod tests {
         let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let rules = EntryRules { metadata: &metadata, block_size, blocks: 8, data_end: LEN, slack: 0 };
-        let first = check_entries([(0, 0), (1, 1)], &rules, ControlFlow::Break);
-        assert_eq!(first, Err(Defect::BlockInMetadata { block: 0, entry: 0, part: MetadataPart::FrontFooter }));
+        let first = check_entries(indexed(&[(0, 0), (1, 1)]), &rules, ControlFlow::Break);
+        assert_eq!(
+            first,
+            Err(Defect::BlockInMetadata { block: BlockIndex::new(0), entry: 0, part: MetadataPart::FrontFooter })
+        );
     }
 
     #[test]
@@ -246,7 +259,7 @@ mod tests {
         let header = DynamicHeader::new(4096, 1024, block_size);
         let (metadata, _) = MetadataMap::new(&footer(1 << 30), &header, None, LEN);
         let free = |places: &[u32], end: u64| {
-            let entries = places.iter().copied().zip(0..).collect();
+            let entries = places.iter().copied().zip((0..).map(BlockIndex::new)).collect();
             let gaps = unreferenced(
                 &metadata,
                 &PlacedBlocks { entries, beyond_disk: vec![], end: 0, truncated: 0 },
@@ -276,10 +289,10 @@ mod tests {
             let placed = PlacedBlocks { entries, beyond_disk: vec![60], end: 0, truncated: 0 };
             unreferenced(&metadata, &placed, block_size, end)
         };
-        assert_eq!(free(vec![(4, 0), (13, 1)], 22 * 512), []);
-        assert_eq!(free(vec![(11, 0), (27, 1)], 36 * 512), [], "gaps that align");
-        assert_eq!(free(vec![(4, 0), (29, 1)], 60 * 512), [13 * 512..29 * 512, 38 * 512..60 * 512]);
-        assert_eq!(free(vec![(4, 0), (900, 1)], 13 * 512), [], "nothing after the end counts");
+        assert_eq!(free(placed([(4, 0), (13, 1)]), 22 * 512), []);
+        assert_eq!(free(placed([(11, 0), (27, 1)]), 36 * 512), [], "gaps that align");
+        assert_eq!(free(placed([(4, 0), (29, 1)]), 60 * 512), [13 * 512..29 * 512, 38 * 512..60 * 512]);
+        assert_eq!(free(placed([(4, 0), (900, 1)]), 13 * 512), [], "nothing after the end counts");
         let whole = free(vec![], 64 * 512);
         assert_eq!(
             (whole.len(), whole[0].clone()),

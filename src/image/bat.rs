@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::sparse_array::SparseArray;
 use crate::format::bat::UNUSED;
 use crate::format::layout;
-use crate::units::BlockSize;
+use crate::units::{BlockIndex, BlockSize};
 
 /// The block allocation table of an open image. Entries are the file sectors of the blocks' bitmaps.
 #[derive(Debug)]
@@ -35,31 +35,31 @@ impl Bat {
 
     /// Returns the file sector at which a block's bitmap begins; `None` if the block has no place.
     #[inline]
-    pub fn place(&self, block: u32) -> Option<u32> {
-        let entry = self.entries.get(block as usize)?.load(Ordering::Acquire);
+    pub fn place(&self, block: BlockIndex) -> Option<u32> {
+        let entry = self.entries.get(block.as_usize())?.load(Ordering::Acquire);
         (entry != UNUSED).then_some(entry)
     }
 
     /// Sets the place of a block, which does not change afterwards.
-    pub fn set(&self, block: u32, place: u32) {
+    pub fn set(&self, block: BlockIndex, place: u32) {
         assert_ne!(place, UNUSED, "a place is a file sector");
-        self.entries.get_or_init(block as usize).store(place, Ordering::Release);
+        self.entries.get_or_init(block.as_usize()).store(place, Ordering::Release);
     }
 
     /// Returns all blocks that have a place, ascending, with their places.
-    pub fn used(&self) -> impl Iterator<Item = (u32, u32)> {
+    pub fn used(&self) -> impl Iterator<Item = (BlockIndex, u32)> {
         self.entries.initialized().filter_map(|(block, entry)| {
             let place = entry.load(Ordering::Acquire);
-            (place != UNUSED).then(|| (u32::try_from(block).expect("at most 2^32 blocks"), place))
+            (place != UNUSED).then(|| (BlockIndex::from_usize(block), place))
         })
     }
 
     /// Returns the first block at or after `block` that has a place.
-    pub fn next_used(&self, block: u32) -> Option<u32> {
-        let mut entries = self.entries.initialized_from(block as usize);
+    pub fn next_used(&self, block: BlockIndex) -> Option<BlockIndex> {
+        let mut entries = self.entries.initialized_from(block.as_usize());
         let used = |entry: &AtomicU32| entry.load(Ordering::Acquire) != UNUSED;
         let (found, _) = entries.find(|(_, entry)| used(entry))?;
-        Some(u32::try_from(found).expect("at most 2^32 blocks"))
+        Some(BlockIndex::from_usize(found))
     }
 }
 
@@ -81,13 +81,13 @@ mod tests {
 
     #[test]
     fn used_entries_are_found_in_order() {
-        let bat = Bat::new(3000);
-        assert_eq!((bat.place(2999), bat.len()), (None, 3000));
-        bat.set(2999, 15);
-        bat.set(4, 0xFFFF_FFFE);
-        assert_eq!(bat.used().collect::<Vec<_>>(), [(4, 0xFFFF_FFFE), (2999, 15)]);
-        let next = |from| bat.next_used(from);
+        let (bat, block) = (Bat::new(3000), BlockIndex::new);
+        assert_eq!((bat.place(block(2999)), bat.len()), (None, 3000));
+        bat.set(block(2999), 15);
+        bat.set(block(4), 0xFFFF_FFFE);
+        assert_eq!(bat.used().collect::<Vec<_>>(), [(block(4), 0xFFFF_FFFE), (block(2999), 15)]);
+        let next = |from| bat.next_used(block(from)).map(BlockIndex::get);
         assert_eq!((next(0), next(4), next(5), next(2999)), (Some(4), Some(4), Some(2999), Some(2999)));
-        assert_eq!(Bat::new(10).next_used(0), None);
+        assert_eq!(Bat::new(10).next_used(block(0)), None);
     }
 }

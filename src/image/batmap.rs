@@ -8,7 +8,7 @@ use super::open::Image;
 use crate::error::Result;
 use crate::format::batmap::is_whole;
 use crate::format::{BatmapHeader, Defect, MetadataPart, bitmap};
-use crate::units::SECTOR;
+use crate::units::{BlockIndex, SECTOR};
 
 /// The batmap of an image, in memory.
 #[derive(Clone, Debug)]
@@ -54,13 +54,13 @@ impl Batmap {
     }
 
     /// Returns whether the batmap claims that a block is complete.
-    pub fn claims(&self, block: u32) -> bool {
-        block < self.blocks && is_whole(&self.map, block)
+    pub fn claims(&self, block: BlockIndex) -> bool {
+        block.get() < self.blocks && is_whole(&self.map, block)
     }
 
     /// Returns the byte offset in the file of a block's bit.
-    pub fn offset(&self, block: u32) -> u64 {
-        self.map_at + u64::from(block / 8)
+    pub fn offset(&self, block: BlockIndex) -> u64 {
+        self.map_at + u64::from(block.get() / 8)
     }
 
     /// Verifies the checksum.
@@ -72,15 +72,15 @@ impl Batmap {
     }
 
     /// Returns the blocks of the disk that the batmap claims are complete.
-    pub fn claimed(&self) -> impl Iterator<Item = u32> {
-        (0..self.blocks).filter(|block| self.claims(*block))
+    pub fn claimed(&self) -> impl Iterator<Item = BlockIndex> {
+        (0..self.blocks).map(BlockIndex::new).filter(|block| self.claims(*block))
     }
 
     /// Returns the wrong claims: blocks that have no place, or of which a sector of the disk is not present.
     ///
     /// # Errors
     /// `Io`.
-    pub fn wrong_claims(&self, image: &Image) -> Result<Vec<u32>> {
+    pub fn wrong_claims(&self, image: &Image) -> Result<Vec<BlockIndex>> {
         let mut wrong = Vec::new();
         for block in self.claimed() {
             if !is_block_whole(image, block)? {
@@ -91,8 +91,8 @@ impl Batmap {
     }
 
     /// Withdraws the claim that a block is complete.
-    pub fn clear(&mut self, block: u32) {
-        self.map[(block / 8) as usize] &= !(0x80 >> (block % 8));
+    pub fn clear(&mut self, block: BlockIndex) {
+        self.map[block.as_usize() / 8] &= !(0x80 >> (block.get() % 8));
     }
 
     /// Encodes map and header, with a new checksum, each with the byte offset to write it at. The map is first.
@@ -104,7 +104,7 @@ impl Batmap {
 }
 
 /// Returns whether a block has a place and all its sectors within the disk are present.
-fn is_block_whole(image: &Image, block: u32) -> Result<bool> {
+fn is_block_whole(image: &Image, block: BlockIndex) -> Result<bool> {
     let Some(place) = image.bat().and_then(|table| table.place(block)) else { return Ok(false) };
     let words = image.read_bitmap(place)?;
     let sectors = image.sectors_on_disk(block);

@@ -6,10 +6,10 @@ use super::*;
 use crate::error::ErrorKind;
 use crate::image::{Image, ImageKind};
 use crate::storage::sim::SimHost;
-use crate::units::SECTOR;
+use crate::units::{BlockIndex, SECTOR};
 
 fn place(host: &SimHost, block: u32) -> u64 {
-    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(block).unwrap()) * SECTOR
+    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(block)).unwrap()) * SECTOR
 }
 
 /// Returns the lost ranges, and whether the image opens.

@@ -92,7 +92,7 @@ impl SavedMtime {
 #[cfg(all(test, feature = "sim"))]
 mod tests {
     use super::super::testing::{child, commit, file, grow, host_with, open};
-    use crate::units::SectorRange;
+    use crate::units::{BlockIndex, SectorRange};
 
     #[test]
     fn only_changes_of_contents_move_the_time() {
@@ -108,7 +108,7 @@ mod tests {
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
         image.note_content_change();
-        image.reserve(0).unwrap();
+        image.reserve(BlockIndex::new(0)).unwrap();
         assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
         commit(&host, &image);
         image.trim().unwrap();

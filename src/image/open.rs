@@ -22,7 +22,7 @@ use crate::format::{
     bitmap,
 };
 use crate::storage::File;
-use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BlockIndex, BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Maximum number of defects that an open keeps: a corrupt table may have millions of wrong entries.
 const MAX_NOTES: usize = 64;
@@ -247,13 +247,13 @@ impl Image {
     ///
     /// # Errors
     /// `Io`.
-    pub fn block_bitmap(&self, block: u32) -> Result<Option<Vec<u64>>> {
+    pub fn block_bitmap(&self, block: BlockIndex) -> Result<Option<Vec<u64>>> {
         let place = self.bat().and_then(|table| table.place(block));
         place.map(|place| self.read_bitmap(place)).transpose()
     }
 
     /// Returns the number of a block's sectors that lie within the disk.
-    pub(super) fn sectors_on_disk(&self, block: u32) -> u32 {
+    pub(super) fn sectors_on_disk(&self, block: BlockIndex) -> u32 {
         let Some(block_size) = self.block_size() else { return 0 };
         let left = (self.size() / SECTOR).saturating_sub(block_size.sectors_of(block).start());
         u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())
@@ -282,7 +282,7 @@ impl Image {
         while let Some(next) = table.next_used(block).filter(|next| *next <= last) {
             let place = table.place(next).expect("it is used");
             self.file.prefetch(u64::from(place) * SECTOR, u64::from(block_size.bitmap_sectors()) * SECTOR);
-            block = next + 1;
+            block = next.following();
         }
     }
 

@@ -65,7 +65,7 @@ mod tests {
     use super::super::{ImageKind, ImageSpec, create, create_preallocated};
     use super::*;
     use crate::storage::sim::{FaultPlan, SimHost};
-    use crate::units::BlockSize;
+    use crate::units::{BlockIndex, BlockSize};
 
     fn spec(kind: ImageKind) -> ImageSpec {
         ImageSpec {
@@ -89,13 +89,16 @@ mod tests {
             let mut first = [1; 2 * SECTOR_BYTES];
             image
                 .file()
-                .read_at(&mut first, u64::from(image.image().bat().unwrap().place(0).unwrap()) * SECTOR)
+                .read_at(
+                    &mut first,
+                    u64::from(image.image().bat().unwrap().place(BlockIndex::new(0)).unwrap()) * SECTOR,
+                )
                 .unwrap();
             assert_eq!(first[..SECTOR_BYTES], [if root { 0xFF } else { 0 }; SECTOR_BYTES], "the bitmap of block 0");
             assert_eq!(first[SECTOR_BYTES..], [0; SECTOR_BYTES], "its first sector");
             // The file system is full, and a write to an allocated block needs no space.
             host.set_faults(FaultPlan { capacity: Some(before.allocated), ..FaultPlan::default() });
-            let place = u64::from(image.reserve(10).unwrap());
+            let place = u64::from(image.reserve(BlockIndex::new(10)).unwrap());
             image.file().write_at(&[7; SECTOR_BYTES], (place + 1) * SECTOR).unwrap();
             let mut bitmap = [1; SECTOR_BYTES];
             image.file().read_at(&mut bitmap, place * SECTOR).unwrap();

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::format::batmap::{self, BatmapPresence};
 use crate::format::{ChosenFooter, Defect, DynamicHeader, Footer, bat, choose};
 use crate::storage::File;
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES};
 
 /// Bytes of the block table per read: small enough for the processor's cache, and for an allocator to reuse the memory
 /// for every file of a chain.
@@ -54,7 +54,7 @@ pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut OnDefe
     let bytes = bat::bytes(header.entries);
     let mut chunk = vec![0; usize::try_from(bytes.min(TABLE_CHUNK)).expect("a chunk")];
     let (mut at, mut block, mut padding) = (0, 0u32, bat::UNUSED);
-    let (mut zeros, mut first_zero) = (0u64, 0);
+    let (mut zeros, mut first_zero) = (0u64, BlockIndex::new(0));
     while at < bytes {
         let len = usize::try_from((bytes - at).min(TABLE_CHUNK)).expect("a chunk");
         file.read_at(&mut chunk[..len], header.table_offset + at)?;
@@ -67,10 +67,10 @@ pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut OnDefe
             for entry in bat::decode(sector) {
                 match block < header.entries {
                     true if entry == 0 => {
-                        first_zero = if zeros == 0 { block } else { first_zero };
+                        first_zero = if zeros == 0 { BlockIndex::new(block) } else { first_zero };
                         zeros += 1;
                     }
-                    true if entry != bat::UNUSED => table.set(block, entry),
+                    true if entry != bat::UNUSED => table.set(BlockIndex::new(block), entry),
                     true => {}
                     false => padding = entry,
                 }
@@ -80,7 +80,7 @@ pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut OnDefe
         at += len as u64;
     }
     if zeros > 0 {
-        let at = header.table_offset + u64::from(first_zero) * 4;
+        let at = header.table_offset + u64::from(first_zero.get()) * 4;
         report_defect(found, Defect::EntryZero { block: first_zero, entries: zeros, at })?;
     }
     Ok((table, padding))

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::format::Defect;
 use crate::storage::sim::SimHost;
 use crate::storage::{Access, Env, File, FileSlot};
-use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BlockIndex, BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 pub(super) const PATH: &str = "/d/a.vhd";
 pub(super) const SLOT: FileSlot = FileSlot(0);
@@ -52,7 +52,7 @@ pub(super) fn written(kind: ImageKind, sectors: u64, ranges: &[(u64, u64)]) -> S
     let host = host_with(kind, sectors);
     let image = open(&host).unwrap();
     for &(from, to) in ranges {
-        let block = u32::try_from(from / 128).unwrap();
+        let block = BlockIndex::new(u32::try_from(from / 128).unwrap());
         while image.reserve(block).is_err() {
             grow(&host, &image).unwrap();
         }

@@ -11,7 +11,7 @@ use crate::failpoint;
 use crate::format::{DiskType, bitmap};
 use crate::image::{Offline, SavedMtime, is_zero, next_data};
 use crate::storage::{Buffer, Env};
-use crate::units::{BlockSize, SECTOR, SectorRange};
+use crate::units::{BlockIndex, BlockSize, SECTOR, SectorRange};
 
 /// Result of a compaction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,7 +47,7 @@ fn compact_locked(chain: Chain, progress: &mut Progress<'_>) -> Result<Compacted
     let (image, beneath) = chain.into_parts();
     let mut offline = Offline::new(&image)?;
     failpoint::reached("compact.recovered");
-    let blocks: Vec<u32> = offline.blocks().collect();
+    let blocks: Vec<BlockIndex> = offline.blocks().collect();
     let mut look = BlockInspector::new(&offline, &beneath);
     let (mut idle, mut holes) = (Vec::new(), Vec::new());
     let mut done = 0;
@@ -93,7 +93,7 @@ impl<'a> BlockInspector<'a> {
 
     /// Returns whether the disk would have the same contents without `block`. Appends runs of zeros in the block to
     /// `holes`, as (file offset, length).
-    fn is_redundant(&mut self, block: u32, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
+    fn is_redundant(&mut self, block: BlockIndex, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let words = self.offline.bitmap(block)?;
         let whole = self.block_size.sectors_of(block);
         let range = whole.clip(SectorRange::between(0, self.offline.size() / SECTOR));
@@ -113,7 +113,7 @@ impl<'a> BlockInspector<'a> {
 
     /// Returns whether a range of set bits has the same contents as the layers beneath. Appends runs of zeros in the
     /// whole range to `holes`, even after a difference was found.
-    fn matches_beneath(&mut self, block: u32, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
+    fn matches_beneath(&mut self, block: BlockIndex, run: SectorRange, holes: &mut Vec<(u64, u64)>) -> Result<bool> {
         let (_, data) = self.offline.block(block).expect("it has a place");
         let (mut rest, mut same) = (run, true);
         while !rest.is_empty() {

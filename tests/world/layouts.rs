@@ -113,7 +113,8 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     };
     grow();
     for block in (0..blocks - 1).filter(|b| b % 3 != 2) {
-        let place = top.image.reserve(u32::try_from(block).expect("small")).expect("there is room");
+        let index = diffdisk::units::BlockIndex::new(u32::try_from(block).expect("small"));
+        let place = top.image.reserve(index).expect("there is room");
         for sector in block * BLOCK..(block + 1) * BLOCK {
             if sector % BLOCK < 6 {
                 let at = u64::from(place) + 1 + sector % BLOCK;

@@ -10,7 +10,7 @@ use crate::format::{Defect, DiskType, bitmap};
 use crate::image::batmap::Batmap;
 use crate::image::open::Image;
 use crate::storage::{is_seek_unsupported, is_zero};
-use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// Maximum number of bytes of data that are read in one image.
 const MAX_DATA_BYTES: u64 = 64 << 20;
@@ -69,8 +69,9 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     // them, at most one is: their distance is not a multiple of a page.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
     // All bitmaps of a root are read; of a child, only those that can break a rule.
-    let wanted =
-        |&&(place, block): &&(u32, u32)| !child || image.sectors_on_disk(block) < block_size.sectors() || odd(place);
+    let wanted = |&&(place, block): &&(u32, BlockIndex)| {
+        !child || image.sectors_on_disk(block) < block_size.sectors() || odd(place)
+    };
     let wanted = entries.iter().filter(wanted);
     let mut ahead = wanted.clone();
     for (number, &(place, block)) in wanted.enumerate() {
@@ -141,7 +142,7 @@ fn check_batmap(image: &Image, report: &mut Report) -> Result<()> {
 /// subtracts the bytes that were read. Returns `None` and sets `budget` to 0 if the next read would exceed it.
 fn data_under_clear_bits(
     image: &Image,
-    block: u32,
+    block: BlockIndex,
     place: u32,
     words: &[u64],
     sectors: u32,

@@ -6,10 +6,10 @@ use crate::format::{DynamicHeader, Footer, Severity};
 use crate::image::ImageKind;
 use crate::image::testing::{self, child, commit, file, grow, host_with, kinds, open, poke, written};
 use crate::storage::sim::SimHost;
-use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
 
 fn place(host: &SimHost, block: u32) -> u64 {
-    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(block).unwrap()) * SECTOR
+    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(block)).unwrap()) * SECTOR
 }
 
 #[test]
@@ -20,7 +20,7 @@ fn bits_after_the_end_of_the_disk_are_reported() {
     let at = place(&host, 7);
     poke(&host, at + 13, &[0xA0]);
     let (report, _) = check(file(&host)).unwrap();
-    assert_eq!(report.defects, [Defect::BitsBeyondDisk { block: 7, bits: 2, at }]);
+    assert_eq!(report.defects, [Defect::BitsBeyondDisk { block: BlockIndex::new(7), bits: 2, at }]);
     assert_eq!((report.count(Severity::Cosmetic), report.count(Severity::Corruption)), (1, 0));
     // A writer that sets the bits of whole blocks sets those after the end, too.
     poke(&host, at, &[0xFF; 16]);
@@ -44,7 +44,10 @@ fn data_under_clear_bits_of_a_root_is_reported() {
     poke(&host, at, &[0x80]);
     poke(&host, at + 1, &[0; 15]);
     let (report, _) = check(file(&host)).unwrap();
-    assert_eq!(report.defects, [Defect::DataUnderClearBit { block: 1, sector: 1, at: at + 2 * SECTOR }]);
+    assert_eq!(
+        report.defects,
+        [Defect::DataUnderClearBit { block: BlockIndex::new(1), sector: 1, at: at + 2 * SECTOR }]
+    );
     poke(&host, at + 2 * SECTOR, &[0; SECTOR_BYTES]);
     assert_eq!(kinds(&host), [""; 0], "zeros are what an absent sector holds");
     let host = written(child(), 1000, &[(0, 9)]);
@@ -60,7 +63,7 @@ fn sectors_after_the_end_of_the_file_are_reported() {
     let end = at + 129 * SECTOR;
     file(&host).set_len(end - 3 * SECTOR).unwrap();
     let (report, _) = check(file(&host)).unwrap();
-    let cut = Defect::BlockCutOff { block: 0, sectors: 3, at };
+    let cut = Defect::BlockCutOff { block: BlockIndex::new(0), sectors: 3, at };
     assert!(report.defects.contains(&cut) && report.defects.len() == 2, "{:?}", report.defects);
     assert_eq!(report.lost, [SectorRange::between(125, 128)]);
     poke(&host, at + 12, &[0; 4]);
@@ -97,10 +100,10 @@ fn misaligned_blocks_are_suspects() {
     poke(&host, at + 130 * SECTOR, &image.footer().encode());
     poke(&host, table + 8, &entry.to_be_bytes());
     let (report, _) = check(file(&host)).unwrap();
-    assert_eq!(report.defects, [Defect::PlacedByAnother { block: 2, blocks: 1, at: at + SECTOR }]);
+    assert_eq!(report.defects, [Defect::PlacedByAnother { block: BlockIndex::new(2), blocks: 1, at: at + SECTOR }]);
     assert_eq!(report.count(Severity::Cosmetic), 1);
     let suspects = report.suspects.unwrap();
-    assert!(suspects.placed_by_another && suspects.blocks == [(2, entry)], "{suspects:?}");
+    assert!(suspects.placed_by_another && suspects.blocks == [(BlockIndex::new(2), entry)], "{suspects:?}");
     poke(&host, at + SECTOR, &[0xFF, 0xFE]);
     assert!(
         check(file(&host)).unwrap().0.suspects.is_none(),
@@ -157,8 +160,8 @@ fn a_batmap_is_compared_with_the_bitmaps() {
     assert_eq!(kinds(&host), [""; 0], "the last block is complete up to the end of the disk");
     with_batmap(&host, &[0, 1, 3]);
     let (report, image) = check(file(&host)).unwrap();
-    let at = Batmap::read(&image.unwrap()).unwrap().unwrap().offset(1);
-    let wrong = [1, 3].map(|block| Defect::BatmapWrong { at, block });
+    let at = Batmap::read(&image.unwrap()).unwrap().unwrap().offset(BlockIndex::new(1));
+    let wrong = [1, 3].map(|block| Defect::BatmapWrong { at, block: BlockIndex::new(block) });
     assert_eq!(report.defects, wrong, "one block misses a sector, one has no place");
     poke(&host, at, &[0x80]);
     assert_eq!(kinds(&host), ["batmap-checksum"]);
@@ -173,7 +176,7 @@ fn a_writer_clears_the_claims_of_the_batmap_for_blocks_without_a_place() {
     with_batmap(&host, &[0, 3]);
     let image = open(&host).unwrap();
     assert_eq!(kinds(&host), [""; 0]);
-    while image.reserve(3).is_err() {
+    while image.reserve(BlockIndex::new(3)).is_err() {
         grow(&host, &image).unwrap();
     }
     assert_eq!(image.mark(SectorRange::between(384, 385)), Ok(true));
@@ -183,6 +186,6 @@ fn a_writer_clears_the_claims_of_the_batmap_for_blocks_without_a_place() {
     assert_eq!(kinds(&host), [""; 0]);
     let image = Image::open(file(&host)).unwrap();
     let batmap = Batmap::read(&image).unwrap().unwrap();
-    assert_eq!(batmap.claimed().collect::<Vec<_>>(), [0]);
+    assert_eq!(batmap.claimed().collect::<Vec<_>>(), [BlockIndex::new(0)]);
     assert!(batmap.verify().is_ok());
 }

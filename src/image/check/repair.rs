@@ -33,7 +33,7 @@ use crate::image::open::{Image, SparseImage};
 use crate::image::structures::read_footers;
 use crate::image::unrecognized::find_padded_footer;
 use crate::storage::{Env, File};
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES};
 
 /// Maximum number of rounds of a repair. Each round repairs the defects that the previous one exposed.
 const ROUNDS: usize = 4;
@@ -236,14 +236,14 @@ fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Resul
         }
     }
     let blocks = sparse.header.block_size.blocks_for(image.size() / SECTOR);
-    let last = u32::try_from(blocks - 1).expect("the table has an entry for each block");
+    let last = BlockIndex::new(u32::try_from(blocks - 1).expect("the table has an entry for each block"));
     if let Some(place) = image.bat().and_then(|table| table.place(last)) {
         writes.extend(corrected_last_bitmap(image, last, place)?);
     }
     // The entry of a block after the end of the disk is dropped, whatever its place is: no reader uses it, and places
     // are trusted by the entries of the disk's blocks alone.
     let mut sectors = if zeros { sectors_without_zero_entries(image, sparse)? } else { BTreeMap::new() };
-    for (block, _) in sparse.table.used().filter(|(block, _)| u64::from(*block) >= blocks) {
+    for (block, _) in sparse.table.used().filter(|(block, _)| !block.is_within(blocks)) {
         let at = sparse.header.table_offset + u64::from(bat::sector_of(block)) * SECTOR;
         let bytes = match sectors.entry(at) {
             Entry::Occupied(read) => read.into_mut(),
@@ -253,7 +253,7 @@ fn corrected_pointers(image: &Image, sparse: &SparseImage, zeros: bool) -> Resul
                 none.insert(bytes)
             }
         };
-        let entry = (block % bat::ENTRIES_PER_SECTOR) as usize * 4;
+        let entry = bat::entry_in_sector(block) * 4;
         bytes[entry..entry + 4].copy_from_slice(&bat::UNUSED.to_be_bytes());
     }
     writes.extend(sectors);
@@ -282,7 +282,7 @@ fn sectors_without_zero_entries(image: &Image, sparse: &SparseImage) -> Result<B
 
 /// Returns the sectors of the last block's bitmap that change if wrongly set bits after the end of the disk are
 /// cleared.
-fn corrected_last_bitmap(image: &Image, block: u32, place: u32) -> Result<ByteWrites> {
+fn corrected_last_bitmap(image: &Image, block: BlockIndex, place: u32) -> Result<ByteWrites> {
     let block_size = image.block_size().expect("it has blocks");
     let (sectors, all) = (image.sectors_on_disk(block), block_size.sectors());
     let words = image.read_bitmap(place)?;

@@ -47,11 +47,11 @@ fn mends(kind: &str, break_it: fn(&SimHost)) {
     assert!(found.contains(&kind), "{found:?}, not {kind}");
     let bits = |host: &SimHost| {
         let image = Image::open(file(host)).unwrap();
-        let of = |block: u32| {
+        let of = |block| {
             let count = |words: Vec<u64>| bitmap::count(&words, 0, image.sectors_on_disk(block));
             (image.bat().unwrap().place(block), image.block_bitmap(block).unwrap().map(count))
         };
-        (0..8).map(of).collect::<Vec<_>>()
+        (0..8).map(BlockIndex::new).map(of).collect::<Vec<_>>()
     };
     let before = bits(&host);
     let kept = repair(&host, &file(&host), None).unwrap().unwrap();
@@ -87,7 +87,7 @@ fn table(host: &SimHost) -> u64 {
 
 /// Returns the offset of the last block.
 fn last_block(host: &SimHost) -> u64 {
-    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(7).unwrap()) * SECTOR
+    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(7)).unwrap()) * SECTOR
 }
 
 /// A kind of defect, and a function that causes it in the image.
@@ -211,7 +211,7 @@ fn padding_after_a_fixed_disk_is_cut_off() {
 fn ambiguous_defects_are_not_repaired() {
     let host = image();
     let image = Image::open(file(&host)).unwrap();
-    let (table, place) = (image.table_offset().unwrap(), image.bat().unwrap().place(0).unwrap());
+    let (table, place) = (image.table_offset().unwrap(), image.bat().unwrap().place(BlockIndex::new(0)).unwrap());
     poke(&host, table + 4, &place.to_be_bytes());
     assert!(repair(&host, &file(&host), None).unwrap().is_none());
     poke(&host, 0, &[0; 512]);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::format::{Defect, Severity};
-use crate::units::SectorRange;
+use crate::units::{BlockIndex, SectorRange};
 
 /// Blocks of a child whose bitmaps have every bit set, although a writer of children sets only the bits of written
 /// sectors.
@@ -12,7 +12,7 @@ pub struct Suspects {
     /// Whether the alignment of the blocks proves that a program other than the image's creator placed them.
     pub placed_by_another: bool,
     /// The blocks and the file sectors at which they begin, in file order.
-    pub blocks: Vec<(u32, u32)>,
+    pub blocks: Vec<(BlockIndex, u32)>,
 }
 
 /// Maximum number of listed defects of one kind: a corrupt table may have millions of wrong entries.

@@ -10,14 +10,14 @@ use crate::error::Result;
 use crate::format::batmap::{self, BatmapHeader, BatmapPresence};
 use crate::format::{MetadataMap, MetadataPart, bat, layout};
 use crate::storage::Buffer;
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES};
 
 /// Bytes of a table or a batmap per read or write.
 const CHUNK: u64 = 1 << 20;
 
 impl Offline {
     /// Writes the table sectors that contain the entries of `blocks`, all of which the table has. Does not sync.
-    pub(super) fn write_entries(&self, blocks: impl IntoIterator<Item = u32>) -> Result<()> {
+    pub(super) fn write_entries(&self, blocks: impl IntoIterator<Item = BlockIndex>) -> Result<()> {
         let sectors: BTreeSet<u32> = blocks.into_iter().map(bat::sector_of).collect();
         let shape = self.sparse();
         for sector in sectors {
@@ -28,7 +28,7 @@ impl Offline {
     }
 
     /// Drops the places of blocks. Durable on return, so their space may be reused then.
-    pub(super) fn drop_blocks(&mut self, blocks: &[u32]) -> Result<()> {
+    pub(super) fn drop_blocks(&mut self, blocks: &[BlockIndex]) -> Result<()> {
         if blocks.is_empty() {
             return Ok(());
         }
@@ -36,14 +36,14 @@ impl Offline {
             self.sparse_mut().places.remove(block);
         }
         let entries = self.sparse().header.entries;
-        self.write_entries(blocks.iter().copied().filter(|block| *block < entries))?;
+        self.write_entries(blocks.iter().copied().filter(|block| block.get() < entries))?;
         self.sync()
     }
 
     /// Returns the blocks after the end of the disk that have a place.
-    pub(super) fn blocks_beyond_disk(&self) -> Vec<u32> {
+    pub(super) fn blocks_beyond_disk(&self) -> Vec<BlockIndex> {
         let (shape, blocks) = (self.sparse(), self.blocks_of_disk());
-        shape.places.keys().copied().filter(|block| u64::from(*block) >= blocks).collect()
+        shape.places.keys().copied().filter(|block| !block.is_within(blocks)).collect()
     }
 
     /// Returns whether the table can grow to `entries` in place.
@@ -61,9 +61,9 @@ impl Offline {
 
     /// Writes the entries of the blocks in `made`, and unused entries after the present table up to `entries`. Durable
     /// on return.
-    pub(super) fn write_more_entries(&mut self, entries: u32, made: &[u32]) -> Result<()> {
+    pub(super) fn write_more_entries(&mut self, entries: u32, made: &[BlockIndex]) -> Result<()> {
         let (at, old) = (self.sparse().header.table_offset, self.sparse().header.entries);
-        let more = bat::sector_of(old)..entries.div_ceil(bat::ENTRIES_PER_SECTOR);
+        let more = old / bat::ENTRIES_PER_SECTOR..entries.div_ceil(bat::ENTRIES_PER_SECTOR);
         let padding = if entries > old { bat::UNUSED } else { self.sparse().padding };
         let mut sectors: BTreeSet<u32> = made.iter().copied().map(bat::sector_of).collect();
         sectors.extend(more.filter(|_| entries > old));
@@ -198,12 +198,10 @@ impl Offline {
 impl OfflineSparse {
     /// Encodes sector `sector` of a table of `entries` entries, with `padding` after the last one.
     fn entries(&self, sector: u32, entries: u32, padding: u32) -> [u8; SECTOR_BYTES] {
-        let first = sector * bat::ENTRIES_PER_SECTOR;
         let mut bytes = [0; SECTOR_BYTES];
-        for (n, to) in (0..).zip(bytes.as_chunks_mut::<4>().0) {
-            let block = first + n;
+        for (block, to) in bat::blocks_of(sector).zip(bytes.as_chunks_mut::<4>().0) {
             let entry = self.places.get(&block).copied().unwrap_or(bat::UNUSED);
-            *to = if block < entries { entry } else { padding }.to_be_bytes();
+            *to = if block.get() < entries { entry } else { padding }.to_be_bytes();
         }
         bytes
     }
@@ -222,11 +220,12 @@ mod tests {
         let (at, room) = (image.sparse().header.table_offset, u32::try_from(layout::PAGE / 4).unwrap());
         assert!(image.has_room_for(4) && image.has_room_for(room + 1), "unused space follows the table");
         let place = u32::try_from(image.used_end() / SECTOR + 7).unwrap();
-        image.sparse_mut().places.insert(1, place);
+        let block = BlockIndex::new(1);
+        image.sparse_mut().places.insert(block, place);
         assert!(image.has_room_for(room) && !image.has_room_for(3 * room), "a block follows the table's page");
         image.extend((u64::from(place) + 129) * SECTOR).unwrap();
-        image.write_more_entries(200, &[1]).unwrap();
-        assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().place(1), Some(place));
+        image.write_more_entries(200, &[block]).unwrap();
+        assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().place(block), Some(place));
         image.use_table(at, 200).unwrap();
         let to = image.used_end().next_multiple_of(layout::PAGE);
         image.write_table(to, 5000).unwrap();
@@ -236,12 +235,12 @@ mod tests {
         let table = moved.bat().unwrap();
         assert_eq!(
             (moved.table_offset(), table.len(), table.used().collect::<Vec<_>>()),
-            (Some(to), 5000, vec![(1, place)])
+            (Some(to), 5000, vec![(block, place)])
         );
         let mut old = [1; 64];
         image.file().read_at(&mut old, at).unwrap();
         assert_eq!(old, [0; 64], "the old table's space is freed");
-        image.drop_blocks(&[1]).unwrap();
+        image.drop_blocks(&[block]).unwrap();
         assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().used().count(), 0);
     }
 }

@@ -13,7 +13,7 @@ use crate::format::{bat, layout};
 use crate::storage::{Buffer, File};
 use crate::storage::{is_seek_unsupported, next_data};
 use crate::units::OnProgress;
-use crate::units::{BlockSize, SECTOR};
+use crate::units::{BlockIndex, BlockSize, SECTOR};
 
 /// Approximate number of bytes that move between two syncs.
 const BATCH: u64 = 64 << 20;
@@ -24,7 +24,7 @@ const MISALIGNED_SHARE: u64 = 32;
 
 /// The move of a block to a lower file sector.
 struct BlockMove {
-    block: u32,
+    block: BlockIndex,
     from: u64,
     to: u32,
 }
@@ -35,7 +35,7 @@ impl Offline {
     ///
     /// # Errors
     /// `NoSpace`, `Io`: the disk's contents are unchanged.
-    pub fn free_blocks(&mut self, blocks: &[u32]) -> Result<()> {
+    pub fn free_blocks(&mut self, blocks: &[BlockIndex]) -> Result<()> {
         let mut blocks = blocks.to_vec();
         blocks.extend(self.blocks_beyond_disk());
         if blocks.is_empty() {
@@ -89,7 +89,8 @@ impl Offline {
     fn move_blocks(&mut self, watch: &mut OnProgress<'_>) -> Result<bool> {
         let block_size = self.sparse().header.block_size;
         let stride = u64::from(block_size.stride_sectors());
-        let mut sources: Vec<(u32, u32)> = self.sparse().places.iter().map(|(block, place)| (*place, *block)).collect();
+        let mut sources: Vec<(u32, BlockIndex)> =
+            self.sparse().places.iter().map(|(block, place)| (*place, *block)).collect();
         sources.sort_unstable();
         // No block moves only to become aligned. If all blocks are page-aligned, they stay so; if another writer packed
         // them, they may move anywhere.

@@ -18,7 +18,7 @@ use crate::format::{BatmapHeader, DiskType, DynamicHeader, Footer, MetadataMap, 
 use crate::image::open::Image;
 use crate::image::write::recover::recover;
 use crate::storage::File;
-use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
+use crate::units::{BlockIndex, BlockSize, SECTOR, SECTOR_BYTES};
 
 /// An image that is locked exclusively, after the recovery that an open for writing makes.
 pub struct Offline {
@@ -37,7 +37,7 @@ pub(super) struct OfflineSparse {
     /// The value that fills the table's last sector after the last entry.
     pub(super) padding: u32,
     /// The file sectors at which the blocks begin, including blocks after the end of the disk.
-    pub(super) places: BTreeMap<u32, u32>,
+    pub(super) places: BTreeMap<BlockIndex, u32>,
 }
 
 impl Offline {
@@ -93,13 +93,13 @@ impl Offline {
     }
 
     /// Returns the blocks of the disk that have a place, ascending.
-    pub fn blocks(&self) -> impl Iterator<Item = u32> {
+    pub fn blocks(&self) -> impl Iterator<Item = BlockIndex> {
         let end = self.blocks_of_disk();
-        self.sparse.iter().flat_map(|s| s.places.keys()).copied().take_while(move |block| u64::from(*block) < end)
+        self.sparse.iter().flat_map(|s| s.places.keys()).copied().take_while(move |block| block.is_within(end))
     }
 
     /// Returns the byte offsets of a block's bitmap and of its data; `None` if the block has no place.
-    pub fn block(&self, block: u32) -> Option<(u64, u64)> {
+    pub fn block(&self, block: BlockIndex) -> Option<(u64, u64)> {
         let shape = self.sparse.as_ref()?;
         let place = u64::from(*shape.places.get(&block)?);
         Some((place * SECTOR, (place + u64::from(shape.header.block_size.bitmap_sectors())) * SECTOR))
@@ -109,7 +109,7 @@ impl Offline {
     ///
     /// # Errors
     /// `Io`.
-    pub fn bitmap(&self, block: u32) -> Result<Vec<u64>> {
+    pub fn bitmap(&self, block: BlockIndex) -> Result<Vec<u64>> {
         let (at, data) = self.block(block).expect("only blocks with a place are asked for");
         let mut bytes = vec![0; usize::try_from(data - at).expect("a bitmap")];
         self.file.read_at(&mut bytes, at)?;
@@ -332,15 +332,16 @@ mod tests {
         let mut image = offline(&host);
         let first = image.used_end() / SECTOR;
         let places = [(0, first + 10), (2, first + 10 + 129), (3, first + 400)];
-        let places = places.map(|(block, place)| (block, u32::try_from(place).unwrap()));
+        let places = places.map(|(block, place)| (BlockIndex::new(block), u32::try_from(place).unwrap()));
         image.sparse_mut().places.extend(places);
         image.footer_offset = (first + 529) * SECTOR;
         let gaps = image.gaps(image.used_end());
         let behind: Vec<_> = gaps.iter().filter(|gap| gap.start >= first * SECTOR).cloned().collect();
         assert_eq!(behind, [first * SECTOR..(first + 10) * SECTOR, (first + 268) * SECTOR..(first + 400) * SECTOR]);
         assert_eq!(image.used_end(), (first + 529) * SECTOR);
-        image.sparse_mut().places.insert(9, u32::MAX - 1);
+        image.sparse_mut().places.insert(BlockIndex::new(9), u32::MAX - 1);
         assert_eq!(image.used_end(), (first + 529) * SECTOR, "places outside the file are not blocks");
-        assert_eq!((image.block(1), image.blocks().collect::<Vec<_>>()), (None, vec![0, 2, 3]));
+        let blocks: Vec<_> = image.blocks().map(BlockIndex::get).collect();
+        assert_eq!((image.block(BlockIndex::new(1)), blocks), (None, vec![0, 2, 3]));
     }
 }

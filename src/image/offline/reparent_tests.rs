@@ -8,7 +8,7 @@ use super::*;
 use crate::image::ImageKind;
 use crate::image::testing::{commit, file, grow, host_with, kinds, open};
 use crate::storage::sim::{FaultPlan, Random, SimHost};
-use crate::units::SectorRange;
+use crate::units::{BlockIndex, SectorRange};
 
 fn link(uuid: u128, name: &str) -> ParentLink {
     let absolute = Some(Path::new("/d").join(name));
@@ -20,7 +20,7 @@ fn child() -> SimHost {
     let host = host_with(ImageKind::Differencing(link(7, "old.vhd")), 128 * 3);
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
-    let place = image.reserve(1).unwrap();
+    let place = image.reserve(BlockIndex::new(1)).unwrap();
     image.file().write_at(&[5; SECTOR_BYTES], (u64::from(place) + 1) * SECTOR).unwrap();
     assert_eq!(image.mark(SectorRange::between(128, 129)), Ok(true));
     commit(&host, &image);
@@ -31,7 +31,7 @@ fn child() -> SimHost {
 /// Checks the data, and returns the parent's UUID and the recorded paths.
 fn seen(host: &SimHost) -> (u128, Vec<PathBuf>) {
     let image = Image::open(file(host)).unwrap();
-    let place = image.bat().unwrap().place(1).expect("the block is there");
+    let place = image.bat().unwrap().place(BlockIndex::new(1)).expect("the block is there");
     let (mut bits, mut data) = ([0; SECTOR_BYTES], [0; SECTOR_BYTES]);
     image.file().read_at(&mut bits, u64::from(place) * SECTOR).unwrap();
     image.file().read_at(&mut data, (u64::from(place) + 1) * SECTOR).unwrap();
@@ -73,7 +73,10 @@ fn a_power_cut_leaves_the_old_parent_or_the_new_one() {
             assert!(is_whole && (image.is_ok() || image.as_ref().is_err_and(|e| e.kind() == ErrorKind::Refused)));
             contradictions += usize::from(image.is_err());
             if let (Ok(image), true) = (image, fate % 2 == 0) {
-                image.reserve(0).or_else(|_| grow(&after, &image).map(|()| image.reserve(0).unwrap())).unwrap();
+                image
+                    .reserve(BlockIndex::new(0))
+                    .or_else(|_| grow(&after, &image).map(|()| image.reserve(BlockIndex::new(0)).unwrap()))
+                    .unwrap();
                 assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
                 commit(&after, &image);
             }

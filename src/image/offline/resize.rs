@@ -29,7 +29,7 @@ use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
 use crate::image::check::check_blocks::bits_beyond_disk;
 use crate::units::OnProgress;
-use crate::units::{BlockSize, SECTOR, SectorRange};
+use crate::units::{BlockIndex, BlockSize, SECTOR, SectorRange};
 
 /// Minimum growth of the file, in blocks, while blocks that mask the parent are added.
 const MASK_GROWTH_BLOCKS: u64 = 16;
@@ -141,7 +141,7 @@ impl Offline {
         self.sync()
     }
 
-    fn write_bitmap(&self, block: u32, words: Vec<u64>) -> Result<()> {
+    fn write_bitmap(&self, block: BlockIndex, words: Vec<u64>) -> Result<()> {
         let mut bytes = vec![0; words.len() * 8];
         bitmap::encode(words.into_iter(), &mut bytes);
         self.file().write_at(&bytes, self.block(block).expect("it has a place").0)
@@ -163,7 +163,12 @@ impl Offline {
     /// Marks zero sectors as present between the end of the disk and `size` wherever the parent chain is exposed.
     /// Returns the blocks added for them, which have no entries yet. The sectors have no effect before the size
     /// changes, and become durable with the table.
-    fn mask_parent(&mut self, block_size: BlockSize, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<Vec<u32>> {
+    fn mask_parent(
+        &mut self,
+        block_size: BlockSize,
+        size: u64,
+        exposed: &mut ExposedSectors<'_>,
+    ) -> Result<Vec<BlockIndex>> {
         let (old, new) = (self.size() / SECTOR, size / SECTOR);
         let (mut made, mut next) = (Vec::new(), self.used_end() / SECTOR);
         let blocks = block_size.blocks_for(new);
@@ -179,7 +184,8 @@ impl Offline {
                 let place = place.map_err(|defect| self.no_space(&defect.to_string()))?;
                 next = u64::from(place) + u64::from(block_size.stride_sectors());
                 if next * SECTOR > self.footer_offset() {
-                    let more = (blocks - u64::from(block)).min(MASK_GROWTH_BLOCKS) * layout::aligned_stride(block_size);
+                    let more =
+                        (blocks - u64::from(block.get())).min(MASK_GROWTH_BLOCKS) * layout::aligned_stride(block_size);
                     match self.extend((next + more) * SECTOR) {
                         Err(e) if e.kind() == ErrorKind::NoSpace => self.extend(next * SECTOR)?,
                         extended => extended?,
@@ -199,7 +205,7 @@ impl Offline {
     }
 
     /// Extends the table to at least `blocks` entries, and writes the entries of the blocks in `made`.
-    fn ensure_entries(&mut self, blocks: u32, made: &[u32]) -> Result<()> {
+    fn ensure_entries(&mut self, blocks: u32, made: &[BlockIndex]) -> Result<()> {
         let (at, old) = (self.sparse().header.table_offset, self.sparse().header.entries);
         let entries = old.max(blocks);
         // The range that a batmap's checksum covers depends on the disk's size. An empty batmap is valid for every size

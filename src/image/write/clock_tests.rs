@@ -237,7 +237,7 @@ fn is_mark_lost(mutant: Mutant) -> bool {
     };
     let world = SharedImage::new(0, 2 << 20, 4);
     for block in 0..4 {
-        while world.image.reserve(block).is_err() {
+        while world.image.reserve(crate::units::BlockIndex::new(block)).is_err() {
             grow(&world.image);
         }
         mark(&world, u64::from(block) * 4096 + MARKED_EARLY);

@@ -38,7 +38,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, FileSlot, Op, Payload};
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum CommitPhase {
@@ -166,7 +166,7 @@ impl Commit {
 
     /// C2: pushes the writes of the copied bitmap sectors, and of the BAT sectors with the places of their blocks.
     fn push_pointers(&mut self, ops: &mut Vec<Op>) {
-        let mut placing: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        let mut placing: BTreeMap<u32, Vec<BlockIndex>> = BTreeMap::new();
         for snapshot in &self.snapshots {
             let (block, place, at) = self.image.bitmap_sector_place(snapshot.index);
             let current =
@@ -174,7 +174,7 @@ impl Commit {
             let bytes = current.as_ref().unwrap_or(&snapshot.bytes);
             ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
             debug_assert_ne!(place, bat::UNUSED);
-            placing.entry(block / bat::ENTRIES_PER_SECTOR).or_default().push(block);
+            placing.entry(bat::sector_of(block)).or_default().push(block);
         }
         for (sector, blocks) in placing {
             if let Some((at, bytes)) = self.image.bat_sector(sector, &blocks) {
@@ -244,19 +244,17 @@ impl Writable {
 
     /// Returns sector `sector` of the BAT with the entries that are in the file and those of `blocks`, and its byte
     /// offset. Returns `None` if the entries of all `blocks` are in the file.
-    pub(super) fn bat_sector(&self, sector: u32, blocks: &[u32]) -> Option<(u64, [u8; SECTOR_BYTES])> {
+    pub(super) fn bat_sector(&self, sector: u32, blocks: &[BlockIndex]) -> Option<(u64, [u8; SECTOR_BYTES])> {
         let (table, tail) = (self.image().bat()?, self.free_tail());
         if !blocks.iter().any(|block| tail.fresh.contains(block)) {
             return None;
         }
-        let first = sector * bat::ENTRIES_PER_SECTOR;
         let mut bytes = [0; SECTOR_BYTES];
-        for (n, to) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-            let block = first + u32::try_from(n).expect("below 128");
-            let entry = match table.len().checked_sub(block) {
-                None | Some(0) => self.image().table_padding(),
-                Some(_) if tail.fresh.contains(&block) && !blocks.contains(&block) => bat::UNUSED,
-                Some(_) => table.place(block).unwrap_or(bat::UNUSED),
+        for (block, to) in bat::blocks_of(sector).zip(bytes.as_chunks_mut::<4>().0) {
+            let entry = match block.get() < table.len() {
+                false => self.image().table_padding(),
+                true if tail.fresh.contains(&block) && !blocks.contains(&block) => bat::UNUSED,
+                true => table.place(block).unwrap_or(bat::UNUSED),
             };
             *to = entry.to_be_bytes();
         }
@@ -268,9 +266,9 @@ impl Writable {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return 0 };
         let tail = self.free_tail();
         let blocks = indices.iter().map(|index| sparse.bitmaps.block_of(*index).0);
-        let blocks: BTreeSet<u32> = blocks.filter(|block| tail.fresh.contains(block)).collect();
+        let blocks: BTreeSet<BlockIndex> = blocks.filter(|block| tail.fresh.contains(block)).collect();
         // `reserve` claims a journal slot for each block, so a block has none only if all slots were in use.
-        let has_no_slot = |block: &u32| {
+        let has_no_slot = |block: &BlockIndex| {
             let first = sparse.bitmaps.first_sector_of(*block);
             sparse.bitmaps.lock_resident(first).state.journal_slot.is_none()
         };

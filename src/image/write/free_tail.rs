@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::format::layout;
-use crate::units::SECTOR;
+use crate::units::{BlockIndex, SECTOR};
 
 /// Maximum difference between the numbers of two blocks that count as neighbours.
 const NEIGHBOR_DISTANCE: u32 = 2;
@@ -24,7 +24,7 @@ pub struct FreeTail {
     /// Number of blocks without a place.
     pub unplaced: u64,
     /// Blocks whose BAT entry is not in the file yet.
-    pub fresh: BTreeSet<u32>,
+    pub fresh: BTreeSet<BlockIndex>,
     /// Whether a step of growth is in progress.
     pub growing: bool,
     /// Whether a sync of a step of growth is in flight.
@@ -34,17 +34,17 @@ pub struct FreeTail {
     /// Number of steps that reserved space, since the image was opened or the file system was last full.
     pub reservations: u32,
     /// The block that got a place last.
-    pub last_placed: u32,
+    pub last_placed: BlockIndex,
     /// Number of latest placements in sequence in which each block was a neighbour of the block placed before it.
     pub neighbor_run: u32,
 }
 
 impl FreeTail {
     /// Records that a block got the place at `next`, which ends at file sector `end`.
-    pub fn note_placed(&mut self, block: u32, end: u64) {
+    pub fn note_placed(&mut self, block: BlockIndex, end: u64) {
         // Several queues, or several writes in flight, place neighbours almost in order.
-        self.neighbor_run =
-            if block.abs_diff(self.last_placed) <= NEIGHBOR_DISTANCE { self.neighbor_run.saturating_add(1) } else { 0 };
+        let is_neighbor = block.distance_to(self.last_placed) <= NEIGHBOR_DISTANCE;
+        self.neighbor_run = if is_neighbor { self.neighbor_run.saturating_add(1) } else { 0 };
         self.last_placed = block;
         self.next = end;
         self.unplaced -= 1;

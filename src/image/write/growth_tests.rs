@@ -7,7 +7,7 @@ use crate::image::testing::{PATH, SLOT, child, commit, file, grow, host_with, ki
 use crate::image::{ImageSpec, create};
 use crate::storage::Action;
 use crate::storage::sim::{FaultPlan, SimHost};
-use crate::units::{BlockSize, SectorRange};
+use crate::units::{BlockIndex, BlockSize, SectorRange};
 
 #[test]
 fn both_footers_are_valid_at_every_moment() {
@@ -62,7 +62,7 @@ fn a_full_file_system_is_reported_and_nothing_stays_reserved() {
     // With little space, growth reserves fewer blocks.
     host.set_faults(FaultPlan { capacity: Some(before.allocated + (300 << 10)), ..FaultPlan::default() });
     grow(&host, &image).unwrap();
-    assert!(image.reserve(0).is_ok() && image.reserve(1).is_ok());
+    assert!(image.reserve(BlockIndex::new(0)).is_ok() && image.reserve(BlockIndex::new(1)).is_ok());
     host.set_faults(FaultPlan { no_allocate: true, ..FaultPlan::default() });
     grow(&host, &image).unwrap();
 }
@@ -82,7 +82,7 @@ fn space_for_all_blocks_or_none() {
     host.set_faults(FaultPlan::default());
     step(&mut Growth::begin_for(&image, SLOT, 30).expect("there is none yet")).unwrap();
     assert!(Growth::begin_for(&image, SLOT, 30).is_none());
-    assert!((0..30).all(|block| image.reserve(block).is_ok()));
+    assert!((0..30).all(|block| image.reserve(BlockIndex::new(block)).is_ok()));
 }
 
 #[test]
@@ -90,15 +90,16 @@ fn a_trimmed_file_ends_after_its_last_block() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
-    let place = image.reserve(7).unwrap();
+    let place = image.reserve(BlockIndex::new(7)).unwrap();
     assert_eq!(image.mark(SectorRange::between(7 * 128, 7 * 128 + 1)), Ok(true));
     commit(&host, &image);
-    image.reserve(8).unwrap();
+    image.reserve(BlockIndex::new(8)).unwrap();
     image.trim().unwrap();
     assert_eq!(file(&host).stat().unwrap().len, (u64::from(place) + 129 + 1) * SECTOR, "block 8 was never written");
     drop(image);
     let image = open(&host).unwrap();
-    assert_eq!((image.image().bat().unwrap().place(7), image.image().bat().unwrap().place(8)), (Some(place), None));
+    let bat = image.image().bat().unwrap();
+    assert_eq!((bat.place(BlockIndex::new(7)), bat.place(BlockIndex::new(8))), (Some(place), None));
     let empty = host_with(child(), 128 * 40);
     let image = open(&empty).unwrap();
     grow(&empty, &image).unwrap();
@@ -114,7 +115,7 @@ fn a_sparse_step_reserves_the_pages_that_commits_write() {
     let image = open(&host).unwrap();
     let before = file(&host).stat().unwrap();
     assert_eq!(file(&host).stat().unwrap(), before, "nothing is reserved before the first block needs a place");
-    assert!(image.reserve(0).is_err());
+    assert!(image.reserve(BlockIndex::new(0)).is_err());
     grow(&host, &image).unwrap();
     let after = file(&host).stat().unwrap();
     assert!(after.len > before.len + 8 * (64 << 10));
@@ -122,9 +123,9 @@ fn a_sparse_step_reserves_the_pages_that_commits_write() {
     assert_eq!(after.allocated - before.allocated, 8 * 4096, "eight bitmaps and the footer");
     // Now the file system is full: there is no space for data, but there is space for everything that a commit writes.
     host.set_faults(FaultPlan { capacity: Some(after.allocated), ..FaultPlan::default() });
-    image.reserve(0).unwrap(); // its data begins in the page of the old footer
+    image.reserve(BlockIndex::new(0)).unwrap(); // its data begins in the page of the old footer
     for block in 1..8 {
-        let place = u64::from(image.reserve(block).unwrap()) * SECTOR;
+        let place = u64::from(image.reserve(BlockIndex::new(block)).unwrap()) * SECTOR;
         let refused = image.file().write_at(&[7; 512], place + SECTOR);
         assert!(refused.is_err_and(|e| e.kind() == ErrorKind::NoSpace), "block {block} at {place}");
         let first = u64::from(block) * 128;
@@ -145,7 +146,7 @@ fn reservations_double_with_the_blocks_used() {
     let image = open(&host).unwrap();
     let before = file(&host).stat().unwrap().allocated;
     for block in 0..1000 {
-        while image.reserve(block).is_err() {
+        while image.reserve(BlockIndex::new(block)).is_err() {
             grow(&host, &image).unwrap();
         }
         while image.is_growth_due() {
@@ -173,15 +174,15 @@ fn the_free_tail_of_a_killed_process_is_reserved_again() {
         file(&host).punch_hole(found.len - 200 * SECTOR, 200 * SECTOR - SECTOR).unwrap();
         let found = file(&host).stat().unwrap();
         host.set_faults(FaultPlan { capacity: Some(found.allocated), ..FaultPlan::default() });
-        assert!(image.reserve(0).is_err(), "a commit might find no space");
+        assert!(image.reserve(BlockIndex::new(0)).is_err(), "a commit might find no space");
         // The page of the first bitmap is allocated, as the footer was in it.
-        let first = grow(&host, &image).map(|()| image.reserve(0).unwrap());
-        assert!(first.is_err() || image.reserve(1).is_err());
+        let first = grow(&host, &image).map(|()| image.reserve(BlockIndex::new(0)).unwrap());
+        assert!(first.is_err() || image.reserve(BlockIndex::new(1)).is_err());
         assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
         host.set_faults(FaultPlan::default());
         grow(&host, &image).unwrap();
         assert_eq!(file(&host).stat().unwrap().len, left.len, "the footer stays");
-        assert!((0..8).all(|block| image.reserve(block).is_ok()));
+        assert!((0..8).all(|block| image.reserve(BlockIndex::new(block)).is_ok()));
     }
 }
 
@@ -197,13 +198,13 @@ fn a_failed_step_on_a_copy_on_write_file_system_continues_when_there_is_space() 
     host.set_faults(plan(Some(before.allocated + 8 * 4096)));
     for _ in 0..100 {
         assert_eq!(grow(&host, &image).unwrap_err().kind(), ErrorKind::NoSpace);
-        assert!(!image.is_poisoned() && image.reserve(0).is_err());
+        assert!(!image.is_poisoned() && image.reserve(BlockIndex::new(0)).is_err());
     }
     let after = file(&host).stat().unwrap();
     assert!(after.len > before.len && after.len < before.len + 60 * (72 << 10), "the new end stays: {after:?}");
     host.set_faults(plan(Some(after.allocated + 2 * 4096)));
     grow(&host, &image).unwrap();
-    assert!(image.reserve(0).is_ok() && image.free_tail().stale.is_empty());
+    assert!(image.reserve(BlockIndex::new(0)).is_ok() && image.free_tail().stale.is_empty());
     host.set_faults(plan(None));
     image.trim().unwrap();
     assert_eq!(kinds(&host), Vec::<&str>::new());
@@ -217,7 +218,7 @@ fn an_image_can_be_closed_on_a_full_file_system() {
     create(&host, Path::new(PATH), &ImageSpec { kind: child(), size: 64 << 20, block_size, reserve: 0 }).unwrap();
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
-    let place = u64::from(image.reserve(0).unwrap());
+    let place = u64::from(image.reserve(BlockIndex::new(0)).unwrap());
     image.file().write_at(&[7; 512], (place + 1) * SECTOR).unwrap();
     assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
     commit(&host, &image);
@@ -245,7 +246,7 @@ fn blocks_that_are_written_whole_are_reserved_whole() {
     let taken = |first: u32, marked: u64| {
         let before = file(&host).stat().unwrap().allocated;
         for block in first..first + 200 {
-            while image.reserve(block).is_err() || image.is_growth_due() {
+            while image.reserve(BlockIndex::new(block)).is_err() || image.is_growth_due() {
                 grow(&host, &image).unwrap();
             }
             let sector = u64::from(block) * 128;

@@ -34,6 +34,7 @@ use crate::image::open::Image;
 use crate::image::session_state::journal_name;
 use crate::mutant::{self, Mutant};
 use crate::storage::{FileId, RuntimeFolder, Shm};
+use crate::units::BlockIndex;
 
 /// Number of used slots at which a commit becomes due.
 const DUE_SLOTS: usize = JOURNAL_SLOTS as usize * 3 / 4;
@@ -55,7 +56,7 @@ pub(super) struct JournalState {
     pub(super) free: Vec<u32>,
     pub(super) used: BTreeSet<u32>,
     /// Epoch of the running commit, and the blocks whose BAT entries it writes.
-    placing: (u64, BTreeSet<u32>),
+    placing: (u64, BTreeSet<BlockIndex>),
 }
 
 impl Journal {
@@ -210,7 +211,7 @@ impl Journal {
     pub(super) fn claim_slot(
         &self,
         index: usize,
-        block: u32,
+        block: BlockIndex,
         place: u32,
         fresh: bool,
         words: &[AtomicU64],
@@ -276,7 +277,7 @@ impl Journal {
     ///
     /// `unaccounted` means that there was no free slot when some of the blocks got their places. If this commit is
     /// killed, the sum over the BAT cannot be checked.
-    pub(super) fn begin_commit(&self, blocks: BTreeSet<u32>, unaccounted: bool) -> u64 {
+    pub(super) fn begin_commit(&self, blocks: BTreeSet<BlockIndex>, unaccounted: bool) -> u64 {
         let mut state = self.lock();
         if unaccounted {
             self.shm[UNACCOUNTED].store(1, Ordering::Release);
@@ -301,7 +302,7 @@ impl Journal {
     pub(super) fn finish_commit(
         &self,
         epoch: u64,
-        places: &[(u32, u32)],
+        places: &[(BlockIndex, u32)],
         keep: impl Fn(u32, usize, &dyn Fn()) -> bool,
     ) {
         let (next, old) = {

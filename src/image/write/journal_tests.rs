@@ -60,7 +60,7 @@ impl KilledImage {
 }
 
 fn write(image: &Writable, block: u32, sector: u64) {
-    image.reserve(block).unwrap();
+    image.reserve(BlockIndex::new(block)).unwrap();
     let at = u64::from(block) * BLOCK + sector;
     assert_eq!(image.mark(SectorRange::between(at, at + 8)), Ok(true), "the journal has free slots");
 }
@@ -68,10 +68,11 @@ fn write(image: &Writable, block: u32, sector: u64) {
 /// The blocks, of the first eight, in which the bit of `sector` is set, in memory or in the file.
 fn marked(image: &Writable, sector: u32) -> Vec<u32> {
     let has = |block: &u32| {
-        let Some(place) = image.image().bat().unwrap().place(*block) else { return false };
+        let block = BlockIndex::new(*block);
+        let Some(place) = image.image().bat().unwrap().place(block) else { return false };
         let bitmaps = image.bitmaps().unwrap();
         let mut bytes = [0; 512];
-        match bitmaps.run(bitmaps.first_sector_of(*block), sector, sector + 1) {
+        match bitmaps.run(bitmaps.first_sector_of(block), sector, sector + 1) {
             Some((set, _)) => return set,
             None => image.file().read_at(&mut bytes, u64::from(place) * 512).unwrap(),
         }
@@ -145,7 +146,7 @@ fn a_full_journal_is_replayed_after_a_kill() {
     let image = rig.open();
     let mut kept = 0;
     for block in 0..JOURNAL_SLOTS + 200 {
-        while image.reserve(block).is_err() {
+        while image.reserve(BlockIndex::new(block)).is_err() {
             let mut growth = Growth::begin(&image, SLOT_OF_FILE).unwrap();
             run_to_completion(&Host, image.file(), SLOT_OF_FILE, |failed, ops| growth.next(failed, ops)).unwrap();
         }
@@ -158,7 +159,7 @@ fn a_full_journal_is_replayed_after_a_kill() {
     drop(image);
     let image = rig.open();
     assert!(
-        (0..JOURNAL_SLOTS).all(|block| image.image().bat().unwrap().place(block).is_some()),
+        (0..JOURNAL_SLOTS).all(|block| image.image().bat().unwrap().place(BlockIndex::new(block)).is_some()),
         "journaled blocks have places"
     );
     assert!(commit(&image, usize::MAX));

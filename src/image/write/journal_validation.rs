@@ -25,7 +25,7 @@ use crate::format::{SessionStamp, bitmap};
 use crate::image::journal_id::{entry_hash, table_sum};
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
-use crate::units::{SECTOR, SECTOR_BITS, SECTOR_BYTES};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// A valid slot of a killed daemon's journal.
 #[derive(Clone, Debug)]
@@ -191,7 +191,7 @@ impl Journal {
 }
 
 /// The block of a slot's bitmap sector.
-fn block_of(slot: &ReplaySlot, image: &Image) -> Option<u32> {
+fn block_of(slot: &ReplaySlot, image: &Image) -> Option<BlockIndex> {
     block_of_bitmap_sector(slot.bitmap_sector, image.block_size()?.bitmap_sectors() as usize)
 }
 
@@ -227,6 +227,6 @@ fn include_file_bits(slots: &[ReplaySlot], image: &Image) -> Result<bool> {
 }
 
 /// The block of a bitmap sector; each block has `per_block` of them.
-fn block_of_bitmap_sector(index: usize, per_block: usize) -> Option<u32> {
-    u32::try_from(index / per_block).ok()
+fn block_of_bitmap_sector(index: usize, per_block: usize) -> Option<BlockIndex> {
+    u32::try_from(index / per_block).ok().map(BlockIndex::new)
 }

@@ -14,7 +14,7 @@ impl Writable {
         for index in self.dirty().clone() {
             let (block, _, at) = self.bitmap_sector_place(index);
             let _ = self.file().write_at(&self.lock_dirty(index).to_bytes(), at);
-            if let Some((at, bytes)) = self.bat_sector(block / bat::ENTRIES_PER_SECTOR, &[block]) {
+            if let Some((at, bytes)) = self.bat_sector(bat::sector_of(block), &[block]) {
                 let _ = self.file().write_at(&bytes, at);
             }
         }

@@ -15,7 +15,7 @@ use crate::image::batmap::Batmap;
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
 use crate::storage::next_data;
-use crate::units::{BlockSize, SECTOR, SECTOR_BYTES};
+use crate::units::{BlockIndex, BlockSize, SECTOR, SECTOR_BYTES};
 
 /// State of a writable image with a BAT.
 pub(in crate::image) struct WritableSparse {
@@ -49,7 +49,7 @@ pub(in crate::image) fn recover(
     if !replayed.is_empty() {
         // The entry of a block beyond the end of the disk takes no space.
         let blocks = block_size.blocks_for(image.size() / SECTOR);
-        places.extend(table.used().filter(|(block, _)| u64::from(*block) < blocks).map(|(_, place)| place));
+        places.extend(table.used().filter(|(block, _)| block.is_within(blocks)).map(|(_, place)| place));
     }
     for slot in replayed {
         let block = bitmaps.block_of(slot.bitmap_sector).0;
@@ -106,7 +106,7 @@ pub(in crate::image) fn recover(
     }
     clear_stale_claims(image)?;
     let blocks = block_size.blocks_for(image.size() / SECTOR);
-    let placed = table.used().filter(|(block, _)| u64::from(*block) < blocks).count() as u64;
+    let placed = table.used().filter(|(block, _)| block.is_within(blocks)).count() as u64;
     let free_tail = FreeTail {
         next,
         // The sector before the footer is reserved for a stamp.
@@ -120,7 +120,7 @@ pub(in crate::image) fn recover(
         syncing: false,
         steps: 0,
         reservations: 0,
-        last_placed: u32::MAX,
+        last_placed: BlockIndex::new(u32::MAX),
         neighbor_run: 0,
     };
     Ok(WritableSparse { bitmaps, block_size, fresh, free_tail: Mutex::new(free_tail) })
@@ -133,8 +133,8 @@ pub(in crate::image) fn recover(
 /// `Io`.
 fn clear_stale_claims(image: &Image) -> Result<()> {
     let Some(mut batmap) = Batmap::read(image)? else { return Ok(()) };
-    let placed = |block: u32| image.bat().is_some_and(|table| table.place(block).is_some());
-    let stale: Vec<u32> = batmap.claimed().filter(|block| !placed(*block)).collect();
+    let placed = |block| image.bat().is_some_and(|table| table.place(block).is_some());
+    let stale: Vec<BlockIndex> = batmap.claimed().filter(|block| !placed(*block)).collect();
     if stale.is_empty() {
         return Ok(());
     }
@@ -152,7 +152,7 @@ fn clear_stale_claims(image: &Image) -> Result<()> {
 #[cfg(all(test, feature = "sim"))]
 mod tests {
     use crate::image::testing::{child, commit, file, grow, host_with, open};
-    use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
+    use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
 
     fn footers(host: &crate::storage::sim::SimHost) -> ([u8; SECTOR_BYTES], [u8; SECTOR_BYTES]) {
         let (file, mut front, mut tail) = (file(host), [0; SECTOR_BYTES], [0; SECTOR_BYTES]);
@@ -166,17 +166,21 @@ mod tests {
         let host = host_with(child(), 1000);
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
-        let place = image.reserve(0).unwrap();
+        let place = image.reserve(BlockIndex::new(0)).unwrap();
         assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
         commit(&host, &image);
         // A killed write has written to the next block's space, to which no pointer refers.
-        let next = u64::from(image.reserve(1).unwrap()) * SECTOR;
+        let next = u64::from(image.reserve(BlockIndex::new(1)).unwrap()) * SECTOR;
         image.file().write_at(&[0xFF; 4096], next).unwrap();
         drop(image);
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
-        let again = u64::from(image.reserve(3).unwrap()) * SECTOR;
-        assert_eq!((image.image().bat().unwrap().place(0), again), (Some(place), next), "the same place");
+        let again = u64::from(image.reserve(BlockIndex::new(3)).unwrap()) * SECTOR;
+        assert_eq!(
+            (image.image().bat().unwrap().place(BlockIndex::new(0)), again),
+            (Some(place), next),
+            "the same place"
+        );
         let mut bytes = [1; 4096];
         image.file().read_at(&mut bytes, next).unwrap();
         assert_eq!(bytes, [0; 4096]);
@@ -205,7 +209,7 @@ mod tests {
         image.set_allocation(crate::image::Allocation::Block);
         grow(&host, &image).unwrap();
         for block in 0..16 {
-            image.reserve(block).unwrap();
+            image.reserve(BlockIndex::new(block)).unwrap();
             assert_eq!(image.mark(SectorRange::between(u64::from(block) * 128, u64::from(block) * 128 + 1)), Ok(true));
         }
         commit(&host, &image);

@@ -26,7 +26,7 @@ use crate::image::mtime::SavedMtime;
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
 use crate::storage::{AllocationMode, Env, File};
-use crate::units::{SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Minimum number of dirty bitmap sectors at which a commit becomes due. It equals the number of journal slots.
 const MIN_DIRTY_LIMIT: usize = JOURNAL_SLOTS as usize;
@@ -143,7 +143,7 @@ impl Writable {
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for the block.
-    pub fn reserve(&self, block: u32) -> Result<u32, NeedsGrowth> {
+    pub fn reserve(&self, block: BlockIndex) -> Result<u32, NeedsGrowth> {
         let table = self.image.bat().expect("a fixed image reserves no blocks");
         if let Some(place) = table.place(block) {
             return Ok(place);
@@ -332,7 +332,7 @@ impl Writable {
     }
 
     /// The block of a bitmap sector, the place of the block, and the byte offset of the bitmap sector in the file.
-    pub(super) fn bitmap_sector_place(&self, index: usize) -> (u32, u32, u64) {
+    pub(super) fn bitmap_sector_place(&self, index: usize) -> (BlockIndex, u32, u64) {
         let (block, sector) = self.sparse().bitmaps.block_of(index);
         let place =
             self.image.bat().and_then(|t| t.place(block)).expect("the block of a bitmap sector in use has a place");

@@ -15,10 +15,10 @@ fn places_are_distinct_and_end_with_the_free_tail() {
     let host = host_with(child(), 128 * 40);
     let image = open(&host).unwrap();
     image.set_allocation(Allocation::Block);
-    assert_eq!(image.reserve(0), Err(NeedsGrowth), "the free tail is empty");
+    assert_eq!(image.reserve(BlockIndex::new(0)), Err(NeedsGrowth), "the free tail is empty");
     grow(&host, &image).unwrap();
     let mut places = Vec::new();
-    for block in 0.. {
+    for block in (0..).map(BlockIndex::new) {
         let Ok(place) = image.reserve(block) else { break };
         assert_eq!(image.reserve(block), Ok(place), "a repeated call");
         places.push(u64::from(place));
@@ -28,7 +28,7 @@ fn places_are_distinct_and_end_with_the_free_tail() {
     assert!(places.windows(2).all(|p| p[1] >= p[0] + 129), "blocks overlap: {places:?}");
     assert!(places.iter().all(|p| p + 129 <= footer && (p + 1) % 8 == 0), "data is page-aligned, before the footer");
     grow(&host, &image).unwrap();
-    assert!(image.reserve(39).is_ok());
+    assert!(image.reserve(BlockIndex::new(39)).is_ok());
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn a_mark_may_span_blocks() {
     let host = host_with(child(), 128 * 4);
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
-    (0..3).for_each(|block| assert!(image.reserve(block).is_ok()));
+    (0..3).for_each(|block| assert!(image.reserve(BlockIndex::new(block)).is_ok()));
     assert_eq!(image.mark(SectorRange::between(120, 260)), Ok(true));
     let bitmaps = image.bitmaps().unwrap();
     let runs: Vec<_> = (0..3).map(|block| bitmaps.run(block, 0, 128).unwrap()).collect();

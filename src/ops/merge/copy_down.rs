@@ -98,7 +98,7 @@ impl LayerStack {
                 }
                 let range = layer_block.sectors_of(block).clip(disk);
                 for (block, _) in block_size.split_at_blocks(range) {
-                    is_needed[block as usize] |= table.place(block).is_none();
+                    is_needed[block.as_usize()] |= table.place(block).is_none();
                 }
             }
         }

@@ -26,7 +26,7 @@ use super::entry::{BitmapEntry, EntryTable};
 use super::frame::{BitmapFrame, FrameState, LockedFrame, OptimisticRead};
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
-use crate::units::{BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
+use crate::units::{BlockIndex, BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
 /// Memory for frames, in bytes, beyond which a clean bitmap sector is evicted for another.
 const MAX_FRAME_BYTES: usize = 64 << 20;
@@ -101,7 +101,7 @@ impl Bitmaps {
     /// Index of the bitmap sector with the bit of a sector of the disk.
     #[inline]
     pub fn bitmap_sector_of(&self, sector: u64) -> usize {
-        let block = self.block_size.block_at(sector) as usize;
+        let block = self.block_size.block_at(sector).as_usize();
         let within = self.block_size.sector_in_block(sector) / self.bits_per_sector;
         block * self.block_size.bitmap_sectors() as usize + within as usize
     }
@@ -113,19 +113,21 @@ impl Bitmaps {
     }
 
     /// The block of a bitmap sector, and the number of the sector in the block's bitmap.
-    pub fn block_of(&self, index: usize) -> (u32, u32) {
+    pub fn block_of(&self, index: usize) -> (BlockIndex, u32) {
         let per_block = self.block_size.bitmap_sectors() as usize;
-        let block = u32::try_from(index / per_block).expect("at most 2^32 blocks");
-        (block, u32::try_from(index % per_block).expect("below the sectors of a bitmap"))
+        (
+            BlockIndex::from_usize(index / per_block),
+            u32::try_from(index % per_block).expect("below the sectors of a bitmap"),
+        )
     }
 
     /// Index of a block's first bitmap sector.
-    pub(in crate::image::write) fn first_sector_of(&self, block: u32) -> usize {
-        block as usize * self.block_size.bitmap_sectors() as usize
+    pub(in crate::image::write) fn first_sector_of(&self, block: BlockIndex) -> usize {
+        block.as_usize() * self.block_size.bitmap_sectors() as usize
     }
 
     /// Indices of a block's bitmap sectors.
-    fn bitmap_sectors_of(&self, block: u32) -> std::ops::Range<usize> {
+    fn bitmap_sectors_of(&self, block: BlockIndex) -> std::ops::Range<usize> {
         let first = self.first_sector_of(block);
         first..first + self.block_size.bitmap_sectors() as usize
     }
@@ -226,7 +228,7 @@ impl Bitmaps {
     }
 
     /// Inserts the bitmap of a block that is about to get its place. No reader can reach it before the block has one.
-    pub(in crate::image::write) fn insert_fresh(&self, block: u32, bits: InitialBits) {
+    pub(in crate::image::write) fn insert_fresh(&self, block: BlockIndex, bits: InitialBits) {
         for index in self.bitmap_sectors_of(block) {
             let word = if bits == InitialBits::Set { u64::MAX } else { 0 };
             let evictions = self.eviction_count(index).expect("a block without a place has no bitmap");
@@ -289,7 +291,7 @@ impl Bitmaps {
     }
 
     /// Records that the BAT entry of a block is in the file.
-    pub(in crate::image::write) fn set_placed(&self, block: u32) {
+    pub(in crate::image::write) fn set_placed(&self, block: BlockIndex) {
         for index in self.bitmap_sectors_of(block) {
             if let Residence::Resident(mut frame) = self.lock(index) {
                 frame.state.unplaced = false;

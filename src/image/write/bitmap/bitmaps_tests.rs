@@ -43,7 +43,7 @@ fn resident(maps: &Bitmaps, count: usize) -> Vec<usize> {
 fn bitmap_sectors_of_large_and_small_blocks() {
     let large = Bitmaps::new(4, BlockSize::from_bytes(8 << 20).unwrap());
     assert_eq!((large.bitmap_sector_of(16384 + 4096), large.bit_of(16384 + 4097)), (5, 1));
-    assert_eq!(large.block_of(5), (1, 1));
+    assert_eq!(large.block_of(5), (BlockIndex::new(1), 1));
     let small = Bitmaps::new(10, BlockSize::from_bytes(4096).unwrap());
     assert_eq!((small.bitmap_sector_of(17), small.bit_of(17), small.bits_per_sector()), (2, 1, 8));
 }
@@ -64,10 +64,10 @@ fn marks_are_noted_once_until_the_snapshot() {
 #[test]
 fn a_fresh_block_owes_a_commit_even_if_no_bit_changes() {
     let maps = Bitmaps::new(2, BlockSize::DEFAULT);
-    maps.insert_fresh(1, InitialBits::Set);
+    maps.insert_fresh(BlockIndex::new(1), InitialBits::Set);
     assert_eq!(mark(&maps, 4096, 4097), 1);
     assert!(!maps.lock_resident(1).is_ordered() && maps.lock_resident(1).snapshot() == [0xFF; 512]);
-    maps.set_placed(1);
+    maps.set_placed(BlockIndex::new(1));
     assert_eq!(mark(&maps, 4096, 4097), 1, "the BAT entry is in the file, the bits are not");
     assert!(maps.lock_resident(1).snapshot() == [0xFF; 512]);
     maps.set_written(1);
@@ -87,19 +87,20 @@ fn full_bitmap_sectors_take_no_frame() {
         assert_eq!((maps.frames(), maps.run(299, 1, 8), mark(&maps, 1, 8)), (0, Some((true, 7)), 0));
         // Written in memory, then committed.
         let maps = Bitmaps::new(300, BlockSize::from_bytes(bytes).unwrap());
-        for block in 0..300 {
+        for index in 0..300 {
+            let block = BlockIndex::from_usize(index);
             maps.insert_fresh(block, InitialBits::Clear);
-            let first = u64::from(block) * sectors as u64;
+            let first = (index * sectors) as u64;
             mark(&maps, first, first + sectors as u64 - 1);
-            maps.lock_resident(block as usize).snapshot();
+            maps.lock_resident(index).snapshot();
             maps.set_placed(block);
-            maps.set_written(block as usize);
-            assert!(matches!(maps.table.get(block as usize), BitmapEntry::InFrame(_)), "a sector is missing");
+            maps.set_written(index);
+            assert!(matches!(maps.table.get(index), BitmapEntry::InFrame(_)), "a sector is missing");
             mark(&maps, first, first + sectors as u64);
-            maps.lock_resident(block as usize).snapshot();
-            assert_ne!(maps.table.get(block as usize), BitmapEntry::Full, "the last bit is not in the file yet");
-            maps.set_written(block as usize);
-            assert_eq!(maps.table.get(block as usize), BitmapEntry::Full);
+            maps.lock_resident(index).snapshot();
+            assert_ne!(maps.table.get(index), BitmapEntry::Full, "the last bit is not in the file yet");
+            maps.set_written(index);
+            assert_eq!(maps.table.get(index), BitmapEntry::Full);
         }
         assert_eq!(maps.frames(), 1, "one frame passes from block to block");
     }
@@ -140,11 +141,11 @@ fn neither_dirty_nor_pinned_bitmap_sectors_are_evicted() {
     maps.set_written(1);
     load(&maps, [6, 7]);
     assert_eq!((resident(&maps, 100), maps.frames()), (vec![7], 2), "the frames beyond the limit are evicted");
-    maps.insert_fresh(20, InitialBits::Clear);
+    maps.insert_fresh(BlockIndex::new(20), InitialBits::Clear);
     load(&maps, 8..12);
     assert!(maps.eviction_count(20).is_none(), "the BAT entry of its block is not in the file");
     maps.lock_resident(20).state.journal_slot = Some(3);
-    maps.set_placed(20);
+    maps.set_placed(BlockIndex::new(20));
     assert_eq!(maps.lock_resident(20).state.journal_slot, None, "no bit needs the slot");
     load(&maps, 12..16);
     assert!(maps.eviction_count(20).is_some());
