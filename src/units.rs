@@ -159,6 +159,26 @@ impl fmt::Display for BlockIndex {
     }
 }
 
+/// The index of a bitmap sector of an image: the bitmap sectors of all blocks, in the order of the blocks, whether the
+/// blocks have places or not.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
+pub struct BitmapSectorIndex(usize);
+
+impl BitmapSectorIndex {
+    /// Creates an index. [`BlockSize::bitmap_sector`] computes the index from a block.
+    #[inline]
+    pub const fn new(index: usize) -> BitmapSectorIndex {
+        BitmapSectorIndex(index)
+    }
+
+    /// Returns the number, which is also the index into an array with one element per bitmap sector.
+    #[inline]
+    pub const fn get(self) -> usize {
+        self.0
+    }
+}
+
 /// Size of the allocation unit of a dynamic or differencing image: a power of two of sectors.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct BlockSize {
@@ -229,6 +249,20 @@ impl BlockSize {
         SectorRange { start: u64::from(block.0) << self.shift, count: u64::from(self.sectors()) }
     }
 
+    /// Returns the index of bitmap sector `number` of a block.
+    #[inline]
+    pub fn bitmap_sector(self, block: BlockIndex, number: u32) -> BitmapSectorIndex {
+        BitmapSectorIndex(block.as_usize() * self.bitmap_sectors() as usize + number as usize)
+    }
+
+    /// Returns the block of a bitmap sector, and the number of the sector in the bitmap of the block.
+    #[inline]
+    pub fn block_of_bitmap_sector(self, index: BitmapSectorIndex) -> (BlockIndex, u32) {
+        let per_block = self.bitmap_sectors() as usize;
+        let number = u32::try_from(index.0 % per_block).expect("below the sectors of a bitmap");
+        (BlockIndex::from_usize(index.0 / per_block), number)
+    }
+
     /// Returns the number of blocks of a disk with `sectors` sectors.
     pub fn blocks_for(self, sectors: u64) -> u64 {
         sectors.div_ceil(u64::from(self.sectors()))
@@ -281,6 +315,8 @@ mod tests {
         let b = BlockSize::from_bytes(4 << 20).unwrap();
         assert_eq!((b.sectors(), b.bitmap_sectors(), b.stride_sectors()), (8192, 2, 8194));
         assert_eq!((b.block_at(8193), b.sector_in_block(8193)), (BlockIndex::new(1), 1));
+        assert_eq!(b.bitmap_sector(BlockIndex::new(3), 1), BitmapSectorIndex::new(7));
+        assert_eq!(b.block_of_bitmap_sector(BitmapSectorIndex::new(7)), (BlockIndex::new(3), 1));
         assert_eq!(BlockSize::from_bytes(4096).unwrap().bitmap_sectors(), 1);
     }
 }

@@ -1,21 +1,21 @@
 //! Plans: the extents of a range of the disk, or the bitmaps that must be loaded to find them.
 
 use super::extent::{self, Extent, Source};
-use crate::units::SectorRange;
+use crate::units::{BitmapSectorIndex, SectorRange};
 
 /// Bitmaps that must be loaded before a range can be planned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Missing {
     /// A sector of the bitmaps of the top.
-    BitmapSector(usize),
+    BitmapSector(BitmapSectorIndex),
     /// The bitmaps of a cell of the frozen map.
     Cell(usize),
 }
 
 impl Missing {
-    /// Converts the numbers of bitmap sectors of the top.
-    pub fn bitmap_sectors(numbers: &[usize]) -> Vec<Missing> {
-        numbers.iter().copied().map(Missing::BitmapSector).collect()
+    /// Converts the indices of bitmap sectors of the top.
+    pub fn bitmap_sectors(indices: &[BitmapSectorIndex]) -> Vec<Missing> {
+        indices.iter().copied().map(Missing::BitmapSector).collect()
     }
 }
 

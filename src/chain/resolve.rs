@@ -18,14 +18,14 @@ use crate::error::Result;
 use crate::format::bitmap;
 use crate::image::{NeedsGrowth, Pins};
 use crate::storage::FileSlot;
-use crate::units::{SECTOR_BYTES, SectorRange};
+use crate::units::{BitmapSectorIndex, SECTOR_BYTES, SectorRange};
 
 /// The reads of the bitmap sectors that a plan missed. Each read is one sector of a file.
 #[derive(Debug, Default)]
 pub struct Load {
-    bitmap_sectors: Vec<(usize, BitmapRead)>,
+    bitmap_sectors: Vec<(BitmapSectorIndex, BitmapRead)>,
     /// Bitmap sectors of the top that other queues have loaded in the meantime.
-    already_loaded: Vec<usize>,
+    already_loaded: Vec<BitmapSectorIndex>,
     cells: Vec<(usize, Vec<CellRead>)>,
     reads: Vec<BitmapRead>,
 }
@@ -116,16 +116,16 @@ impl Version {
         let mut load = Load::default();
         for what in missing {
             match *what {
-                Missing::BitmapSector(number) => {
+                Missing::BitmapSector(index) => {
                     let top = self.top().expect("only a top has bitmap sectors of its own");
                     // The count is taken before the read: if the sector is loaded and evicted during the read, the
                     // bytes of the read are stale.
-                    let Some(evictions) = top.image.bitmaps().and_then(|b| b.eviction_count(number)) else {
-                        load.already_loaded.push(number);
+                    let Some(evictions) = top.image.bitmaps().and_then(|b| b.eviction_count(index)) else {
+                        load.already_loaded.push(index);
                         continue;
                     };
-                    let at = top.image.bitmap_sector_offset(number);
-                    load.bitmap_sectors.push((number, BitmapRead { slot: top.slot, at, evictions, bytes: None }));
+                    let at = top.image.bitmap_sector_offset(index);
+                    load.bitmap_sectors.push((index, BitmapRead { slot: top.slot, at, evictions, bytes: None }));
                 }
                 Missing::Cell(cell) => load.cells.push((cell, self.frozen().cell_reads(cell))),
             }
@@ -141,11 +141,11 @@ impl Version {
     /// Supplies the bitmaps of a load whose reads are complete. `pins` keeps the bitmap sectors of the top in memory.
     pub fn supply(&self, load: &Load, pins: &mut Pins) {
         let image = || &self.top().expect("only a top has bitmap sectors of its own").image;
-        for (number, read) in &load.bitmap_sectors {
+        for (index, read) in &load.bitmap_sectors {
             let bytes = read.bytes.as_ref().expect("all reads are complete");
-            pins.insert(image(), *number, Some((read.evictions, &bytes[..])));
+            pins.insert(image(), *index, Some((read.evictions, &bytes[..])));
         }
-        load.already_loaded.iter().for_each(|number| pins.insert(image(), *number, None));
+        load.already_loaded.iter().for_each(|index| pins.insert(image(), *index, None));
         for (cell, reads) in &load.cells {
             self.frozen().supply(*cell, reads);
         }
@@ -304,7 +304,7 @@ mod tests {
         let version = chains.write("leaf");
         let mut plan = PlanBuffer::default();
         version.plan_read(SectorRange::between(4_000, 4_100), &mut FrozenCacheHandle::default(), &mut plan);
-        assert_eq!(plan.missing, [Missing::BitmapSector(0), Missing::Cell(1)]);
+        assert_eq!(plan.missing, [Missing::BitmapSector(BitmapSectorIndex::new(0)), Missing::Cell(1)]);
         let load = version.load(&plan.missing);
         let slots: Vec<_> = load.reads().map(|(slot, _)| slot).collect();
         assert_eq!(slots, [FileSlot(0), FileSlot(1)]);

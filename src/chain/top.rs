@@ -186,7 +186,7 @@ mod tests {
     use super::super::testing::{ChainFolder, plan_loaded, read_sector_bytes, write};
     use super::super::{OpenMode, Version};
     use super::*;
-    use crate::units::BlockIndex;
+    use crate::units::{BitmapSectorIndex, BlockIndex};
 
     fn ranges(plan: &PlanBuffer) -> Vec<(u64, u64)> {
         plan.extents.iter().map(|e| (e.range.start(), e.range.end())).collect()
@@ -270,7 +270,8 @@ mod tests {
         let version = chains.write("leaf");
         let mut plan = PlanBuffer::default();
         version.plan_write(range(4_000, 4_200), &mut plan).unwrap();
-        assert_eq!((plan.missing.as_slice(), plan.reserved), (&[Missing::BitmapSector(0)][..], false));
+        let missing = [Missing::BitmapSector(BitmapSectorIndex::new(0))];
+        assert_eq!((plan.missing.as_slice(), plan.reserved), (&missing[..], false));
         assert_eq!(version.top().unwrap().image.image().bat().unwrap().place(BlockIndex::new(1)), None);
         drop(version);
         // Opened read-only, the same file is a frozen layer.

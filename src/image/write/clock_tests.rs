@@ -16,7 +16,7 @@ use crate::mutant::Mutant;
 use crate::storage::host::Host;
 use crate::storage::sim::Random;
 use crate::storage::{Access, Env};
-use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BitmapSectorIndex, BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
 // States of a sector, in order: not written (0), write begun, mark returned, bit in the journal or committed.
 const BEGUN: u8 = 1;
@@ -54,7 +54,7 @@ impl SharedImage {
     }
 
     /// Reads and inserts a bitmap sector of a block that has a place, as a lane does.
-    fn load(&self, index: usize, pins: &mut Pins, slow: bool) {
+    fn load(&self, index: BitmapSectorIndex, pins: &mut Pins, slow: bool) {
         let evictions = self.image.bitmaps().unwrap().eviction_count(index);
         let mut bytes = [0; SECTOR_BYTES];
         self.image.file().read_at(&mut bytes, self.image.bitmap_sector_offset(index)).unwrap();
@@ -245,12 +245,13 @@ fn is_mark_lost(mutant: Mutant) -> bool {
     world.commit();
     world.end();
     let world = world.reopened();
-    let (image, bitmaps) = (&world.image, world.image.bitmaps().unwrap());
+    let (image, bitmaps, first) = (&world.image, world.image.bitmaps().unwrap(), BitmapSectorIndex::new(0));
     bitmaps.set_max_frames(0);
-    let insert_others = || (1..4).for_each(|index| world.load(index, &mut Pins::default(), false));
+    let insert_others =
+        || (1..4).for_each(|index| world.load(BitmapSectorIndex::new(index), &mut Pins::default(), false));
     let mut stale = [0; SECTOR_BYTES];
-    image.file().read_at(&mut stale, image.bitmap_sector_offset(0)).unwrap();
-    let evictions = bitmaps.eviction_count(0);
+    image.file().read_at(&mut stale, image.bitmap_sector_offset(first)).unwrap();
+    let evictions = bitmaps.eviction_count(first);
     mark(&world, MARKED_LATE);
     match mutant {
         Mutant::EvictDirty => insert_others(),
@@ -261,8 +262,8 @@ fn is_mark_lost(mutant: Mutant) -> bool {
         _ => {
             world.commit();
             insert_others();
-            assert!(bitmaps.eviction_count(0).is_some(), "a clean bitmap sector is evicted");
-            Pins::default().insert(image, 0, evictions.map(|evictions| (evictions, &stale[..])));
+            assert!(bitmaps.eviction_count(first).is_some(), "a clean bitmap sector is evicted");
+            Pins::default().insert(image, first, evictions.map(|evictions| (evictions, &stale[..])));
         }
     }
     !world.has(MARKED_LATE, false)
@@ -305,7 +306,7 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
     let image = Image::open(Host.open(&path, Access::Write).unwrap()).unwrap();
     let image = Arc::new(Writable::new(&Host, image, &Durability::FlushOnly).unwrap());
     let (bitmaps, before) = (image.bitmaps().unwrap(), resident());
-    for index in 0..blocks as usize {
+    for index in (0..blocks as usize).map(BitmapSectorIndex::new) {
         let evictions = bitmaps.eviction_count(index).expect("nothing was read yet");
         let mut bytes = [0; SECTOR_BYTES];
         image.file().read_at(&mut bytes, image.bitmap_sector_offset(index)).unwrap();
@@ -313,7 +314,8 @@ fn a_tebibyte_that_is_partly_full_everywhere_takes_a_bounded_share_of_memory() {
         assert!(bitmaps.each_run(index, 0, 4096, |set, count| assert_eq!((set, count), (false, 4096))));
     }
     println!("before: {before}, after: {}, {} frames", resident(), bitmaps.frames());
-    let kept = (0..blocks as usize).filter(|index| bitmaps.eviction_count(*index).is_none()).count();
+    let all = (0..blocks as usize).map(BitmapSectorIndex::new);
+    let kept = all.filter(|index| bitmaps.eviction_count(*index).is_none()).count();
     // There may be a few more frames than bitmap sectors, as the clock ends its search early.
     let (frames, most) = (bitmaps.frames(), kept + kept / 100);
     assert!((50_000..120_000).contains(&kept), "64 MiB hold {kept} bitmap sectors of 600 bytes");

@@ -38,7 +38,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::bat;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, FileSlot, Op, Payload};
-use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES};
+use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR, SECTOR_BYTES};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum CommitPhase {
@@ -54,7 +54,7 @@ enum CommitPhase {
 
 /// A copy of a bitmap sector from the start of the commit.
 struct SectorSnapshot {
-    index: usize,
+    index: BitmapSectorIndex,
     bytes: [u8; SECTOR_BYTES],
 }
 
@@ -117,7 +117,7 @@ impl Commit {
                 Ok(JobStep::Wait)
             }
             CommitPhase::SyncPointers => {
-                let indices: Vec<usize> = self.snapshots.iter().map(|snapshot| snapshot.index).collect();
+                let indices: Vec<_> = self.snapshots.iter().map(|snapshot| snapshot.index).collect();
                 self.image.finish_commit(self.epoch, Some(&indices));
                 self.image.erase_stamp_of_lost_journal();
                 self.phase = CommitPhase::Finished;
@@ -231,12 +231,12 @@ impl Writable {
     }
 
     /// Locks a bitmap sector that is dirty or in the running commit.
-    pub(super) fn lock_dirty(&self, index: usize) -> LockedFrame<'_> {
+    pub(super) fn lock_dirty(&self, index: BitmapSectorIndex) -> LockedFrame<'_> {
         self.sparse().bitmaps.lock_resident(index)
     }
 
     /// Records a bitmap sector of a failed commit as dirty again.
-    fn note_dirty_again(&self, index: usize) {
+    fn note_dirty_again(&self, index: BitmapSectorIndex) {
         let mut frame = self.lock_dirty(index);
         frame.state.in_commit = false;
         self.note_dirty(index, &mut frame.state);
@@ -262,7 +262,7 @@ impl Writable {
     }
 
     /// Begins a commit of bitmap sectors in the live journal, and returns its epoch.
-    fn begin_commit(&self, indices: &[usize]) -> u64 {
+    fn begin_commit(&self, indices: &[BitmapSectorIndex]) -> u64 {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return 0 };
         let tail = self.free_tail();
         let blocks = indices.iter().map(|index| sparse.bitmaps.block_of(*index).0);
@@ -277,7 +277,7 @@ impl Writable {
     }
 
     /// Records the end of the commit of `epoch`. `indices` are the bitmap sectors that it wrote; `None` if it failed.
-    fn finish_commit(&self, epoch: u64, indices: Option<&[usize]>) {
+    fn finish_commit(&self, epoch: u64, indices: Option<&[BitmapSectorIndex]>) {
         let Some(sparse) = &self.sparse else { return };
         let Some(indices) = indices else {
             self.journal().into_iter().for_each(Journal::fail_commit);

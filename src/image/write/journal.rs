@@ -34,7 +34,7 @@ use crate::image::open::Image;
 use crate::image::session_state::journal_name;
 use crate::mutant::{self, Mutant};
 use crate::storage::{FileId, RuntimeFolder, Shm};
-use crate::units::BlockIndex;
+use crate::units::{BitmapSectorIndex, BlockIndex};
 
 /// Number of used slots at which a commit becomes due.
 const DUE_SLOTS: usize = JOURNAL_SLOTS as usize * 3 / 4;
@@ -210,7 +210,7 @@ impl Journal {
     /// `fresh` means that no commit has written the block's BAT entry yet.
     pub(super) fn claim_slot(
         &self,
-        index: usize,
+        index: BitmapSectorIndex,
         block: BlockIndex,
         place: u32,
         fresh: bool,
@@ -223,7 +223,7 @@ impl Journal {
             _ if fresh => NOT_PLACED,
             _ => 0,
         };
-        self.slot_word(slot, SLOT_BITMAP_SECTOR).store(index as u64, Ordering::Relaxed);
+        self.slot_word(slot, SLOT_BITMAP_SECTOR).store(index.get() as u64, Ordering::Relaxed);
         self.slot_word(slot, SLOT_PLACE).store(place.into(), Ordering::Relaxed);
         self.slot_word(slot, SLOT_PLACED_BY).store(placed_by, Ordering::Relaxed);
         for n in 0..BITMAP_WORDS {
@@ -303,7 +303,7 @@ impl Journal {
         &self,
         epoch: u64,
         places: &[(BlockIndex, u32)],
-        keep: impl Fn(u32, usize, &dyn Fn()) -> bool,
+        keep: impl Fn(u32, BitmapSectorIndex, &dyn Fn()) -> bool,
     ) {
         let (next, old) = {
             let state = self.lock();
@@ -314,6 +314,7 @@ impl Journal {
         let mut ended = Vec::new();
         for slot in old {
             let index = self.slot_word(slot, SLOT_BITMAP_SECTOR).load(Ordering::Relaxed);
+            let index = BitmapSectorIndex::new(usize::try_from(index).expect("stored from a usize"));
             let renew = || {
                 // `placed by` takes effect with the store to COMMITTED below: `epoch` is no finished commit before that
                 // store.
@@ -322,7 +323,7 @@ impl Journal {
                 }
                 self.slot_word(slot, SLOT_EPOCH).store(next, Ordering::Release);
             };
-            if !keep(slot, usize::try_from(index).expect("stored from a usize"), &renew) {
+            if !keep(slot, index, &renew) {
                 ended.push(slot);
             }
         }

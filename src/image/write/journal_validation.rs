@@ -25,7 +25,7 @@ use crate::format::{SessionStamp, bitmap};
 use crate::image::journal_id::{entry_hash, table_sum};
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
-use crate::units::{BlockIndex, SECTOR, SECTOR_BITS, SECTOR_BYTES};
+use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// A valid slot of a killed daemon's journal.
 #[derive(Clone, Debug)]
@@ -33,7 +33,7 @@ pub(in crate::image) struct ReplaySlot {
     /// Number of the slot.
     pub(super) slot: u32,
     /// Index of the bitmap sector.
-    pub(super) bitmap_sector: usize,
+    pub(super) bitmap_sector: BitmapSectorIndex,
     /// Place of the block of the bitmap sector.
     pub(super) place: u32,
     /// Bits of the bitmap sector.
@@ -132,7 +132,8 @@ impl Journal {
             state.epoch = state.epoch.max(epoch);
             state.used.insert(slot);
             let words = std::array::from_fn(|n| word(SLOT_BITS + n));
-            slots.push(ReplaySlot { slot, bitmap_sector: index, place, words, is_accounted: placed_by <= committed });
+            let (bitmap_sector, is_accounted) = (BitmapSectorIndex::new(index), placed_by <= committed);
+            slots.push(ReplaySlot { slot, bitmap_sector, place, words, is_accounted });
         }
         for slot in &slots {
             let block = block_of(slot, image).ok_or(DAMAGED)?;
@@ -192,26 +193,24 @@ impl Journal {
 
 /// The block of a slot's bitmap sector.
 fn block_of(slot: &ReplaySlot, image: &Image) -> Option<BlockIndex> {
-    block_of_bitmap_sector(slot.bitmap_sector, image.block_size()?.bitmap_sectors() as usize)
+    Some(image.block_size()?.block_of_bitmap_sector(slot.bitmap_sector).0)
 }
 
 /// Whether the slots have all bits that their bitmap sectors have in the file. The bits of two slots for one bitmap
 /// sector are combined.
 fn include_file_bits(slots: &[ReplaySlot], image: &Image) -> Result<bool> {
     let (Some(table), Some(block_size)) = (image.bat(), image.block_size()) else { return Ok(true) };
-    let per_block = block_size.bitmap_sectors() as usize;
     let sectors = block_size.sectors().min(SECTOR_BITS);
-    let mut sectors_of_slots: BTreeMap<usize, [u64; BITMAP_WORDS]> = BTreeMap::new();
+    let mut sectors_of_slots: BTreeMap<BitmapSectorIndex, [u64; BITMAP_WORDS]> = BTreeMap::new();
     for slot in slots {
         let words = sectors_of_slots.entry(slot.bitmap_sector).or_insert([0; BITMAP_WORDS]);
         words.iter_mut().zip(slot.words).for_each(|(to, word)| *to |= word);
     }
     for (index, slot) in sectors_of_slots {
-        let Some(place) = block_of_bitmap_sector(index, per_block).and_then(|block| table.place(block)) else {
-            continue;
-        };
+        let (block, number) = block_size.block_of_bitmap_sector(index);
+        let Some(place) = table.place(block) else { continue };
         let mut bytes = [0; SECTOR_BYTES];
-        let at = (u64::from(place) + (index % per_block) as u64) * SECTOR;
+        let at = (u64::from(place) + u64::from(number)) * SECTOR;
         if at + SECTOR > image.data_end() {
             return Ok(false);
         }
@@ -224,9 +223,4 @@ fn include_file_bits(slots: &[ReplaySlot], image: &Image) -> Result<bool> {
         }
     }
     Ok(true)
-}
-
-/// The block of a bitmap sector; each block has `per_block` of them.
-fn block_of_bitmap_sector(index: usize, per_block: usize) -> Option<BlockIndex> {
-    u32::try_from(index / per_block).ok().map(BlockIndex::new)
 }

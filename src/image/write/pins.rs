@@ -7,12 +7,13 @@
 use std::sync::Arc;
 
 use super::writable::Writable;
+use crate::units::BitmapSectorIndex;
 
 /// Bitmap sectors that stay in memory until this is dropped.
 #[derive(Default)]
 pub struct Pins {
     image: Option<Arc<Writable>>,
-    bitmap_sectors: Vec<usize>,
+    bitmap_sectors: Vec<BitmapSectorIndex>,
 }
 
 impl Pins {
@@ -20,7 +21,7 @@ impl Pins {
     /// already, only pins it.
     ///
     /// `read` contains the result of `Bitmaps::eviction_count` from before the read, and the sector. `None` only pins.
-    pub fn insert(&mut self, image: &Arc<Writable>, index: usize, read: Option<(u32, &[u8])>) {
+    pub fn insert(&mut self, image: &Arc<Writable>, index: BitmapSectorIndex, read: Option<(u32, &[u8])>) {
         let bitmaps = image.bitmaps().expect("only images with bitmaps are asked for them");
         let pinned = match read {
             Some((evictions, sector)) => bitmaps.insert(index, evictions, sector),

@@ -152,7 +152,7 @@ fn clear_stale_claims(image: &Image) -> Result<()> {
 #[cfg(all(test, feature = "sim"))]
 mod tests {
     use crate::image::testing::{child, commit, file, grow, host_with, open};
-    use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
+    use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
 
     fn footers(host: &crate::storage::sim::SimHost) -> ([u8; SECTOR_BYTES], [u8; SECTOR_BYTES]) {
         let (file, mut front, mut tail) = (file(host), [0; SECTOR_BYTES], [0; SECTOR_BYTES]);
@@ -184,7 +184,7 @@ mod tests {
         let mut bytes = [1; 4096];
         image.file().read_at(&mut bytes, next).unwrap();
         assert_eq!(bytes, [0; 4096]);
-        assert_eq!(image.bitmaps().unwrap().run(3, 0, 128), Some((false, 128)));
+        assert_eq!(image.bitmaps().unwrap().run(BitmapSectorIndex::new(3), 0, 128), Some((false, 128)));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::image::mtime::SavedMtime;
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
 use crate::storage::{AllocationMode, Env, File};
-use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
 
 /// Minimum number of dirty bitmap sectors at which a commit becomes due. It equals the number of journal slots.
 const MIN_DIRTY_LIMIT: usize = JOURNAL_SLOTS as usize;
@@ -39,7 +39,7 @@ pub struct Writable {
     /// left data in the page cache.
     pub(super) unsynced: AtomicBool,
     /// Bitmap sectors with bits that are not in the file.
-    dirty: Mutex<Vec<usize>>,
+    dirty: Mutex<Vec<BitmapSectorIndex>>,
     poison: OnceLock<String>,
     pub(super) durability: DurabilityState,
     /// Whether a commit should begin, as the journal is nearly full or too many bitmap sectors are dirty.
@@ -182,7 +182,7 @@ impl Writable {
     /// # Errors
     /// The indices of the bitmap sectors that are not in memory. The caller loads them and marks the whole range again.
     #[must_use = "an acknowledged write must survive this process"]
-    pub fn mark(&self, range: SectorRange) -> Result<bool, Vec<usize>> {
+    pub fn mark(&self, range: SectorRange) -> Result<bool, Vec<BitmapSectorIndex>> {
         let (mut is_kept, mut has_new_bits, mut absent) = (true, false, Vec::new());
         if let Some(sparse) = &self.sparse {
             self.ensure_session();
@@ -235,7 +235,12 @@ impl Writable {
     }
 
     /// Records new bits in the live journal, if any. Returns whether the write may be acknowledged before a commit.
-    pub(super) fn make_bits_durable(&self, index: usize, frame: &mut LockedFrame<'_>, bits: &NewBits) -> bool {
+    pub(super) fn make_bits_durable(
+        &self,
+        index: BitmapSectorIndex,
+        frame: &mut LockedFrame<'_>,
+        bits: &NewBits,
+    ) -> bool {
         let session = match &self.durability {
             DurabilityState::FlushOnly => return true,
             DurabilityState::Commit => return false,
@@ -311,12 +316,12 @@ impl Writable {
     }
 
     /// Locks the list of dirty bitmap sectors.
-    pub(super) fn dirty(&self) -> MutexGuard<'_, Vec<usize>> {
+    pub(super) fn dirty(&self) -> MutexGuard<'_, Vec<BitmapSectorIndex>> {
         lock(&self.dirty)
     }
 
     /// Records a bitmap sector as dirty. The caller holds the lock of its frame.
-    pub(super) fn note_dirty(&self, index: usize, state: &mut FrameState) {
+    pub(super) fn note_dirty(&self, index: BitmapSectorIndex, state: &mut FrameState) {
         if !std::mem::replace(&mut state.dirty, true) {
             let mut dirty = self.dirty();
             dirty.push(index);
@@ -327,12 +332,12 @@ impl Writable {
     }
 
     /// Byte offset of a bitmap sector in the file. Its block has a place.
-    pub fn bitmap_sector_offset(&self, index: usize) -> u64 {
+    pub fn bitmap_sector_offset(&self, index: BitmapSectorIndex) -> u64 {
         self.bitmap_sector_place(index).2
     }
 
     /// The block of a bitmap sector, the place of the block, and the byte offset of the bitmap sector in the file.
-    pub(super) fn bitmap_sector_place(&self, index: usize) -> (BlockIndex, u32, u64) {
+    pub(super) fn bitmap_sector_place(&self, index: BitmapSectorIndex) -> (BlockIndex, u32, u64) {
         let (block, sector) = self.sparse().bitmaps.block_of(index);
         let place =
             self.image.bat().and_then(|t| t.place(block)).expect("the block of a bitmap sector in use has a place");

@@ -67,11 +67,11 @@ fn a_mark_may_span_blocks() {
     (0..3).for_each(|block| assert!(image.reserve(BlockIndex::new(block)).is_ok()));
     assert_eq!(image.mark(SectorRange::between(120, 260)), Ok(true));
     let bitmaps = image.bitmaps().unwrap();
-    let runs: Vec<_> = (0..3).map(|block| bitmaps.run(block, 0, 128).unwrap()).collect();
+    let runs: Vec<_> = (0..3).map(|block| bitmaps.run(BitmapSectorIndex::new(block), 0, 128).unwrap()).collect();
     assert_eq!(runs, [(false, 120), (true, 128), (true, 4)]);
     let mut dirty = image.dirty().clone();
     dirty.sort_unstable();
-    assert_eq!(dirty, [0, 1, 2]);
+    assert_eq!(dirty, [0, 1, 2].map(BitmapSectorIndex::new));
 }
 
 #[test]

@@ -26,7 +26,7 @@ use super::entry::{BitmapEntry, EntryTable};
 use super::frame::{BitmapFrame, FrameState, LockedFrame, OptimisticRead};
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
-use crate::units::{BlockIndex, BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
+use crate::units::{BitmapSectorIndex, BlockIndex, BlockSize, SECTOR_BITS, SECTOR_BYTES, SectorRange};
 
 /// Memory for frames, in bytes, beyond which a clean bitmap sector is evicted for another.
 const MAX_FRAME_BYTES: usize = 64 << 20;
@@ -100,10 +100,9 @@ impl Bitmaps {
 
     /// Index of the bitmap sector with the bit of a sector of the disk.
     #[inline]
-    pub fn bitmap_sector_of(&self, sector: u64) -> usize {
-        let block = self.block_size.block_at(sector).as_usize();
+    pub fn bitmap_sector_of(&self, sector: u64) -> BitmapSectorIndex {
         let within = self.block_size.sector_in_block(sector) / self.bits_per_sector;
-        block * self.block_size.bitmap_sectors() as usize + within as usize
+        self.block_size.bitmap_sector(self.block_size.block_at(sector), within)
     }
 
     /// Position of the bit of a sector of the disk in its bitmap sector.
@@ -113,23 +112,19 @@ impl Bitmaps {
     }
 
     /// The block of a bitmap sector, and the number of the sector in the block's bitmap.
-    pub fn block_of(&self, index: usize) -> (BlockIndex, u32) {
-        let per_block = self.block_size.bitmap_sectors() as usize;
-        (
-            BlockIndex::from_usize(index / per_block),
-            u32::try_from(index % per_block).expect("below the sectors of a bitmap"),
-        )
+    pub fn block_of(&self, index: BitmapSectorIndex) -> (BlockIndex, u32) {
+        self.block_size.block_of_bitmap_sector(index)
     }
 
     /// Index of a block's first bitmap sector.
-    pub(in crate::image::write) fn first_sector_of(&self, block: BlockIndex) -> usize {
-        block.as_usize() * self.block_size.bitmap_sectors() as usize
+    pub(in crate::image::write) fn first_sector_of(&self, block: BlockIndex) -> BitmapSectorIndex {
+        self.block_size.bitmap_sector(block, 0)
     }
 
     /// Indices of a block's bitmap sectors.
-    fn bitmap_sectors_of(&self, block: BlockIndex) -> std::ops::Range<usize> {
-        let first = self.first_sector_of(block);
-        first..first + self.block_size.bitmap_sectors() as usize
+    fn bitmap_sectors_of(&self, block: BlockIndex) -> impl Iterator<Item = BitmapSectorIndex> + use<> {
+        let block_size = self.block_size;
+        (0..block_size.bitmap_sectors()).map(move |number| block_size.bitmap_sector(block, number))
     }
 
     /// Calls `f(set, count)` for each run of equal bits in `from..end` of a bitmap sector.
@@ -137,7 +132,7 @@ impl Bitmaps {
     /// Returns false if the bitmap sector is not in memory, or was evicted meanwhile. The runs passed to `f` are then
     /// invalid.
     #[inline]
-    pub fn each_run(&self, index: usize, from: u32, end: u32, mut f: impl FnMut(bool, u32)) -> bool {
+    pub fn each_run(&self, index: BitmapSectorIndex, from: u32, end: u32, mut f: impl FnMut(bool, u32)) -> bool {
         let read = match self.read_optimistic(index) {
             Ok(read) => read,
             Err(BitmapEntry::Full) => {
@@ -157,7 +152,7 @@ impl Bitmaps {
 
     /// Begins a read without a lock. The error is the table entry of a bitmap sector that has no frame.
     #[inline]
-    fn read_optimistic(&self, index: usize) -> Result<OptimisticRead<'_>, BitmapEntry> {
+    fn read_optimistic(&self, index: BitmapSectorIndex) -> Result<OptimisticRead<'_>, BitmapEntry> {
         match self.table.get(index) {
             BitmapEntry::InFrame(number) => {
                 self.pool.frame(number).read_optimistic(index).ok_or(BitmapEntry::Absent(0))
@@ -168,7 +163,7 @@ impl Bitmaps {
 
     /// Number of evictions of an absent bitmap sector; `None` if the bitmap sector is full or in memory.
     /// [`Pins::insert`](crate::image::Pins::insert) requires the number from before the file was read.
-    pub fn eviction_count(&self, index: usize) -> Option<u32> {
+    pub fn eviction_count(&self, index: BitmapSectorIndex) -> Option<u32> {
         match self.table.get(index) {
             BitmapEntry::Absent(evictions) => Some(evictions),
             _ => None,
@@ -180,7 +175,7 @@ impl Bitmaps {
     ///
     /// If the bitmap sector is in memory by now, its bits in memory do not change, and it is pinned. If it was inserted
     /// and evicted since, `sector` is out of date and is ignored. Returns whether the bitmap sector is pinned.
-    pub(in crate::image::write) fn insert(&self, index: usize, evictions: u32, sector: &[u8]) -> bool {
+    pub(in crate::image::write) fn insert(&self, index: BitmapSectorIndex, evictions: u32, sector: &[u8]) -> bool {
         let mut words = [0; SECTOR_BYTES / 8];
         bitmap::decode(sector, &mut words);
         let before = match self.table.get(index) {
@@ -195,7 +190,7 @@ impl Bitmaps {
     }
 
     /// Pins a bitmap sector if it has a frame. Returns whether it does; the caller unpins it then.
-    pub(in crate::image::write) fn pin(&self, index: usize) -> bool {
+    pub(in crate::image::write) fn pin(&self, index: BitmapSectorIndex) -> bool {
         match self.lock(index) {
             Residence::Resident(mut frame) => {
                 frame.state.pins += 1;
@@ -206,7 +201,7 @@ impl Bitmaps {
     }
 
     /// Undoes one `pin` that returned true.
-    pub(in crate::image::write) fn unpin(&self, index: usize) {
+    pub(in crate::image::write) fn unpin(&self, index: BitmapSectorIndex) {
         match self.lock(index) {
             Residence::Resident(mut frame) => frame.state.pins -= 1,
             Residence::Full => {}
@@ -215,7 +210,7 @@ impl Bitmaps {
     }
 
     /// Inserts the bits of a bitmap sector from the journal of the previous daemon, or adds them to those in memory.
-    pub(in crate::image::write) fn replay(&self, index: usize, words: &[u64]) -> LockedFrame<'_> {
+    pub(in crate::image::write) fn replay(&self, index: BitmapSectorIndex, words: &[u64]) -> LockedFrame<'_> {
         if let Residence::Absent(evictions) = self.lock(index) {
             let state = FrameState { ordered: true, evictions, ..FrameState::default() };
             self.assign_frame(index, BitmapEntry::Absent(evictions), words.iter().copied(), state);
@@ -243,7 +238,7 @@ impl Bitmaps {
     /// frame.
     fn assign_frame(
         &self,
-        index: usize,
+        index: BitmapSectorIndex,
         before: BitmapEntry,
         words: impl Iterator<Item = u64>,
         state: FrameState,
@@ -263,7 +258,7 @@ impl Bitmaps {
     }
 
     /// Locks a bitmap sector if it has a frame.
-    pub(in crate::image::write) fn lock(&self, index: usize) -> Residence<'_> {
+    pub(in crate::image::write) fn lock(&self, index: BitmapSectorIndex) -> Residence<'_> {
         loop {
             match self.table.get(index) {
                 BitmapEntry::Absent(evictions) => return Residence::Absent(evictions),
@@ -283,7 +278,7 @@ impl Bitmaps {
     ///
     /// # Panics
     /// If it has no frame.
-    pub(in crate::image::write) fn lock_resident(&self, index: usize) -> LockedFrame<'_> {
+    pub(in crate::image::write) fn lock_resident(&self, index: BitmapSectorIndex) -> LockedFrame<'_> {
         match self.lock(index) {
             Residence::Resident(frame) => frame,
             Residence::Full | Residence::Absent(_) => panic!("a bitmap sector that is not clean is never evicted"),
@@ -305,7 +300,7 @@ impl Bitmaps {
 
     /// Records that a commit has made its snapshot of a bitmap sector durable. A sector that is full then gives up its
     /// frame.
-    pub(in crate::image::write) fn set_written(&self, index: usize) {
+    pub(in crate::image::write) fn set_written(&self, index: BitmapSectorIndex) {
         let mut frame = self.lock_resident(index);
         (frame.state.in_commit, frame.state.unwritten) = (false, false);
         frame.state.not_journaled &= frame.state.dirty;
@@ -319,7 +314,7 @@ impl Bitmaps {
 
     /// Whether these bits are set already, and are in the file or in the journal.
     #[inline]
-    fn is_marked(&self, index: usize, bit: u32, count: u32) -> bool {
+    fn is_marked(&self, index: BitmapSectorIndex, bit: u32, count: u32) -> bool {
         match self.read_optimistic(index) {
             Ok(read) => read.run(bit, bit + count) == (true, count) && read.owes_no_commit() && read.is_valid(),
             Err(entry) => entry == BitmapEntry::Full,
@@ -333,8 +328,8 @@ impl Bitmaps {
     pub(in crate::image::write) fn mark(
         &self,
         range: SectorRange,
-        absent: &mut Vec<usize>,
-        mut on_new: impl FnMut(usize, &mut LockedFrame<'_>, NewBits),
+        absent: &mut Vec<BitmapSectorIndex>,
+        mut on_new: impl FnMut(BitmapSectorIndex, &mut LockedFrame<'_>, NewBits),
     ) {
         let mut rest = range;
         while !rest.is_empty() {

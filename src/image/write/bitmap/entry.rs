@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::image::sparse_array::SparseArray;
+use crate::units::BitmapSectorIndex;
 
 /// The location of a bitmap sector, encoded in 32 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,18 +53,20 @@ impl EntryTable {
 
     /// Returns the entry of a bitmap sector.
     #[inline]
-    pub(super) fn get(&self, index: usize) -> BitmapEntry {
-        self.words.get(index).map_or(BitmapEntry::Absent(0), |word| BitmapEntry::decode(word.load(Ordering::Acquire)))
+    pub(super) fn get(&self, index: BitmapSectorIndex) -> BitmapEntry {
+        self.words
+            .get(index.get())
+            .map_or(BitmapEntry::Absent(0), |word| BitmapEntry::decode(word.load(Ordering::Acquire)))
     }
 
     /// Sets the entry of a bitmap sector. The caller holds the lock of its frame.
-    pub(super) fn set(&self, index: usize, entry: BitmapEntry) {
-        self.words.get_or_init(index).store(entry.encode(), Ordering::Release);
+    pub(super) fn set(&self, index: BitmapSectorIndex, entry: BitmapEntry) {
+        self.words.get_or_init(index.get()).store(entry.encode(), Ordering::Release);
     }
 
     /// Replaces the entry if it is `before`. Returns whether the entry was replaced.
-    pub(super) fn compare_exchange(&self, index: usize, before: BitmapEntry, after: BitmapEntry) -> bool {
-        let word = self.words.get_or_init(index);
+    pub(super) fn compare_exchange(&self, index: BitmapSectorIndex, before: BitmapEntry, after: BitmapEntry) -> bool {
+        let word = self.words.get_or_init(index.get());
         word.compare_exchange(before.encode(), after.encode(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 }

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::format::bitmap;
 use crate::mutant::{self, Mutant};
-use crate::units::SECTOR_BYTES;
+use crate::units::{BitmapSectorIndex, SECTOR_BYTES};
 
 /// The bits of one bitmap sector in memory.
 #[derive(Debug)]
@@ -77,9 +77,9 @@ impl BitmapFrame {
 
     /// Begins a read without a lock. Returns `None` if the frame has another owner by now.
     #[inline]
-    pub(crate) fn read_optimistic(&self, index: usize) -> Option<OptimisticRead<'_>> {
+    pub(crate) fn read_optimistic(&self, index: BitmapSectorIndex) -> Option<OptimisticRead<'_>> {
         let tag = self.tag.load(Ordering::Acquire);
-        if tag & UNOWNED != index as u64 {
+        if tag & UNOWNED != index.get() as u64 {
             return None;
         }
         if !self.used.load(Ordering::Relaxed) {
@@ -94,9 +94,9 @@ impl BitmapFrame {
     }
 
     /// Index of the bitmap sector that has the frame. It does not change while the frame is locked.
-    pub(crate) fn owner(&self) -> Option<usize> {
+    pub(crate) fn owner(&self) -> Option<BitmapSectorIndex> {
         let owner = self.tag.load(Ordering::Acquire) & UNOWNED;
-        (owner != UNOWNED).then(|| usize::try_from(owner).expect("32 bits"))
+        (owner != UNOWNED).then(|| BitmapSectorIndex::new(usize::try_from(owner).expect("32 bits")))
     }
 
     /// Locks the frame.
@@ -174,7 +174,7 @@ impl LockedFrame<'_> {
     }
 
     /// Index of the bitmap sector that has the frame.
-    pub(crate) fn owner(&self) -> Option<usize> {
+    pub(crate) fn owner(&self) -> Option<BitmapSectorIndex> {
         self.frame.owner()
     }
 
@@ -207,10 +207,10 @@ impl LockedFrame<'_> {
     ///
     /// The table entry of the bitmap sector already names this frame. If the owner were set first, a reader with an
     /// outdated entry that also names this frame could trust bits that are then not inserted.
-    pub(crate) fn assign_to(&mut self, index: usize) {
+    pub(crate) fn assign_to(&mut self, index: BitmapSectorIndex) {
         let tag = self.frame.tag.load(Ordering::Relaxed) & !UNOWNED;
         self.frame.used.store(false, Ordering::Relaxed);
-        self.frame.tag.store(tag | index as u64, Ordering::Release);
+        self.frame.tag.store(tag | index.get() as u64, Ordering::Release);
     }
 }
 
@@ -230,28 +230,29 @@ mod tests {
     #[test]
     fn a_read_is_valid_while_the_frame_keeps_its_owner() {
         let frame = BitmapFrame::new();
-        assert!(frame.read_optimistic(7).is_none());
+        let (seven, eight) = (BitmapSectorIndex::new(7), BitmapSectorIndex::new(8));
+        assert!(frame.read_optimistic(seven).is_none());
         let give = |index, word| {
             let mut frame = frame.lock();
             frame.fill(1, std::iter::once(word), FrameState::default());
             assert_eq!(frame.owner(), None, "filled, without an owner");
             frame.assign_to(index);
         };
-        give(7, 1 << 63);
-        let look = frame.read_optimistic(7).unwrap();
+        give(seven, 1 << 63);
+        let look = frame.read_optimistic(seven).unwrap();
         assert!(
             look.run(0, 8) == (true, 1)
                 && look.is_valid()
                 && look.owes_no_commit()
-                && frame.read_optimistic(8).is_none()
+                && frame.read_optimistic(eight).is_none()
         );
         frame.lock().set_bits(1, 1);
         assert!(look.run(0, 8) == (true, 2) && look.is_valid());
         // The frame has the same owner again, but the read began before the changes of owner, so it is invalid.
-        give(8, 0);
-        give(7, 1 << 63);
-        assert!(!look.is_valid() && frame.read_optimistic(7).unwrap().is_valid());
+        give(eight, 0);
+        give(seven, 1 << 63);
+        assert!(!look.is_valid() && frame.read_optimistic(seven).unwrap().is_valid());
         frame.lock().release();
-        assert!(frame.read_optimistic(7).is_none() && frame.owner().is_none());
+        assert!(frame.read_optimistic(seven).is_none() && frame.owner().is_none());
     }
 }
