@@ -23,9 +23,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 use super::journal_layout::{
-    BITMAP_WORDS, BOOT_AT, BYTES, COMMITTED, CURRENT_GENERATION, FILE_ID_AT, HEADER_WORDS, IMAGE_AT, JOURNAL_SLOTS,
-    MAGIC, MAGIC_AT, NEXT_GENERATION, NOT_PLACED, PATH_AT, PATH_WORDS, POISON_AT, POISON_WORDS, SESSION_AT,
-    SLOT_BITMAP_SECTOR, SLOT_BITS, SLOT_EPOCH, SLOT_PLACE, SLOT_PLACED_BY, SLOT_WORDS, TABLE_SUMS, UNACCOUNTED,
+    BITMAP_WORDS, BOOT_AT, BYTES, COMMITTED, CURRENT_GENERATION, FILE_ID_AT, IMAGE_AT, JOURNAL_SLOTS, JOURNAL_WORDS,
+    JournalSlot, MAGIC, MAGIC_AT, NEXT_GENERATION, NOT_PLACED, PATH_AT, PATH_WORDS, POISON_AT, POISON_WORDS,
+    SESSION_AT, SLOT_BITMAP_SECTOR, SLOT_BITS, SLOT_EPOCH, SLOT_PLACE, SLOT_PLACED_BY, TABLE_SUMS, UNACCOUNTED,
 };
 use crate::error::Result;
 use crate::format::bitmap;
@@ -53,8 +53,8 @@ pub struct Journal {
 pub(super) struct JournalState {
     /// Epoch of the slots that are claimed now.
     pub(super) epoch: u64,
-    pub(super) free: Vec<u32>,
-    pub(super) used: BTreeSet<u32>,
+    pub(super) free: Vec<JournalSlot>,
+    pub(super) used: BTreeSet<JournalSlot>,
     /// Epoch of the running commit, and the blocks whose BAT entries it writes.
     placing: (u64, BTreeSet<BlockIndex>),
 }
@@ -66,7 +66,7 @@ impl Journal {
     /// `NoSpace`, `Io`.
     pub(super) fn create(runtime: &RuntimeFolder, session: Uuid, boot: Uuid, image: &Image) -> Result<Journal> {
         let name = journal_name(session);
-        let shm = runtime.create(&name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
+        let shm = runtime.create(&name, JOURNAL_WORDS)?;
         let journal = Journal::from_shm(shm, runtime, name);
         for (at, uuid) in [(SESSION_AT, session), (IMAGE_AT, image.uuid()), (BOOT_AT, boot)] {
             let (high, low) = uuid.as_u64_pair();
@@ -76,7 +76,7 @@ impl Journal {
         journal.shm[TABLE_SUMS].store(table_sum(image), Ordering::Relaxed);
         journal.record_file(image)?;
         journal.shm[MAGIC_AT].store(MAGIC, Ordering::Release);
-        journal.lock().free = (0..JOURNAL_SLOTS).rev().collect();
+        journal.lock().free = JournalSlot::last_to_first().collect();
         Ok(journal)
     }
 
@@ -88,7 +88,7 @@ impl Journal {
     /// - `Refused` if the file cannot be a journal of this user;
     /// - `Io`.
     pub(super) fn open(runtime: &RuntimeFolder, name: &str) -> Result<Journal> {
-        let shm = runtime.open(name, HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS)?;
+        let shm = runtime.open(name, JOURNAL_WORDS)?;
         Ok(Journal::from_shm(shm, runtime, name.to_owned()))
     }
 
@@ -177,7 +177,7 @@ impl Journal {
     /// Whether any slot is valid.
     pub(super) fn has_marks(&self) -> bool {
         let committed = self.header_word(COMMITTED) >> 1;
-        (0..JOURNAL_SLOTS).any(|slot| self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire) > committed)
+        JournalSlot::last_to_first().any(|slot| self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire) > committed)
     }
 
     /// Loads a word of the header.
@@ -215,7 +215,7 @@ impl Journal {
         place: u32,
         fresh: bool,
         words: &[AtomicU64],
-    ) -> Option<u32> {
+    ) -> Option<JournalSlot> {
         let mut state = self.lock();
         let slot = state.free.pop()?;
         let placed_by = match &state.placing {
@@ -237,8 +237,8 @@ impl Journal {
     }
 
     /// Sets `count` bits of a slot from `bit`.
-    pub(super) fn set_bits(&self, slot: u32, bit: u32, count: u32) {
-        let at = HEADER_WORDS + slot as usize * SLOT_WORDS + SLOT_BITS;
+    pub(super) fn set_bits(&self, slot: JournalSlot, bit: u32, count: u32) {
+        let at = slot.word(SLOT_BITS);
         bitmap::set_atomic(&self.shm[at..at + BITMAP_WORDS], bit, count);
     }
 
@@ -303,11 +303,11 @@ impl Journal {
         &self,
         epoch: u64,
         places: &[(BlockIndex, u32)],
-        keep: impl Fn(u32, BitmapSectorIndex, &dyn Fn()) -> bool,
+        keep: impl Fn(JournalSlot, BitmapSectorIndex, &dyn Fn()) -> bool,
     ) {
         let (next, old) = {
             let state = self.lock();
-            let old: Vec<u32> = state.used.iter().copied().filter(|s| self.epoch_of(*s) <= epoch).collect();
+            let old: Vec<JournalSlot> = state.used.iter().copied().filter(|s| self.epoch_of(*s) <= epoch).collect();
             (state.epoch, old)
         };
         let placed: BTreeSet<u64> = places.iter().map(|(_, place)| u64::from(*place)).collect();
@@ -346,18 +346,18 @@ impl Journal {
     }
 
     /// Adds bits to a slot that was replayed.
-    pub(super) fn add_bits(&self, slot: u32, words: &[u64; BITMAP_WORDS]) {
+    pub(super) fn add_bits(&self, slot: JournalSlot, words: &[u64; BITMAP_WORDS]) {
         for (n, word) in words.iter().enumerate() {
             self.slot_word(slot, SLOT_BITS + n).fetch_or(*word, Ordering::Release);
         }
     }
 
-    fn epoch_of(&self, slot: u32) -> u64 {
+    fn epoch_of(&self, slot: JournalSlot) -> u64 {
         self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire)
     }
 
-    pub(super) fn slot_word(&self, slot: u32, at: usize) -> &AtomicU64 {
-        &self.shm[HEADER_WORDS + slot as usize * SLOT_WORDS + at]
+    pub(super) fn slot_word(&self, slot: JournalSlot, at: usize) -> &AtomicU64 {
+        &self.shm[slot.word(at)]
     }
 
     /// Locks the state of the slots.

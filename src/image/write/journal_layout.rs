@@ -1,4 +1,4 @@
-//! Layout of the live journal: positions of its 64-bit words.
+//! Layout of the live journal: its slots, and the positions of its 64-bit words.
 //!
 //! ```text
 //!   words 0..512              header: identity, generations of the stamp, last commit, sum over the BAT
@@ -10,11 +10,13 @@ pub const JOURNAL_SLOTS: u32 = 4096;
 
 /// First word of a journal; contains the version.
 pub(super) const MAGIC: u64 = u64::from_be_bytes(*b"ddjrnl02");
-pub(super) const HEADER_WORDS: usize = 512;
-pub(super) const SLOT_WORDS: usize = 68;
+const HEADER_WORDS: usize = 512;
+const SLOT_WORDS: usize = 68;
 pub(super) const BITMAP_WORDS: usize = 64;
+/// Number of words of a journal.
+pub(super) const JOURNAL_WORDS: usize = HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS;
 /// Size of a journal in bytes.
-pub const BYTES: u64 = ((HEADER_WORDS + JOURNAL_SLOTS as usize * SLOT_WORDS) * size_of::<u64>()) as u64;
+pub const BYTES: u64 = (JOURNAL_WORDS * size_of::<u64>()) as u64;
 /// Limit of epochs, which no daemon reaches: a larger one is damage.
 pub(super) const EPOCH_LIMIT: u64 = 1 << 60;
 
@@ -45,3 +47,28 @@ pub(super) const SLOT_BITS: usize = 4;
 
 /// Value of `SLOT_PLACED_BY`: no commit has written the BAT entry of the slot's block.
 pub(super) const NOT_PLACED: u64 = u64::MAX;
+
+/// The index of a slot of a live journal, less than [`JOURNAL_SLOTS`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
+pub struct JournalSlot(u32);
+
+impl JournalSlot {
+    /// Creates an index.
+    #[cfg(test)]
+    pub(super) fn new(index: u32) -> JournalSlot {
+        assert!(index < JOURNAL_SLOTS, "an index of a slot");
+        JournalSlot(index)
+    }
+
+    /// Returns all slots, the last one first: a claim takes the slot at the end of the list of free slots.
+    pub(super) fn last_to_first() -> impl Iterator<Item = JournalSlot> {
+        (0..JOURNAL_SLOTS).rev().map(JournalSlot)
+    }
+
+    /// Returns the position in the journal of word `at` of the slot.
+    #[inline]
+    pub(super) const fn word(self, at: usize) -> usize {
+        HEADER_WORDS + self.0 as usize * SLOT_WORDS + at
+    }
+}

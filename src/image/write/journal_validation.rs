@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 
 use super::journal::Journal;
 use super::journal_layout::{
-    BITMAP_WORDS, BOOT_AT, COMMITTED, CURRENT_GENERATION, EPOCH_LIMIT, IMAGE_AT, JOURNAL_SLOTS, MAGIC, MAGIC_AT,
+    BITMAP_WORDS, BOOT_AT, COMMITTED, CURRENT_GENERATION, EPOCH_LIMIT, IMAGE_AT, JournalSlot, MAGIC, MAGIC_AT,
     NEXT_GENERATION, NOT_PLACED, SESSION_AT, SLOT_BITMAP_SECTOR, SLOT_BITS, SLOT_EPOCH, SLOT_PLACE, SLOT_PLACED_BY,
     TABLE_SUMS, UNACCOUNTED,
 };
@@ -30,9 +30,9 @@ use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR, SECTOR_BITS, SECTOR_BY
 /// A valid slot of a killed daemon's journal.
 #[derive(Clone, Debug)]
 pub(in crate::image) struct ReplaySlot {
-    /// Number of the slot.
-    pub(super) slot: u32,
-    /// Index of the bitmap sector.
+    /// The slot.
+    pub(super) slot: JournalSlot,
+    /// The bitmap sector.
     pub(super) bitmap_sector: BitmapSectorIndex,
     /// Place of the block of the bitmap sector.
     pub(super) place: u32,
@@ -116,7 +116,7 @@ impl Journal {
         let mut state = self.lock();
         state.epoch = committed + 1;
         let mut slots = Vec::new();
-        for slot in (0..JOURNAL_SLOTS).rev() {
+        for slot in JournalSlot::last_to_first() {
             let epoch = self.slot_word(slot, SLOT_EPOCH).load(Ordering::Acquire);
             if epoch <= committed {
                 state.free.push(slot);

@@ -1,6 +1,7 @@
 //! Tests of the bitmap cache without a file; `clock_tests.rs` tests it with a file and threads.
 
 use super::*;
+use crate::image::write::journal_layout::JournalSlot;
 
 impl Bitmaps {
     /// The first run of equal bits in `from..end` of a bitmap sector, if it is in memory.
@@ -148,7 +149,7 @@ fn neither_dirty_nor_pinned_bitmap_sectors_are_evicted() {
     maps.insert_fresh(BlockIndex::new(20), InitialBits::Clear);
     load(&maps, 8..12);
     assert!(maps.eviction_count(at(20)).is_none(), "the BAT entry of its block is not in the file");
-    maps.lock_resident(at(20)).state.journal_slot = Some(3);
+    maps.lock_resident(at(20)).state.journal_slot = Some(JournalSlot::new(3));
     maps.set_placed(BlockIndex::new(20));
     assert_eq!(maps.lock_resident(at(20)).state.journal_slot, None, "no bit needs the slot");
     load(&maps, 12..16);

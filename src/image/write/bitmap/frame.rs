@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::format::bitmap;
+use crate::image::write::journal_layout::JournalSlot;
 use crate::mutant::{self, Mutant};
 use crate::units::{BitmapSectorIndex, SECTOR_BYTES};
 
@@ -49,7 +50,7 @@ pub(crate) struct FrameState {
     /// Its bits may be written to the file only after a sync of the data.
     pub(crate) ordered: bool,
     /// The journal slot that has the bits.
-    pub(crate) journal_slot: Option<u32>,
+    pub(crate) journal_slot: Option<JournalSlot>,
     /// Number of pins; the bitmap sector is not evicted while there are any.
     pub(crate) pins: u32,
     /// Number of evictions so far.
