@@ -72,9 +72,10 @@
 //!
 //! | word | meaning |
 //! | --- | --- |
-//! | sector | 512 bytes of the virtual disk |
+//! | sector, file sector | 512 bytes of the virtual disk; 512 bytes of a file |
 //! | block | the unit of allocation: a bitmap and its data sectors |
-//! | BAT | block allocation table: for each block the file sector where it begins, or "unused" |
+//! | place | the file sector where a block begins |
+//! | BAT | block allocation table: for each block its place, or "unused" |
 //! | footer, trailing footer | 512 bytes that identify an image, at the start and the end of the file; the last one |
 //! | header | the dynamic header: the position of the BAT, the block size, and the parent |
 //! | bitmap, bitmap sector | one bit per sector of a block, set if the sector is in this file; 512 bytes of a bitmap |

@@ -6,9 +6,10 @@ use std::os::unix::fs::FileExt;
 
 use super::super::testing::ChainFolder;
 use super::*;
+use crate::format::bat::BlockPlace;
 use crate::storage::host::Host;
 use crate::storage::{Access, Env};
-use crate::units::{BlockIndex, SECTOR};
+use crate::units::{BlockIndex, FileSector};
 
 const BLOCK: u32 = 512 << 10;
 
@@ -32,19 +33,15 @@ fn qemu_writes(chains: &ChainFolder, name: &str, sector: u64, byte: u8) {
     let (table, block_size) = (image.table_offset().unwrap(), image.block_size().unwrap());
     let block = block_size.block_at(sector);
     let place = image.bat().unwrap().place(block).unwrap_or_else(|| {
-        let place = u32::try_from(image.used_end() / SECTOR).unwrap();
-        file.write_all_at(
-            &image.footer().encode(),
-            (u64::from(place) + u64::from(block_size.stride_sectors())) * SECTOR,
-        )
-        .unwrap();
-        file.write_all_at(&[0; 512], u64::from(place) * SECTOR).unwrap();
-        file.write_all_at(&place.to_be_bytes(), table + u64::from(block.get()) * 4).unwrap();
+        let place = BlockPlace::from_sector(FileSector::containing(image.used_end())).unwrap();
+        file.write_all_at(&image.footer().encode(), place.end(block_size).byte_offset()).unwrap();
+        file.write_all_at(&[0; 512], place.sector().byte_offset()).unwrap();
+        file.write_all_at(&place.entry().to_be_bytes(), table + u64::from(block.get()) * 4).unwrap();
         place
     });
-    file.write_all_at(&[0xFF; 512], u64::from(place) * SECTOR).unwrap();
-    let data = u64::from(place) + 1 + u64::from(block_size.sector_in_block(sector));
-    file.write_all_at(&[byte; 512], data * SECTOR).unwrap();
+    file.write_all_at(&[0xFF; 512], place.sector().byte_offset()).unwrap();
+    let data = place.sector() + 1 + u64::from(block_size.sector_in_block(sector));
+    file.write_all_at(&[byte; 512], data.byte_offset()).unwrap();
 }
 
 fn chains(block: u32) -> ChainFolder {

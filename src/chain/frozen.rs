@@ -14,6 +14,7 @@ use std::ops::ControlFlow;
 use super::extent::{self, Source};
 use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, FrozenCacheHandle, PackedRun};
 use super::plan::{Missing, PlanBuffer};
+use crate::format::bat::BlockPlace;
 use crate::format::{DiskType, bitmap};
 use crate::image::Image;
 use crate::storage::FileSlot;
@@ -177,20 +178,20 @@ impl LayerWalk<'_> {
         for (block, part) in block_size.split_at_blocks(range) {
             match table.place(block) {
                 None => self.add_absent(layer, part),
-                Some(place) => self.visit_block(number, layer, u64::from(place), part),
+                Some(place) => self.visit_block(number, layer, place, part),
             }
         }
     }
 
     /// Decides a part of one block that has a place, by the bits of the block.
-    fn visit_block(&mut self, number: usize, layer: &Layer, place: u64, part: SectorRange) {
+    fn visit_block(&mut self, number: usize, layer: &Layer, place: BlockPlace, part: SectorRange) {
         let block_size = layer.image.block_size().expect("it has blocks");
-        let data = (place + u64::from(block_size.bitmap_sectors())) * SECTOR;
+        let data = place.data(block_size).byte_offset();
         let mut rest = part;
         while !rest.is_empty() {
             let within = block_size.sector_in_block(rest.start());
             let (sector, bit) = (within / SECTOR_BITS, within % SECTOR_BITS);
-            let at = (place + u64::from(sector)) * SECTOR;
+            let at = (place.sector() + u64::from(sector)).byte_offset();
             let group = rest.first(u64::from(SECTOR_BITS - bit));
             rest = rest.skip(group.count());
             if at + SECTOR > layer.image.data_end() {

@@ -11,6 +11,7 @@ use super::plan::PlanBuffer;
 use super::version::Version;
 use crate::error::Result;
 use crate::format::Defect;
+use crate::format::bat::BlockPlace;
 use crate::image::{Image, Suspects, is_zero};
 use crate::storage::FileSlot;
 use crate::units::OnProgress;
@@ -51,7 +52,7 @@ pub(super) fn find_masked(
     for &(block, place) in &suspects.blocks {
         watch(0)?;
         if let Some(sector) = scan.first_masked_sector(block, place, suspects.placed_by_another)? {
-            found.push((block, sector, u64::from(place) * SECTOR));
+            found.push((block, sector, place.sector().byte_offset()));
         }
         if scan.bytes_left == 0 {
             log::info!(
@@ -86,11 +87,11 @@ struct MaskScan<'a> {
 impl MaskScan<'_> {
     /// The first sector of a block that is zero over data of the parents. A block that is zero as a whole counts only
     /// if `all` is set: QEMU places a block only to write data to it.
-    fn first_masked_sector(&mut self, block: BlockIndex, place: u32, all: bool) -> Result<Option<u64>> {
+    fn first_masked_sector(&mut self, block: BlockIndex, place: BlockPlace, all: bool) -> Result<Option<u64>> {
         let block_size = self.child.block_size().expect("an image with suspects has blocks");
         let range = block_size.sectors_of(block);
         let disk = range.clip(SectorRange::between(0, self.child.size() / SECTOR));
-        let data = (u64::from(place) + u64::from(block_size.bitmap_sectors())) * SECTOR;
+        let data = place.data(block_size).byte_offset();
         let (mut rest, mut hides, mut any) = (disk, None, all);
         while !rest.is_empty() && self.bytes_left > 0 && !(any && hides.is_some()) {
             let piece = rest.first((CHUNK / SECTOR_BYTES) as u64);

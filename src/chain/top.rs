@@ -6,6 +6,7 @@ use super::extent::Source;
 use super::frozen::Frozen;
 use super::frozen_cache::FrozenCacheHandle;
 use super::plan::{Missing, PlanBuffer};
+use crate::format::bat::BlockPlace;
 use crate::image::{NeedsGrowth, Writable};
 use crate::storage::FileSlot;
 use crate::units::{BlockSize, SECTOR, SectorRange};
@@ -148,9 +149,9 @@ impl Top {
 
     /// The source of a run of sectors of one block.
     #[inline]
-    fn data_source(&self, block_size: BlockSize, place: u32, run: SectorRange) -> Source {
-        let sectors = u64::from(block_size.bitmap_sectors()) + u64::from(block_size.sector_in_block(run.start()));
-        self.source_at((u64::from(place) + sectors) * SECTOR)
+    fn data_source(&self, block_size: BlockSize, place: BlockPlace, run: SectorRange) -> Source {
+        let within = u64::from(block_size.sector_in_block(run.start()));
+        self.source_at((place.data(block_size) + within).byte_offset())
     }
 
     /// Calls `f` for each run of equal bits in a range of one block that has a place. Adds bitmaps that are not loaded
@@ -251,10 +252,10 @@ mod tests {
         let plan = plan_loaded(&version, |plan| version.plan_write(range(4_090, 4_100), plan).unwrap());
         assert!(plan.reserved);
         let (a, b) = (bat.place(BlockIndex::new(0)).unwrap(), bat.place(BlockIndex::new(1)).unwrap());
-        assert!(b >= a + BlockSize::DEFAULT.stride_sectors(), "{a} and {b} overlap");
-        let at = |place: u32, within: u64| Source::File {
+        assert!(b.sector() >= a.end(BlockSize::DEFAULT), "{a} and {b} overlap");
+        let at = |place: BlockPlace, within: u64| Source::File {
             slot: FileSlot(0),
-            offset: (u64::from(place) + 1 + within) * SECTOR,
+            offset: (place.sector() + 1 + within).byte_offset(),
         };
         let got: Vec<_> = plan.extents.iter().map(|e| e.source).collect();
         assert_eq!((ranges(&plan), got), (vec![(4_090, 4_096), (4_096, 4_100)], vec![at(a, 4_090), at(b, 0)]));

@@ -3,7 +3,10 @@
 //! The table takes whole sectors. The bytes after the last entry in the last sector have no meaning: some programs fill
 //! them with ones, some with zeros.
 
-use crate::units::{BlockIndex, SECTOR};
+use std::fmt;
+use std::ops::Range;
+
+use crate::units::{BlockIndex, BlockSize, FileSector, SECTOR};
 
 /// The entry of a block without a place.
 pub const UNUSED: u32 = 0xFFFF_FFFF;
@@ -11,6 +14,59 @@ pub const UNUSED: u32 = 0xFFFF_FFFF;
 pub const MAX_ENTRY: u32 = UNUSED - 1;
 /// Entries in a sector.
 pub const ENTRIES_PER_SECTOR: u32 = 128;
+
+/// The place of a block: the file sector at which its bitmap begins, as the BAT entry of the block contains it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
+pub struct BlockPlace(u32);
+
+impl BlockPlace {
+    /// Returns the place in a BAT entry; `None` if the entry is unused.
+    #[inline]
+    pub fn from_entry(entry: u32) -> Option<BlockPlace> {
+        (entry != UNUSED).then_some(BlockPlace(entry))
+    }
+
+    /// Returns the place at a file sector; `None` if no entry can contain the sector.
+    pub fn from_sector(sector: FileSector) -> Option<BlockPlace> {
+        u32::try_from(sector.get()).ok().and_then(BlockPlace::from_entry)
+    }
+
+    /// Returns the BAT entry.
+    #[inline]
+    pub fn entry(self) -> u32 {
+        self.0
+    }
+
+    /// Returns the file sector at which the bitmap begins.
+    #[inline]
+    pub fn sector(self) -> FileSector {
+        FileSector::new(u64::from(self.0))
+    }
+
+    /// Returns the file sector at which the data begins.
+    #[inline]
+    pub fn data(self, block_size: BlockSize) -> FileSector {
+        self.sector() + u64::from(block_size.bitmap_sectors())
+    }
+
+    /// Returns the first file sector after the block.
+    #[inline]
+    pub fn end(self, block_size: BlockSize) -> FileSector {
+        self.sector() + u64::from(block_size.stride_sectors())
+    }
+
+    /// Returns the byte range of bitmap and data.
+    pub fn byte_range(self, block_size: BlockSize) -> Range<u64> {
+        self.sector().byte_offset()..self.end(block_size).byte_offset()
+    }
+}
+
+impl fmt::Display for BlockPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// Returns the number of bytes of a table of `entries`, in whole sectors.
 pub fn bytes(entries: u32) -> u64 {
@@ -76,6 +132,17 @@ mod tests {
         let back: Vec<u32> = decode(&sector).collect();
         assert_eq!((back.len(), back[1], back[127]), (128, 0x0102_0304, UNUSED));
         assert_eq!(decode(&sector[..7]).len(), 1);
+    }
+
+    #[test]
+    fn places_are_entries_that_are_used() {
+        assert_eq!((BlockPlace::from_entry(UNUSED), BlockPlace::from_entry(7)), (None, Some(BlockPlace(7))));
+        let at = |sector| BlockPlace::from_sector(FileSector::new(sector)).map(BlockPlace::entry);
+        assert_eq!((at(u64::from(MAX_ENTRY)), at(u64::from(UNUSED)), at(1 << 32)), (Some(MAX_ENTRY), None, None));
+        let (place, block_size) = (BlockPlace(MAX_ENTRY), BlockSize::from_bytes(4096).unwrap());
+        let sectors = [place.sector(), place.data(block_size), place.end(block_size)].map(FileSector::get);
+        assert_eq!(sectors, [0, 1, 9].map(|after| u64::from(MAX_ENTRY) + after));
+        assert_eq!(BlockPlace(2).byte_range(block_size), 1024..11 * 512);
     }
 
     #[test]

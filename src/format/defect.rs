@@ -7,6 +7,7 @@ use std::fmt;
 use uuid::Uuid;
 
 use crate::error::{Error, ErrorKind};
+use crate::format::bat::BlockPlace;
 use crate::format::defect_rule::{Consequence, Severity, defects};
 use crate::format::image_format::ImageFormat;
 use crate::format::metadata_part::MetadataPart;
@@ -144,24 +145,24 @@ pub enum Defect {
         ["table-overlaps", O10, Corruption, NotReadable, false, Invalid, *at]
         "the block table ({bytes} bytes at {offset}) overlaps the {part}";
     /// A block overlaps metadata.
-    BlockInMetadata { block: BlockIndex, entry: u32, part: MetadataPart }
-        ["block-in-metadata", O12, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
+    BlockInMetadata { block: BlockIndex, entry: BlockPlace, part: MetadataPart }
+        ["block-in-metadata", O12, Corruption, NotReadable, false, Invalid, entry.sector().byte_offset()]
         "block {block} overlaps the {part}";
     /// A block ends after the end of the data, and its bitmap marks no sector there as present.
-    BlockBeyondEnd { block: BlockIndex, entry: u32, end: u64, limit: u64 }
-        ["block-beyond-end", O12, Corruption, NotWritable, false, Invalid, u64::from(*entry) * SECTOR]
+    BlockBeyondEnd { block: BlockIndex, entry: BlockPlace, end: u64, limit: u64 }
+        ["block-beyond-end", O12, Corruption, NotWritable, false, Invalid, entry.sector().byte_offset()]
         "block {block} ends at byte {end}, after the end of the data at byte {limit}";
     /// Two blocks have the same place.
-    BlockDuplicate { block: BlockIndex, other: BlockIndex, entry: u32 }
-        ["block-duplicate", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
+    BlockDuplicate { block: BlockIndex, other: BlockIndex, entry: BlockPlace }
+        ["block-duplicate", O13, Corruption, NotReadable, false, Invalid, entry.sector().byte_offset()]
         "blocks {block} and {other} share one place; a write to one would change the other";
     /// Two blocks overlap.
-    BlockOverlap { block: BlockIndex, entry: u32, other: BlockIndex, other_entry: u32 }
-        ["block-overlap", O13, Corruption, NotReadable, false, Invalid, u64::from(*entry) * SECTOR]
+    BlockOverlap { block: BlockIndex, entry: BlockPlace, other: BlockIndex, other_entry: BlockPlace }
+        ["block-overlap", O13, Corruption, NotReadable, false, Invalid, entry.sector().byte_offset()]
         "blocks {block} and {other} overlap; a write to one would change the other";
     /// The BAT gives a place to a block after the end of the disk.
-    BlockBeyondDisk { block: BlockIndex, entry: u32, blocks: u64 }
-        ["block-beyond-disk", _, Cosmetic, Warning, true, Invalid, u64::from(*entry) * SECTOR]
+    BlockBeyondDisk { block: BlockIndex, entry: BlockPlace, blocks: u64 }
+        ["block-beyond-disk", _, Cosmetic, Warning, true, Invalid, entry.sector().byte_offset()]
         "the block table gives a place to block {block}, but the disk has {blocks} blocks";
     /// BAT entries are 0, where no block can begin; they are read as unused. `block` is the first.
     EntryZero { block: BlockIndex, entries: u64, at: u64 }

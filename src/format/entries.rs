@@ -2,13 +2,13 @@
 
 use std::ops::{ControlFlow, Range};
 
-use crate::format::bat;
+use crate::format::bat::BlockPlace;
 use crate::format::defect::Defect;
 use crate::format::footer_choice::{ChosenFooter, FooterSource};
 use crate::format::header::DynamicHeader;
 use crate::format::layout::{self, PAGE};
 use crate::format::metadata::MetadataMap;
-use crate::units::{BlockIndex, BlockSize, SECTOR};
+use crate::units::{BlockIndex, BlockSize, FileSector};
 
 /// The rules for the entries of a BAT: the values against which the entries are checked.
 #[derive(Clone, Debug)]
@@ -48,11 +48,11 @@ impl<'a> EntryRules<'a> {
 /// The places of all blocks in a BAT.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PlacedBlocks {
-    /// (entry, block) for each block of the disk that has a place, ordered by place.
-    pub entries: Vec<(u32, BlockIndex)>,
+    /// (place, block) for each block of the disk that has a place, ordered by place.
+    pub entries: Vec<(BlockPlace, BlockIndex)>,
     /// The places of blocks after the end of the disk, without those that end more than [`EntryRules::slack`] bytes
     /// after the data. These blocks are never read, and their space is never reused.
-    pub beyond_disk: Vec<u32>,
+    pub beyond_disk: Vec<BlockPlace>,
     /// The first byte after all metadata, all blocks in `entries` and all blocks in `beyond_disk`.
     pub end: u64,
     /// Number of blocks at the end of `entries` that end after the end of the data. Their bitmaps decide whether bytes
@@ -63,20 +63,24 @@ pub struct PlacedBlocks {
 impl PlacedBlocks {
     /// Returns whether any block, on the disk or after its end, overlaps a range of the file.
     pub fn covers(&self, range: &Range<u64>, block_size: BlockSize) -> bool {
-        let stride = u64::from(block_size.stride_sectors());
-        let mut places = self.entries.iter().map(|(entry, _)| entry).chain(&self.beyond_disk).copied().map(u64::from);
-        places.any(|place| place * SECTOR < range.end && range.start < (place + stride) * SECTOR)
+        self.byte_ranges(block_size).any(|block| block.start < range.end && range.start < block.end)
+    }
+
+    /// Returns the byte ranges of all blocks, on the disk and after its end.
+    fn byte_ranges(&self, block_size: BlockSize) -> impl Iterator<Item = Range<u64>> {
+        let places = self.entries.iter().map(|(place, _)| place).chain(&self.beyond_disk);
+        places.map(move |place| place.byte_range(block_size))
     }
 }
 
-/// Checks (block, entry) pairs against the rules (O12, O13). Calls `found` with each defect, until `found` returns
+/// Checks (block, place) pairs against the rules (O12, O13). Calls `found` with each defect, until `found` returns
 /// `Break`. To stop at the first defect that makes the image unreadable, `found` returns `Break` for a defect with the
 /// consequence [`NotReadable`](super::Consequence::NotReadable).
 ///
 /// # Errors
 /// The value of the `Break` that `found` returned.
 pub fn check_entries<B>(
-    entries: impl IntoIterator<Item = (BlockIndex, u32)>,
+    entries: impl IntoIterator<Item = (BlockIndex, BlockPlace)>,
     rules: &EntryRules<'_>,
     mut found: impl FnMut(Defect) -> ControlFlow<B>,
 ) -> Result<PlacedBlocks, B> {
@@ -84,14 +88,10 @@ pub fn check_entries<B>(
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(value) => Err(value),
     };
-    let stride = u64::from(rules.block_size.stride_sectors());
     let mut placed =
         PlacedBlocks { entries: Vec::new(), beyond_disk: Vec::new(), end: rules.metadata.end(), truncated: 0 };
     for (block, entry) in entries {
-        if entry == bat::UNUSED {
-            continue;
-        }
-        let range = u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR;
+        let range = entry.byte_range(rules.block_size);
         if !block.is_within(rules.blocks) {
             if range.end <= rules.data_end.saturating_add(rules.slack) {
                 placed.end = placed.end.max(range.end);
@@ -113,7 +113,7 @@ pub fn check_entries<B>(
         let ((other_entry, other), (entry, block)) = (pair[0], pair[1]);
         if entry == other_entry {
             report(Defect::BlockDuplicate { block, other, entry })?;
-        } else if u64::from(entry - other_entry) < stride {
+        } else if entry.sector() < other_entry.end(rules.block_size) {
             report(Defect::BlockOverlap { block, entry, other, other_entry })?;
         }
     }
@@ -123,20 +123,17 @@ pub fn check_entries<B>(
 /// Finds the space before byte `end` that neither metadata nor blocks use. Gaps that align the next block, gaps of less
 /// than two pages, and space that is reserved for locators count as used.
 pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: BlockSize, end: u64) -> Vec<Range<u64>> {
-    let stride = u64::from(block_size.stride_sectors());
-    let places = placed.entries.iter().map(|(entry, _)| entry).chain(&placed.beyond_disk);
-    let blocks = places.map(|&entry| u64::from(entry) * SECTOR..(u64::from(entry) + stride) * SECTOR);
-    let mut taken: Vec<Range<u64>> =
-        metadata.extents().iter().map(|extent| extent.range.clone()).chain(blocks).collect();
+    let mut taken: Vec<Range<u64>> = metadata.extents().iter().map(|extent| extent.range.clone()).collect();
+    taken.extend(placed.byte_ranges(block_size));
     taken.extend(metadata.locator_space().iter().cloned());
     taken.sort_unstable_by_key(|range| range.start);
     let mut free = Vec::new();
     let mut at = 0;
     for range in taken.into_iter().chain(std::iter::once(end..end)) {
         let gap = at..range.start.min(end);
-        let place = layout::place_from(at.div_ceil(SECTOR), block_size, layout::alignment(block_size));
+        let place = layout::place_from(FileSector::at_or_after(at), block_size, layout::alignment(block_size));
         // A gap of less than two pages is too small to report; it may align a block to a page.
-        let aligns = gap.end < end && place == Some(gap.end / SECTOR);
+        let aligns = gap.end < end && place == Some(FileSector::containing(gap.end));
         if gap.end.saturating_sub(gap.start) >= 2 * PAGE && !aligns {
             free.push(gap);
         }
@@ -148,6 +145,7 @@ pub fn unreferenced(metadata: &MetadataMap, placed: &PlacedBlocks, block_size: B
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::bat;
     use crate::format::footer::{DiskType, Footer};
     use crate::format::metadata_part::MetadataPart;
     use crate::random::Random;
@@ -163,14 +161,18 @@ mod tests {
         DynamicHeader::new(table, entries, BlockSize::from_bytes(4096).unwrap())
     }
 
+    fn place(entry: u32) -> BlockPlace {
+        BlockPlace::from_entry(entry).unwrap()
+    }
+
     /// Makes pairs for `check_entries` from (block, entry).
-    fn indexed(entries: &[(u32, u32)]) -> impl Iterator<Item = (BlockIndex, u32)> {
-        entries.iter().map(|&(block, entry)| (BlockIndex::new(block), entry))
+    fn indexed(entries: &[(u32, u32)]) -> impl Iterator<Item = (BlockIndex, BlockPlace)> {
+        entries.iter().filter_map(|&(block, entry)| Some((BlockIndex::new(block), BlockPlace::from_entry(entry)?)))
     }
 
     /// Makes `PlacedBlocks::entries` from (entry, block).
-    fn placed<const N: usize>(entries: [(u32, u32); N]) -> Vec<(u32, BlockIndex)> {
-        entries.map(|(entry, block)| (entry, BlockIndex::new(block))).to_vec()
+    fn placed<const N: usize>(entries: [(u32, u32); N]) -> Vec<(BlockPlace, BlockIndex)> {
+        entries.map(|(entry, block)| (place(entry), BlockIndex::new(block))).to_vec()
     }
 
     fn all(entries: &[(u32, u32)], limit: u64) -> (PlacedBlocks, Vec<&'static str>) {
@@ -221,7 +223,11 @@ mod tests {
         let first = check_entries(indexed(&[(0, 0), (1, 1)]), &rules, ControlFlow::Break);
         assert_eq!(
             first,
-            Err(Defect::BlockInMetadata { block: BlockIndex::new(0), entry: 0, part: MetadataPart::FrontFooter })
+            Err(Defect::BlockInMetadata {
+                block: BlockIndex::new(0),
+                entry: place(0),
+                part: MetadataPart::FrontFooter
+            })
         );
     }
 
@@ -259,7 +265,7 @@ mod tests {
         let header = DynamicHeader::new(4096, 1024, block_size);
         let (metadata, _) = MetadataMap::new(&footer(1 << 30), &header, None, LEN);
         let free = |places: &[u32], end: u64| {
-            let entries = places.iter().copied().zip((0..).map(BlockIndex::new)).collect();
+            let entries = places.iter().copied().map(place).zip((0..).map(BlockIndex::new)).collect();
             let gaps = unreferenced(
                 &metadata,
                 &PlacedBlocks { entries, beyond_disk: vec![], end: 0, truncated: 0 },
@@ -286,7 +292,7 @@ mod tests {
         let (metadata, _) = MetadataMap::new(&footer(4096), &header(1536, 8), None, LEN);
         let block_size = BlockSize::from_bytes(4096).unwrap();
         let free = |entries, end| {
-            let placed = PlacedBlocks { entries, beyond_disk: vec![60], end: 0, truncated: 0 };
+            let placed = PlacedBlocks { entries, beyond_disk: vec![place(60)], end: 0, truncated: 0 };
             unreferenced(&metadata, &placed, block_size, end)
         };
         assert_eq!(free(placed([(4, 0), (13, 1)]), 22 * 512), []);

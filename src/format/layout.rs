@@ -18,12 +18,12 @@
 
 use std::ops::Range;
 
-use crate::format::bat;
+use crate::format::bat::{self, BlockPlace};
 use crate::format::defect::Defect;
 use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
 use crate::format::header::{HEADER_BYTES, LOCATORS};
 use crate::format::metadata::MAX_TABLE_BYTES;
-use crate::units::{BlockSize, SECTOR};
+use crate::units::{BlockSize, FileSector, SECTOR};
 
 /// The smallest unit of alignment, in bytes: a page, and a multiple of the physical sector of any medium.
 pub const PAGE: u64 = 4096;
@@ -111,10 +111,10 @@ pub fn page_stride(block_size: BlockSize) -> u64 {
 
 /// Returns the first file sector at or after `from` at which a block can begin so that its data is aligned to `unit`
 /// bytes; `None` on overflow.
-pub fn place_from(from: u64, block_size: BlockSize, unit: u64) -> Option<u64> {
+pub fn place_from(from: FileSector, block_size: BlockSize, unit: u64) -> Option<FileSector> {
     let bitmap = u64::from(block_size.bitmap_sectors());
-    let data = from.checked_add(bitmap)?.checked_next_multiple_of(unit / SECTOR)?;
-    Some(data - bitmap)
+    let data = from.get().checked_add(bitmap)?.checked_next_multiple_of(unit / SECTOR)?;
+    Some(FileSector::new(data - bitmap))
 }
 
 /// Returns the best file sector at or after `from` for the first of `blocks` blocks, of which the last must begin at
@@ -122,7 +122,7 @@ pub fn place_from(from: u64, block_size: BlockSize, unit: u64) -> Option<u64> {
 ///
 /// The block is aligned if the others then still fit when aligned to pages; otherwise it is aligned to a page if the
 /// others still fit when packed.
-pub fn best_place(from: u64, block_size: BlockSize, blocks: u64, last: u64) -> Option<u64> {
+pub fn best_place(from: FileSector, block_size: BlockSize, blocks: u64, last: FileSector) -> Option<FileSector> {
     let ways = [(alignment(block_size), page_stride(block_size)), (PAGE, block_size.stride_sectors().into())];
     ways.into_iter().find_map(|(unit, stride)| {
         let place = place_from(from, block_size, unit)?;
@@ -131,15 +131,16 @@ pub fn best_place(from: u64, block_size: BlockSize, blocks: u64, last: u64) -> O
     })
 }
 
-/// Returns the BAT entry of the next new block, where `end` is the first sector after the data, and `unplaced` is the
+/// Returns the place of the next new block, where `end` is the first sector after the data, and `unplaced` is the
 /// number of blocks of the disk without a place, including this one.
 ///
 /// # Errors
 /// [`Defect::NoPlace`] if no entry can reach the place (O14).
-pub fn next_place(end: u64, block_size: BlockSize, unplaced: u64) -> Result<u32, Defect> {
-    let full = Defect::NoPlace { end: end.saturating_mul(SECTOR) };
-    let entry = best_place(end, block_size, unplaced, bat::MAX_ENTRY.into()).unwrap_or(end);
-    u32::try_from(entry).ok().filter(|&entry| entry <= bat::MAX_ENTRY).ok_or(full)
+pub fn next_place(end: FileSector, block_size: BlockSize, unplaced: u64) -> Result<BlockPlace, Defect> {
+    let full = Defect::NoPlace { end: end.get().saturating_mul(SECTOR) };
+    let last = FileSector::new(bat::MAX_ENTRY.into());
+    let place = best_place(end, block_size, unplaced, last).unwrap_or(end);
+    BlockPlace::from_sector(place).ok_or(full)
 }
 
 #[cfg(test)]
@@ -148,6 +149,11 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
     const HALF_MIB: u32 = 512 << 10;
+
+    /// Returns the entry of `next_place`.
+    fn next_entry(end: u64, block_size: BlockSize, unplaced: u64) -> Result<u32, Defect> {
+        next_place(FileSector::new(end), block_size, unplaced).map(BlockPlace::entry)
+    }
 
     fn size(bytes: u32) -> BlockSize {
         BlockSize::from_bytes(bytes).unwrap()
@@ -201,18 +207,18 @@ mod tests {
             let (block, unit) = (size(bytes), kib << 10);
             assert_eq!(alignment(block), unit, "{bytes}");
             for end in 16..400 {
-                let entry = u64::from(next_place(end, block, 10).unwrap());
+                let entry = u64::from(next_entry(end, block, 10).unwrap());
                 let data = (entry + u64::from(block.bitmap_sectors())) * SECTOR;
                 assert!(data.is_multiple_of(unit) && entry >= end && entry < end + unit / SECTOR, "{bytes} {end}");
-                let next = next_place(entry + u64::from(block.stride_sectors()), block, 9).unwrap();
+                let next = next_entry(entry + u64::from(block.stride_sectors()), block, 9).unwrap();
                 assert_eq!(u64::from(next), entry + aligned_stride(block), "{bytes} {end}");
             }
         }
-        assert_eq!(next_place(16, BlockSize::DEFAULT, 1), Ok(127));
-        assert_eq!(next_place(127, BlockSize::DEFAULT, 1), Ok(127));
-        assert_eq!(next_place(128 + 4096, BlockSize::DEFAULT, 1), Ok(127 + 4224));
+        assert_eq!(next_entry(16, BlockSize::DEFAULT, 1), Ok(127));
+        assert_eq!(next_entry(127, BlockSize::DEFAULT, 1), Ok(127));
+        assert_eq!(next_entry(128 + 4096, BlockSize::DEFAULT, 1), Ok(127 + 4224));
         assert_eq!(
-            next_place(24 + 4096, BlockSize::DEFAULT, 1),
+            next_entry(24 + 4096, BlockSize::DEFAULT, 1),
             Ok(127 + 4096),
             "after a block that is aligned to a page"
         );
@@ -222,13 +228,13 @@ mod tests {
     fn alignment_gives_way_to_pages_and_pages_to_packing() {
         let (block, last) = (BlockSize::DEFAULT, u64::from(bat::MAX_ENTRY));
         let aligned = (last - 127) / 4104 + 1;
-        assert_eq!(next_place(16, block, aligned), Ok(127), "all others fit at pages");
-        assert_eq!(next_place(16, block, aligned + 1), Ok(23));
+        assert_eq!(next_entry(16, block, aligned), Ok(127), "all others fit at pages");
+        assert_eq!(next_entry(16, block, aligned + 1), Ok(23));
         let paged = (last - 23) / 4097 + 1;
-        assert_eq!((next_place(16, block, paged), next_place(16, block, paged + 1)), (Ok(23), Ok(16)));
+        assert_eq!((next_entry(16, block, paged), next_entry(16, block, paged + 1)), (Ok(23), Ok(16)));
         // The unit of small blocks is a page.
         let (block, paged) = (size(4096), (last - 23) / 9 + 1);
-        assert_eq!((next_place(16, block, paged), next_place(16, block, paged + 1)), (Ok(23), Ok(16)));
+        assert_eq!((next_entry(16, block, paged), next_entry(16, block, paged + 1)), (Ok(23), Ok(16)));
     }
 
     #[test]
@@ -236,15 +242,15 @@ mod tests {
         let block = BlockSize::DEFAULT;
         let top = u64::from(u32::MAX);
         // 0xFFFF_FFFF is 7 modulo 8, so it would be an aligned entry, but it means "unused".
-        assert_eq!(next_place(top - 128, block, 1), Ok(u32::MAX - 128));
-        assert_eq!(next_place(top - 127, block, 1), Ok(u32::MAX - 120), "at a page, since aligned does not fit");
-        assert_eq!(next_place(top - 8, block, 1), Ok(u32::MAX - 8));
-        assert_eq!(next_place(top - 7, block, 1), Ok(u32::MAX - 7), "packed, since a page does not fit");
-        assert_eq!(next_place(top - 1, block, 1), Ok(u32::MAX - 1));
+        assert_eq!(next_entry(top - 128, block, 1), Ok(u32::MAX - 128));
+        assert_eq!(next_entry(top - 127, block, 1), Ok(u32::MAX - 120), "at a page, since aligned does not fit");
+        assert_eq!(next_entry(top - 8, block, 1), Ok(u32::MAX - 8));
+        assert_eq!(next_entry(top - 7, block, 1), Ok(u32::MAX - 7), "packed, since a page does not fit");
+        assert_eq!(next_entry(top - 1, block, 1), Ok(u32::MAX - 1));
         for end in [top, top + 1, u64::MAX / SECTOR, u64::MAX] {
-            assert!(matches!(next_place(end, block, 1), Err(Defect::NoPlace { .. })), "{end}");
+            assert!(matches!(next_entry(end, block, 1), Err(Defect::NoPlace { .. })), "{end}");
         }
-        assert_eq!(next_place(16, block, u64::MAX), Ok(16), "they never all fit, so the block is packed");
+        assert_eq!(next_entry(16, block, u64::MAX), Ok(16), "they never all fit, so the block is packed");
     }
 
     #[test]
@@ -255,7 +261,7 @@ mod tests {
             let (mut end, mut aligned, mut paged) = (plan.footer / SECTOR, 0, 0);
             let (blocks, unit) = (u64::from(plan.entries), alignment(block) / SECTOR);
             for unplaced in (1..=blocks).rev() {
-                let entry = u64::from(next_place(end, block, unplaced).unwrap());
+                let entry = u64::from(next_entry(end, block, unplaced).unwrap());
                 assert!(entry >= end);
                 aligned += u64::from((entry + 1).is_multiple_of(unit));
                 paged += u64::from((entry + 1).is_multiple_of(PAGE_SECTORS));

@@ -7,9 +7,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::sparse_array::SparseArray;
-use crate::format::bat::UNUSED;
+use crate::format::bat::{BlockPlace, UNUSED};
 use crate::format::layout;
-use crate::units::{BlockIndex, BlockSize};
+use crate::units::{BlockIndex, BlockSize, FileSector};
 
 /// The block allocation table of an open image. Entries are the file sectors of the blocks' bitmaps.
 #[derive(Debug)]
@@ -33,24 +33,22 @@ impl Bat {
         self.entries.is_empty()
     }
 
-    /// Returns the file sector at which a block's bitmap begins; `None` if the block has no place.
+    /// Returns the place of a block; `None` if the block has no place.
     #[inline]
-    pub fn place(&self, block: BlockIndex) -> Option<u32> {
-        let entry = self.entries.get(block.as_usize())?.load(Ordering::Acquire);
-        (entry != UNUSED).then_some(entry)
+    pub fn place(&self, block: BlockIndex) -> Option<BlockPlace> {
+        BlockPlace::from_entry(self.entries.get(block.as_usize())?.load(Ordering::Acquire))
     }
 
     /// Sets the place of a block, which does not change afterwards.
-    pub fn set(&self, block: BlockIndex, place: u32) {
-        assert_ne!(place, UNUSED, "a place is a file sector");
-        self.entries.get_or_init(block.as_usize()).store(place, Ordering::Release);
+    pub fn set(&self, block: BlockIndex, place: BlockPlace) {
+        self.entries.get_or_init(block.as_usize()).store(place.entry(), Ordering::Release);
     }
 
     /// Returns all blocks that have a place, ascending, with their places.
-    pub fn used(&self) -> impl Iterator<Item = (BlockIndex, u32)> {
+    pub fn used(&self) -> impl Iterator<Item = (BlockIndex, BlockPlace)> {
         self.entries.initialized().filter_map(|(block, entry)| {
-            let place = entry.load(Ordering::Acquire);
-            (place != UNUSED).then(|| (BlockIndex::from_usize(block), place))
+            let place = BlockPlace::from_entry(entry.load(Ordering::Acquire))?;
+            Some((BlockIndex::from_usize(block), place))
         })
     }
 
@@ -65,13 +63,17 @@ impl Bat {
 
 /// Returns the file sectors (bitmap and data) of each of the next `unplaced` blocks, placed at or after sector `next`.
 /// Ends early if the BAT cannot address a place.
-pub(super) fn next_places(next: u64, block_size: BlockSize, unplaced: u64) -> impl Iterator<Item = Range<u64>> {
+pub(super) fn next_places(
+    next: FileSector,
+    block_size: BlockSize,
+    unplaced: u64,
+) -> impl Iterator<Item = Range<FileSector>> {
     let (mut next, mut unplaced) = (next, unplaced);
     std::iter::from_fn(move || {
         let place = layout::next_place(next, block_size, unplaced).ok().filter(|_| unplaced > 0)?;
-        next = u64::from(place) + u64::from(block_size.stride_sectors());
+        next = place.end(block_size);
         unplaced -= 1;
-        Some(u64::from(place)..next)
+        Some(place.sector()..next)
     })
 }
 
@@ -81,11 +83,11 @@ mod tests {
 
     #[test]
     fn used_entries_are_found_in_order() {
-        let (bat, block) = (Bat::new(3000), BlockIndex::new);
+        let (bat, block, place) = (Bat::new(3000), BlockIndex::new, |entry| BlockPlace::from_entry(entry).unwrap());
         assert_eq!((bat.place(block(2999)), bat.len()), (None, 3000));
-        bat.set(block(2999), 15);
-        bat.set(block(4), 0xFFFF_FFFE);
-        assert_eq!(bat.used().collect::<Vec<_>>(), [(block(4), 0xFFFF_FFFE), (block(2999), 15)]);
+        bat.set(block(2999), place(15));
+        bat.set(block(4), place(0xFFFF_FFFE));
+        assert_eq!(bat.used().collect::<Vec<_>>(), [(block(4), place(0xFFFF_FFFE)), (block(2999), place(15))]);
         let next = |from| bat.next_used(block(from)).map(BlockIndex::get);
         assert_eq!((next(0), next(4), next(5), next(2999)), (Some(4), Some(4), Some(2999), Some(2999)));
         assert_eq!(Bat::new(10).next_used(block(0)), None);

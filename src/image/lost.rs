@@ -10,6 +10,7 @@
 use std::ops::ControlFlow;
 
 use crate::error::{Error, Result};
+use crate::format::bat::BlockPlace;
 use crate::format::{Defect, DynamicHeader, PlacedBlocks, bitmap};
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
@@ -36,17 +37,17 @@ impl TruncatedBlocks<'_> {
     pub(super) fn lost_ranges(&self, found: &mut dyn FnMut(Defect) -> ControlFlow<Error>) -> Result<Vec<SectorRange>> {
         let (block_size, mut lost) = (self.header.block_size, Vec::new());
         let cut = &self.placed.entries[self.placed.entries.len() - self.placed.truncated..];
-        let inside = cut.iter().filter(|(place, _)| u64::from(*place) * SECTOR < self.data_end).count();
+        let inside = cut.iter().filter(|(place, _)| place.sector().byte_offset() < self.data_end).count();
         for &(place, block) in cut {
             let range = block_size.sectors_of(block).clip(self.disk);
             let runs = if inside > 1 { vec![self.beyond_end(place, range)] } else { self.lost_runs(place, range)? };
             let sectors = runs.iter().map(|run| run.count()).sum();
-            let at = u64::from(place) * SECTOR;
+            let at = place.sector().byte_offset();
             lost.extend(runs.into_iter().filter(|run| !run.is_empty()));
             let defect = match sectors {
                 0 if !self.footer_follows => continue,
                 0 => {
-                    let end = at + u64::from(block_size.stride_sectors()) * SECTOR;
+                    let end = place.end(block_size).byte_offset();
                     Defect::BlockBeyondEnd { block, entry: place, end, limit: self.data_end }
                 }
                 _ => Defect::BlockCutOff { block, sectors, at },
@@ -59,16 +60,16 @@ impl TruncatedBlocks<'_> {
     }
 
     /// Returns the sectors of a block whose data is not completely in the file.
-    fn beyond_end(&self, place: u32, range: SectorRange) -> SectorRange {
-        let data = (u64::from(place) + u64::from(self.header.block_size.bitmap_sectors())) * SECTOR;
+    fn beyond_end(&self, place: BlockPlace, range: SectorRange) -> SectorRange {
+        let data = place.data(self.header.block_size).byte_offset();
         let there = self.data_end.saturating_sub(data) / SECTOR;
         range.skip(there.min(range.count()))
     }
 
     /// Returns the runs of lost sectors of a block.
-    fn lost_runs(&self, place: u32, range: SectorRange) -> Result<Vec<SectorRange>> {
+    fn lost_runs(&self, place: BlockPlace, range: SectorRange) -> Result<Vec<SectorRange>> {
         let behind = self.beyond_end(place, range);
-        let at = u64::from(place) * SECTOR;
+        let at = place.sector().byte_offset();
         // Bitmap sectors that are completely in the file; the bits of the others count as set.
         let held = (self.data_end.saturating_sub(at) / SECTOR).min(self.header.block_size.bitmap_sectors().into());
         if held == 0 {

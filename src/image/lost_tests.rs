@@ -9,7 +9,7 @@ use crate::storage::sim::SimHost;
 use crate::units::{BlockIndex, SECTOR};
 
 fn place(host: &SimHost, block: u32) -> u64 {
-    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(block)).unwrap()) * SECTOR
+    Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(block)).unwrap().sector().byte_offset()
 }
 
 /// Returns the lost ranges, and whether the image opens.

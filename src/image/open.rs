@@ -14,6 +14,7 @@ use super::lost::TruncatedBlocks;
 use super::structures::{read_footers, read_sector_after_table, read_table};
 use super::unrecognized;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::BlockPlace;
 use crate::format::batmap::{self, BatmapHeader, BatmapPresence};
 use crate::format::entries::{EntryRules, PlacedBlocks, check_entries};
 use crate::format::metadata::{check_header_place, check_table};
@@ -259,11 +260,11 @@ impl Image {
         u32::try_from(left).unwrap_or(u32::MAX).min(block_size.sectors())
     }
 
-    /// Reads the bitmap of the block at file sector `place`. Bits after the end of the data are clear.
-    pub(super) fn read_bitmap(&self, place: u32) -> Result<Vec<u64>> {
+    /// Reads the bitmap of the block at `place`. Bits after the end of the data are clear.
+    pub(super) fn read_bitmap(&self, place: BlockPlace) -> Result<Vec<u64>> {
         let block_size = self.block_size().expect("it has blocks");
         let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
-        let at = u64::from(place) * SECTOR;
+        let at = place.sector().byte_offset();
         let there = self.data_end().saturating_sub(at).min(bytes.len() as u64);
         self.file().read_at(&mut bytes[..usize::try_from(there).expect("a bitmap")], at)?;
         let mut words = vec![0; bitmap::words(block_size)];
@@ -281,7 +282,7 @@ impl Image {
         let (mut block, last) = (block_size.block_at(range.start()), block_size.block_at(range.end() - 1));
         while let Some(next) = table.next_used(block).filter(|next| *next <= last) {
             let place = table.place(next).expect("it is used");
-            self.file.prefetch(u64::from(place) * SECTOR, u64::from(block_size.bitmap_sectors()) * SECTOR);
+            self.file.prefetch(place.sector().byte_offset(), u64::from(block_size.bitmap_sectors()) * SECTOR);
             block = next.following();
         }
     }

@@ -1,11 +1,14 @@
 //! Places every block of a new image and allocates its space in the file system.
 
+use std::ops::Range;
+
 use super::bat::next_places;
 use super::open::Image;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::{DiskType, bat};
+use crate::format::DiskType;
+use crate::format::bat::{self, BlockPlace};
 use crate::storage::File;
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{FileSector, SECTOR, SECTOR_BYTES};
 
 /// Maximum number of bytes per call of `allocate`.
 const MAX_ALLOCATION: u64 = 1 << 30;
@@ -23,24 +26,24 @@ pub(super) fn preallocate(file: &File) -> Result<()> {
         return file.sync();
     };
     let blocks = block_size.blocks_for(image.size() / SECTOR);
-    let (old, first) = (image.data_end(), image.used_end().div_ceil(SECTOR));
+    let (old, first) = (image.data_end(), FileSector::at_or_after(image.used_end()));
     let all: Vec<_> = next_places(first, block_size, blocks).collect();
     let Some(last) = all.last().filter(|_| all.len() as u64 == blocks) else {
         let what = "the format cannot address all blocks of this disk; use larger blocks";
         return Err(Error::new(ErrorKind::Unsupported, what).at_path(file.path()));
     };
-    let end = last.end * SECTOR;
+    let end = last.end.byte_offset();
     // The table's padding and the footer are discarded: the first block may begin there.
-    let from = first * SECTOR;
+    let from = first.byte_offset();
     file.punch_hole(from, old + SECTOR - from)?;
-    reserve(file, all[0].start * SECTOR, end + SECTOR)?;
+    reserve(file, all[0].start.byte_offset(), end + SECTOR)?;
     file.write_at(&image.footer().encode(), end)?;
     if image.kind() == DiskType::Dynamic {
         let ones = vec![0xFF; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
-        all.iter().try_for_each(|place| file.write_at(&ones, place.start * SECTOR))?;
+        all.iter().try_for_each(|place| file.write_at(&ones, place.start.byte_offset()))?;
     }
-    let place = |block: usize| all.get(block).map(|place| u32::try_from(place.start).expect("an entry names it"));
-    let entries = (0..table.len() as usize).map(|block| place(block).unwrap_or(bat::UNUSED));
+    let place = |sectors: &Range<FileSector>| BlockPlace::from_sector(sectors.start).expect("an entry names it");
+    let entries = (0..table.len() as usize).map(|block| all.get(block).map_or(bat::UNUSED, |at| place(at).entry()));
     let bytes: Vec<u8> = entries.flat_map(u32::to_be_bytes).collect();
     file.write_at(&bytes, image.table_offset().expect("it has a table"))?;
     file.sync()
@@ -91,17 +94,17 @@ mod tests {
                 .file()
                 .read_at(
                     &mut first,
-                    u64::from(image.image().bat().unwrap().place(BlockIndex::new(0)).unwrap()) * SECTOR,
+                    image.image().bat().unwrap().place(BlockIndex::new(0)).unwrap().sector().byte_offset(),
                 )
                 .unwrap();
             assert_eq!(first[..SECTOR_BYTES], [if root { 0xFF } else { 0 }; SECTOR_BYTES], "the bitmap of block 0");
             assert_eq!(first[SECTOR_BYTES..], [0; SECTOR_BYTES], "its first sector");
             // The file system is full, and a write to an allocated block needs no space.
             host.set_faults(FaultPlan { capacity: Some(before.allocated), ..FaultPlan::default() });
-            let place = u64::from(image.reserve(BlockIndex::new(10)).unwrap());
-            image.file().write_at(&[7; SECTOR_BYTES], (place + 1) * SECTOR).unwrap();
+            let place = image.reserve(BlockIndex::new(10)).unwrap().sector();
+            image.file().write_at(&[7; SECTOR_BYTES], (place + 1).byte_offset()).unwrap();
             let mut bitmap = [1; SECTOR_BYTES];
-            image.file().read_at(&mut bitmap, place * SECTOR).unwrap();
+            image.file().read_at(&mut bitmap, place.byte_offset()).unwrap();
             assert_eq!(bitmap, [if root { 0xFF } else { 0 }; SECTOR_BYTES]);
             assert_eq!(file(&host).stat().unwrap().allocated, before.allocated);
         }

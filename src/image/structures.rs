@@ -3,6 +3,7 @@
 use super::bat::Bat;
 use super::callbacks::{OnDefect, report_defect};
 use crate::error::Result;
+use crate::format::bat::BlockPlace;
 use crate::format::batmap::{self, BatmapPresence};
 use crate::format::{ChosenFooter, Defect, DynamicHeader, Footer, bat, choose};
 use crate::storage::File;
@@ -70,8 +71,11 @@ pub(super) fn read_table(file: &File, header: &DynamicHeader, found: &mut OnDefe
                         first_zero = if zeros == 0 { BlockIndex::new(block) } else { first_zero };
                         zeros += 1;
                     }
-                    true if entry != bat::UNUSED => table.set(BlockIndex::new(block), entry),
-                    true => {}
+                    true => {
+                        if let Some(place) = BlockPlace::from_entry(entry) {
+                            table.set(BlockIndex::new(block), place);
+                        }
+                    }
                     false => padding = entry,
                 }
                 block = block.saturating_add(1);

@@ -56,9 +56,9 @@ pub(super) fn written(kind: ImageKind, sectors: u64, ranges: &[(u64, u64)]) -> S
         while image.reserve(block).is_err() {
             grow(&host, &image).unwrap();
         }
-        let place = u64::from(image.reserve(block).unwrap());
+        let data = image.reserve(block).unwrap().sector() + 1;
         for sector in from..to {
-            image.file().write_at(&[7; SECTOR_BYTES], (place + 1 + sector % 128) * SECTOR).unwrap();
+            image.file().write_at(&[7; SECTOR_BYTES], (data + sector % 128).byte_offset()).unwrap();
         }
         assert_eq!(image.mark(SectorRange::between(from, to)), Ok(true));
     }

@@ -117,8 +117,8 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
         let place = top.image.reserve(index).expect("there is room");
         for sector in block * BLOCK..(block + 1) * BLOCK {
             if sector % BLOCK < 6 {
-                let at = u64::from(place) + 1 + sector % BLOCK;
-                top.image.file().write_at(&model::bytes(sector, PARENT), at * 512).expect("it takes data");
+                let at = place.sector() + 1 + sector % BLOCK;
+                top.image.file().write_at(&model::bytes(sector, PARENT), at.byte_offset()).expect("it takes data");
                 let _ = top.image.mark(diffdisk::units::SectorRange::between(sector, sector + 1));
                 values[sector as usize] = PARENT;
             }

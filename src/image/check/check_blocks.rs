@@ -5,12 +5,13 @@
 
 use super::report::{Report, Suspects};
 use crate::error::Result;
+use crate::format::bat::BlockPlace;
 use crate::format::layout::PAGE;
 use crate::format::{Defect, DiskType, bitmap};
 use crate::image::batmap::Batmap;
 use crate::image::open::Image;
 use crate::storage::{is_seek_unsupported, is_zero};
-use crate::units::{BlockIndex, SECTOR, SECTOR_BITS, SECTOR_BYTES};
+use crate::units::{BlockIndex, FileSector, SECTOR, SECTOR_BITS, SECTOR_BYTES};
 
 /// Maximum number of bytes of data that are read in one image.
 const MAX_DATA_BYTES: u64 = 64 << 20;
@@ -22,7 +23,7 @@ const PREFETCHED_BITMAPS: usize = 256;
 const MAX_SUSPECTS: usize = 4096;
 /// The file sector from which on the places of blocks are not tested for alignment. Near the format's limit of 2^32
 /// sectors a writer that otherwise aligns blocks may pack them, so that all blocks fit (crash-safety 3).
-const PACKED_FROM: u32 = 0xE000_0000;
+const PACKED_FROM: FileSector = FileSector::new(0xE000_0000);
 
 /// Receives the position that a scan of the file has reached, in bytes, and ends the scan by an error.
 pub(super) type OnPosition<'a> = dyn FnMut(u64) -> Result<()> + 'a;
@@ -60,34 +61,35 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     let (child, writer) = (image.kind() == DiskType::Differencing, writer_of(image));
     let block_size = sparse.header.block_size;
     let bitmap_sectors = block_size.bitmap_sectors();
-    let page = u32::try_from(PAGE / SECTOR).expect("eight");
-    let aligned = |place: u32| (place % page + bitmap_sectors % page).is_multiple_of(page);
-    let odd = |place: u32| child && place < PACKED_FROM && (writer == PlacementWriter::Unknown || !aligned(place));
+    let aligned = |place: BlockPlace| place.data(block_size).byte_offset().is_multiple_of(PAGE);
+    let odd = |place: BlockPlace| {
+        child && place.sector() < PACKED_FROM && (writer == PlacementWriter::Unknown || !aligned(place))
+    };
     let (mut suspects, mut budget) = (Vec::new(), MAX_DATA_BYTES);
     let entries = &sparse.placed.entries;
     // A single packed block may be page-aligned by chance. Of two adjacent packed blocks of 2 MiB, as XenServer makes
     // them, at most one is: their distance is not a multiple of a page.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
     // All bitmaps of a root are read; of a child, only those that can break a rule.
-    let wanted = |&&(place, block): &&(u32, BlockIndex)| {
+    let wanted = |&&(place, block): &&(BlockPlace, BlockIndex)| {
         !child || image.sectors_on_disk(block) < block_size.sectors() || odd(place)
     };
     let wanted = entries.iter().filter(wanted);
     let mut ahead = wanted.clone();
     for (number, &(place, block)) in wanted.enumerate() {
         if number % PREFETCHED_BITMAPS == 0 {
-            come_to(u64::from(place) * SECTOR)?;
+            come_to(place.sector().byte_offset())?;
             let bytes = u64::from(bitmap_sectors) * SECTOR;
             ahead
                 .by_ref()
                 .take(PREFETCHED_BITMAPS)
-                .for_each(|(place, _)| image.file().prefetch(u64::from(*place) * SECTOR, bytes));
+                .for_each(|(place, _)| image.file().prefetch(place.sector().byte_offset(), bytes));
         }
         let sectors = image.sectors_on_disk(block);
         let odd = odd(place);
         let words = image.read_bitmap(place)?;
         let whole = bitmap::run(&words, 0, sectors) == (true, sectors);
-        let at = u64::from(place) * SECTOR;
+        let at = place.sector().byte_offset();
         let bits =
             bits_beyond_disk(&words, sectors, block_size.sectors()).map(|(from, end)| bitmap::count(&words, from, end));
         let bits = bits.sum();
@@ -105,7 +107,7 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     if let Some(&(block, place)) = suspects.first() {
         let placed_by_another = writer == PlacementWriter::Diffdisk || (writer == PlacementWriter::XenServer && aligns);
         if placed_by_another {
-            let at = u64::from(place) * SECTOR;
+            let at = place.sector().byte_offset();
             report.add(Defect::PlacedByAnother { block, blocks: suspects.len() as u64, at });
         }
         report.suspects = Some(Suspects { placed_by_another, blocks: suspects });
@@ -143,13 +145,12 @@ fn check_batmap(image: &Image, report: &mut Report) -> Result<()> {
 fn data_under_clear_bits(
     image: &Image,
     block: BlockIndex,
-    place: u32,
+    place: BlockPlace,
     words: &[u64],
     sectors: u32,
     budget: &mut u64,
 ) -> Result<Option<Defect>> {
-    let bitmap_sectors = image.block_size().expect("it has blocks").bitmap_sectors();
-    let data = (u64::from(place) + u64::from(bitmap_sectors)) * SECTOR;
+    let data = place.data(image.block_size().expect("it has blocks")).byte_offset();
     let end = (data + u64::from(sectors) * SECTOR).min(image.data_end());
     let (mut at, mut bytes) = (data, [0; CHUNK_SECTORS as usize * SECTOR_BYTES]);
     let number = |offset: u64| u32::try_from(offset / SECTOR).expect("inside a block");

@@ -2,14 +2,15 @@
 
 use super::super::space::whole_pages;
 use super::*;
+use crate::format::bat::BlockPlace;
 use crate::format::{DynamicHeader, Footer, Severity};
 use crate::image::ImageKind;
 use crate::image::testing::{self, child, commit, file, grow, host_with, kinds, open, poke, written};
 use crate::storage::sim::SimHost;
-use crate::units::{BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BlockIndex, FileSector, SECTOR, SECTOR_BYTES, SectorRange};
 
 fn place(host: &SimHost, block: u32) -> u64 {
-    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(block)).unwrap()) * SECTOR
+    Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(block)).unwrap().sector().byte_offset()
 }
 
 #[test]
@@ -95,15 +96,15 @@ fn misaligned_blocks_are_suspects() {
     let (table, at) = (image.table_offset().unwrap(), place(&host, 2));
     let mut block = vec![0; 129 * SECTOR_BYTES];
     file(&host).read_at(&mut block, at).unwrap();
-    let entry = u32::try_from(at / SECTOR).unwrap() + 1;
+    let moved = BlockPlace::from_sector(FileSector::containing(at) + 1).unwrap();
     poke(&host, at + SECTOR, &block);
     poke(&host, at + 130 * SECTOR, &image.footer().encode());
-    poke(&host, table + 8, &entry.to_be_bytes());
+    poke(&host, table + 8, &moved.entry().to_be_bytes());
     let (report, _) = check(file(&host)).unwrap();
     assert_eq!(report.defects, [Defect::PlacedByAnother { block: BlockIndex::new(2), blocks: 1, at: at + SECTOR }]);
     assert_eq!(report.count(Severity::Cosmetic), 1);
     let suspects = report.suspects.unwrap();
-    assert!(suspects.placed_by_another && suspects.blocks == [(BlockIndex::new(2), entry)], "{suspects:?}");
+    assert!(suspects.placed_by_another && suspects.blocks == [(BlockIndex::new(2), moved)], "{suspects:?}");
     poke(&host, at + SECTOR, &[0xFF, 0xFE]);
     assert!(
         check(file(&host)).unwrap().0.suspects.is_none(),

@@ -26,8 +26,9 @@ use super::space::{are_places_trusted, unreferenced_space, whole_pages};
 use super::undo_file::UndoFile;
 use crate::error::{Error, Result};
 use crate::failpoint;
+use crate::format::bat::{self, BlockPlace};
 use crate::format::footer::FOOTER_BYTES;
-use crate::format::{Defect, Footer, bat, bitmap};
+use crate::format::{Defect, Footer, bitmap};
 use crate::image::batmap::Batmap;
 use crate::image::open::{Image, SparseImage};
 use crate::image::structures::read_footers;
@@ -282,7 +283,7 @@ fn sectors_without_zero_entries(image: &Image, sparse: &SparseImage) -> Result<B
 
 /// Returns the sectors of the last block's bitmap that change if wrongly set bits after the end of the disk are
 /// cleared.
-fn corrected_last_bitmap(image: &Image, block: BlockIndex, place: u32) -> Result<ByteWrites> {
+fn corrected_last_bitmap(image: &Image, block: BlockIndex, place: BlockPlace) -> Result<ByteWrites> {
     let block_size = image.block_size().expect("it has blocks");
     let (sectors, all) = (image.sectors_on_disk(block), block_size.sectors());
     let words = image.read_bitmap(place)?;
@@ -292,7 +293,7 @@ fn corrected_last_bitmap(image: &Image, block: BlockIndex, place: u32) -> Result
         return Ok(ByteWrites::new());
     }
     let mut bytes = vec![0; block_size.bitmap_sectors() as usize * SECTOR_BYTES];
-    let at = u64::from(place) * SECTOR;
+    let at = place.sector().byte_offset();
     // The rest of the bitmap's last sector, after the last bit, is preserved.
     image.file().read_at(&mut bytes, at)?;
     let old = bytes.clone();

@@ -87,7 +87,7 @@ fn table(host: &SimHost) -> u64 {
 
 /// Returns the offset of the last block.
 fn last_block(host: &SimHost) -> u64 {
-    u64::from(Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(7)).unwrap()) * SECTOR
+    Image::open(file(host)).unwrap().bat().unwrap().place(BlockIndex::new(7)).unwrap().sector().byte_offset()
 }
 
 /// A kind of defect, and a function that causes it in the image.
@@ -212,7 +212,7 @@ fn ambiguous_defects_are_not_repaired() {
     let host = image();
     let image = Image::open(file(&host)).unwrap();
     let (table, place) = (image.table_offset().unwrap(), image.bat().unwrap().place(BlockIndex::new(0)).unwrap());
-    poke(&host, table + 4, &place.to_be_bytes());
+    poke(&host, table + 4, &place.entry().to_be_bytes());
     assert!(repair(&host, &file(&host), None).unwrap().is_none());
     poke(&host, 0, &[0; 512]);
     assert!(repair(&host, &file(&host), None).unwrap().is_some(), "a footer is repaired in spite of defects in blocks");

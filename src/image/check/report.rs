@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::format::bat::BlockPlace;
 use crate::format::{Defect, Severity};
 use crate::units::{BlockIndex, SectorRange};
 
@@ -11,8 +12,8 @@ use crate::units::{BlockIndex, SectorRange};
 pub struct Suspects {
     /// Whether the alignment of the blocks proves that a program other than the image's creator placed them.
     pub placed_by_another: bool,
-    /// The blocks and the file sectors at which they begin, in file order.
-    pub blocks: Vec<(BlockIndex, u32)>,
+    /// The blocks and their places, in file order.
+    pub blocks: Vec<(BlockIndex, BlockPlace)>,
 }
 
 /// Maximum number of listed defects of one kind: a corrupt table may have millions of wrong entries.

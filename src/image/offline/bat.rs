@@ -52,10 +52,9 @@ impl Offline {
         let (old, new) = (bat::bytes(shape.header.entries), bat::bytes(entries));
         let at = shape.header.table_offset;
         let wanted = at + old..at + new.max(old);
-        let stride = u64::from(shape.header.block_size.stride_sectors()) * SECTOR;
-        let mut blocks = shape.places.values().map(|&place| u64::from(place) * SECTOR);
+        let mut blocks = shape.places.values().map(|place| place.byte_range(shape.header.block_size));
         let free = shape.metadata.overlapping(&wanted).is_none()
-            && !blocks.any(|block| block < wanted.end && wanted.start < block + stride);
+            && !blocks.any(|block| block.start < wanted.end && wanted.start < block.end);
         wanted.is_empty() || free
     }
 
@@ -200,7 +199,7 @@ impl OfflineSparse {
     fn entries(&self, sector: u32, entries: u32, padding: u32) -> [u8; SECTOR_BYTES] {
         let mut bytes = [0; SECTOR_BYTES];
         for (block, to) in bat::blocks_of(sector).zip(bytes.as_chunks_mut::<4>().0) {
-            let entry = self.places.get(&block).copied().unwrap_or(bat::UNUSED);
+            let entry = self.places.get(&block).map_or(bat::UNUSED, |place| place.entry());
             *to = if block.get() < entries { entry } else { padding }.to_be_bytes();
         }
         bytes
@@ -210,8 +209,10 @@ impl OfflineSparse {
 #[cfg(all(test, feature = "sim"))]
 mod tests {
     use super::*;
+    use crate::format::bat::BlockPlace;
     use crate::image::Image;
     use crate::image::testing::{child, file, host_with};
+    use crate::units::FileSector;
 
     #[test]
     fn a_table_grows_in_place_or_moves() {
@@ -219,11 +220,11 @@ mod tests {
         let mut image = Offline::new(&Image::open(file(&host)).unwrap()).unwrap();
         let (at, room) = (image.sparse().header.table_offset, u32::try_from(layout::PAGE / 4).unwrap());
         assert!(image.has_room_for(4) && image.has_room_for(room + 1), "unused space follows the table");
-        let place = u32::try_from(image.used_end() / SECTOR + 7).unwrap();
+        let place = BlockPlace::from_sector(FileSector::containing(image.used_end()) + 7).unwrap();
         let block = BlockIndex::new(1);
         image.sparse_mut().places.insert(block, place);
         assert!(image.has_room_for(room) && !image.has_room_for(3 * room), "a block follows the table's page");
-        image.extend((u64::from(place) + 129) * SECTOR).unwrap();
+        image.extend((place.sector() + 129).byte_offset()).unwrap();
         image.write_more_entries(200, &[block]).unwrap();
         assert_eq!(Image::open(file(&host)).unwrap().bat().unwrap().place(block), Some(place));
         image.use_table(at, 200).unwrap();

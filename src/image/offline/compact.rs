@@ -9,11 +9,12 @@ use std::ops::Range;
 use super::offline_image::Offline;
 use crate::error::Result;
 use crate::failpoint;
-use crate::format::{bat, layout};
+use crate::format::bat::{self, BlockPlace};
+use crate::format::layout;
 use crate::storage::{Buffer, File};
 use crate::storage::{is_seek_unsupported, next_data};
 use crate::units::OnProgress;
-use crate::units::{BlockIndex, BlockSize, SECTOR};
+use crate::units::{BlockIndex, BlockSize, FileSector, SECTOR};
 
 /// Approximate number of bytes that move between two syncs.
 const BATCH: u64 = 64 << 20;
@@ -22,11 +23,11 @@ const CHUNK: usize = 1 << 20;
 /// Of this many page-aligned blocks that fit into a gap, one may be left out so that the others get a larger alignment.
 const MISALIGNED_SHARE: u64 = 32;
 
-/// The move of a block to a lower file sector.
+/// The move of a block to a lower place.
 struct BlockMove {
     block: BlockIndex,
-    from: u64,
-    to: u32,
+    from: BlockPlace,
+    to: BlockPlace,
 }
 
 impl Offline {
@@ -89,24 +90,24 @@ impl Offline {
     fn move_blocks(&mut self, watch: &mut OnProgress<'_>) -> Result<bool> {
         let block_size = self.sparse().header.block_size;
         let stride = u64::from(block_size.stride_sectors());
-        let mut sources: Vec<(u32, BlockIndex)> =
+        let mut sources: Vec<(BlockPlace, BlockIndex)> =
             self.sparse().places.iter().map(|(block, place)| (*place, *block)).collect();
         sources.sort_unstable();
         // No block moves only to become aligned. If all blocks are page-aligned, they stay so; if another writer packed
         // them, they may move anywhere.
-        let data = u64::from(block_size.bitmap_sectors());
-        let packed = sources.iter().any(|(place, _)| !(u64::from(*place) + data).is_multiple_of(layout::PAGE / SECTOR));
+        let is_aligned = |place: BlockPlace| place.data(block_size).byte_offset().is_multiple_of(layout::PAGE);
+        let packed = sources.iter().any(|(place, _)| !is_aligned(*place));
         let (mut batch, mut any) = (Vec::new(), false);
         'gaps: for gap in self.gaps(self.used_end()) {
-            let mut free = gap.start / SECTOR..gap.end / SECTOR;
-            let above = sources.len() - sources.partition_point(|(place, _)| u64::from(*place) < free.start);
+            let mut free = FileSector::containing(gap.start)..FileSector::containing(gap.end);
+            let above = sources.len() - sources.partition_point(|(place, _)| place.sector() < free.start);
             let mut coming = gap_capacity(&free, block_size).min(above as u64);
             while let Some(to) = place_in(&free, block_size, coming, packed) {
                 match sources.pop_if(|(from, _)| *from > to) {
                     None => break 'gaps,
-                    Some((from, block)) => batch.push(BlockMove { block, from: u64::from(from), to }),
+                    Some((from, block)) => batch.push(BlockMove { block, from, to }),
                 }
-                free.start = u64::from(to) + stride;
+                free.start = to.end(block_size);
                 coming = coming.saturating_sub(1);
                 any = true;
                 if batch.len() as u64 * stride * SECTOR >= BATCH {
@@ -126,7 +127,8 @@ impl Offline {
         let len = u64::from(self.sparse().header.block_size.stride_sectors()) * SECTOR;
         let mut buffer = Buffer::zeroed(CHUNK);
         for moving in &*batch {
-            copy(self.file(), moving.from * SECTOR, u64::from(moving.to) * SECTOR, len, &mut buffer)?;
+            let (from, to) = (moving.from.sector().byte_offset(), moving.to.sector().byte_offset());
+            copy(self.file(), from, to, len, &mut buffer)?;
             watch(len)?;
         }
         self.sync()?;
@@ -138,7 +140,7 @@ impl Offline {
         self.sync()?;
         failpoint::reached("compact.blocks-moved");
         for moving in batch.drain(..) {
-            self.file().punch_hole(moving.from * SECTOR, len)?;
+            self.file().punch_hole(moving.from.sector().byte_offset(), len)?;
         }
         watch(0)
     }
@@ -160,23 +162,24 @@ impl Offline {
     }
 }
 
-/// Returns the number of blocks that a gap, in sectors, should take: as many as fit page-aligned, less a small share in
-/// a large gap, so that the blocks there can have a larger alignment.
-fn gap_capacity(gap: &Range<u64>, block_size: BlockSize) -> u64 {
+/// Returns the number of blocks that a gap should take: as many as fit page-aligned, less a small share in a large gap,
+/// so that the blocks there can have a larger alignment.
+fn gap_capacity(gap: &Range<FileSector>, block_size: BlockSize) -> u64 {
     let (stride, paged) = (u64::from(block_size.stride_sectors()), layout::page_stride(block_size));
-    let first = layout::place_from(gap.start, block_size, layout::PAGE).unwrap_or(u64::MAX);
-    let most = (gap.end + paged - stride).saturating_sub(first) / paged;
+    let Some(first) = layout::place_from(gap.start, block_size, layout::PAGE) else { return 0 };
+    let most = (gap.end + paged - stride).get().saturating_sub(first.get()) / paged;
     most - most / MISALIGNED_SHARE
 }
 
-/// Returns the file sector in a gap for the first of `coming` blocks: aligned, if that leaves space for the others, or
+/// Returns the place in a gap for the first of `coming` blocks: aligned, if that leaves space for the others, or
 /// page-aligned, or, if neither fits and `packed` is set, the start of the gap.
-fn place_in(gap: &Range<u64>, block_size: BlockSize, coming: u64, packed: bool) -> Option<u32> {
-    let last = gap.end.checked_sub(block_size.stride_sectors().into())?.min(bat::MAX_ENTRY.into());
+fn place_in(gap: &Range<FileSector>, block_size: BlockSize, coming: u64, packed: bool) -> Option<BlockPlace> {
+    let last = gap.end.get().checked_sub(block_size.stride_sectors().into())?.min(bat::MAX_ENTRY.into());
+    let last = FileSector::new(last);
     let place = layout::best_place(gap.start, block_size, coming, last);
     let place = place.or_else(|| layout::best_place(gap.start, block_size, 1, last));
     let place = place.or_else(|| (packed && gap.start <= last).then_some(gap.start))?;
-    u32::try_from(place).ok()
+    BlockPlace::from_sector(place)
 }
 
 /// Copies `len` bytes and preserves holes. The two ranges do not overlap.
@@ -220,17 +223,22 @@ pub fn punch_unwritten(file: &File, from: u64) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn sectors(gap: Range<u64>) -> Range<FileSector> {
+        FileSector::new(gap.start)..FileSector::new(gap.end)
+    }
+
     #[test]
     fn blocks_are_page_aligned_or_packed() {
         let block = BlockSize::from_bytes(4096).unwrap(); // nine sectors with its bitmap
-        let place = |gap: Range<u64>, packed| place_in(&gap, block, 1, packed);
+        let place = |gap, packed| place_in(&sectors(gap), block, 1, packed).map(BlockPlace::entry);
         assert_eq!(place(16..100, true), Some(23), "its data at a page");
         assert_eq!(place(23..32, true), Some(23));
         assert_eq!(place(16..31, true), Some(16), "packed if an aligned block does not fit");
         assert_eq!(place(16..31, false), None, "never packed if blocks are page-aligned");
         assert_eq!((place(16..25, true), place(16..24, true)), (Some(16), None));
         assert_eq!(place(u64::from(u32::MAX)..u64::MAX / 2, true), None, "no entry can contain that sector");
-        let place = |gap: Range<u64>, coming| place_in(&gap, BlockSize::DEFAULT, coming, false);
+        let default = BlockSize::DEFAULT;
+        let place = |gap, coming| place_in(&sectors(gap), default, coming, false).map(BlockPlace::entry);
         assert_eq!(place(16..4224, 1), Some(127), "aligned");
         assert_eq!((place(16..4223, 1), place(16..4120, 1), place(16..4119, 1)), (Some(23), Some(23), None));
         assert_eq!((place(16..8328, 2), place(16..8327, 2)), (Some(127), Some(23)), "with room for another at a page");
@@ -238,12 +246,13 @@ mod tests {
     }
 
     /// Counts the blocks that a gap takes, and the aligned ones among them.
-    fn filled(mut gap: Range<u64>, block: BlockSize, above: u64) -> (u64, u64) {
+    fn filled(gap: Range<u64>, block: BlockSize, above: u64) -> (u64, u64) {
+        let mut gap = sectors(gap);
         let (mut coming, mut blocks, mut aligned) = (gap_capacity(&gap, block).min(above), 0, 0);
         while let Some(place) = place_in(&gap, block, coming, false).filter(|_| blocks < above) {
-            let data = (u64::from(place) + u64::from(block.bitmap_sectors())) * SECTOR;
-            assert!(u64::from(place) >= gap.start && data.is_multiple_of(layout::PAGE));
-            gap.start = u64::from(place) + u64::from(block.stride_sectors());
+            let data = place.data(block).byte_offset();
+            assert!(place.sector() >= gap.start && data.is_multiple_of(layout::PAGE));
+            gap.start = place.end(block);
             assert!(gap.start <= gap.end);
             coming = coming.saturating_sub(1);
             (blocks, aligned) = (blocks + 1, aligned + u64::from(data.is_multiple_of(layout::alignment(block))));
@@ -256,7 +265,7 @@ mod tests {
         for bytes in [4 << 10, 256 << 10, 512 << 10, 2 << 20, 8 << 20, 256 << 20] {
             let block = BlockSize::from_bytes(bytes).unwrap();
             let stride = u64::from(block.stride_sectors());
-            let first = |unit| layout::place_from(1 << 20, block, unit).unwrap();
+            let first = |unit| layout::place_from(FileSector::new(1 << 20), block, unit).unwrap().get();
             let (page, unit) = (first(layout::PAGE), first(layout::alignment(block)));
             for n in 1..300 {
                 // A gap of exactly `n` blocks between two page-aligned blocks.

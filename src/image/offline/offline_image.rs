@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::BlockPlace;
 use crate::format::{BatmapHeader, DiskType, DynamicHeader, Footer, MetadataMap, bitmap};
 use crate::image::open::Image;
 use crate::image::write::recover::recover;
@@ -36,8 +37,8 @@ pub(super) struct OfflineSparse {
     pub(super) batmap: Option<BatmapHeader>,
     /// The value that fills the table's last sector after the last entry.
     pub(super) padding: u32,
-    /// The file sectors at which the blocks begin, including blocks after the end of the disk.
-    pub(super) places: BTreeMap<BlockIndex, u32>,
+    /// The places of the blocks, including blocks after the end of the disk.
+    pub(super) places: BTreeMap<BlockIndex, BlockPlace>,
 }
 
 impl Offline {
@@ -53,7 +54,7 @@ impl Offline {
             return Ok(Offline { file, footer, footer_offset: image.data_end(), sparse: None });
         };
         let room = recover(image, sparse.header.block_size, &[], false)?.free_tail.into_inner();
-        let tail = room.unwrap_or_else(PoisonError::into_inner).footer * SECTOR;
+        let tail = room.unwrap_or_else(PoisonError::into_inner).footer.byte_offset();
         let shape = OfflineSparse {
             header: sparse.header.clone(),
             metadata: sparse.metadata.clone(),
@@ -101,8 +102,8 @@ impl Offline {
     /// Returns the byte offsets of a block's bitmap and of its data; `None` if the block has no place.
     pub fn block(&self, block: BlockIndex) -> Option<(u64, u64)> {
         let shape = self.sparse.as_ref()?;
-        let place = u64::from(*shape.places.get(&block)?);
-        Some((place * SECTOR, (place + u64::from(shape.header.block_size.bitmap_sectors())) * SECTOR))
+        let place = shape.places.get(&block)?;
+        Some((place.sector().byte_offset(), place.data(shape.header.block_size).byte_offset()))
     }
 
     /// Reads the bitmap of a block that has a place; one bit per sector.
@@ -147,9 +148,8 @@ impl Offline {
     /// Returns the end of all blocks and metadata, rounded up to whole sectors.
     pub(super) fn used_end(&self) -> u64 {
         let shape = self.sparse();
-        let stride = u64::from(shape.header.block_size.stride_sectors());
         // An entry after the end of the disk may point anywhere. Places outside the file are not blocks (O12).
-        let ends = shape.places.values().map(|&place| (u64::from(place) + stride) * SECTOR);
+        let ends = shape.places.values().map(|place| place.end(shape.header.block_size).byte_offset());
         let blocks = ends.filter(|end| *end <= self.footer_offset).max().unwrap_or(0);
         shape.metadata.end().next_multiple_of(SECTOR).max(blocks)
     }
@@ -157,8 +157,7 @@ impl Offline {
     /// Returns the unreferenced byte ranges between metadata and blocks before `end`, ascending.
     pub(super) fn gaps(&self, end: u64) -> Vec<Range<u64>> {
         let shape = self.sparse();
-        let stride = u64::from(shape.header.block_size.stride_sectors());
-        let blocks = shape.places.values().map(|&p| u64::from(p) * SECTOR..(u64::from(p) + stride) * SECTOR);
+        let blocks = shape.places.values().map(|place| place.byte_range(shape.header.block_size));
         let mut taken: Vec<_> = shape.metadata.extents().iter().map(|e| e.range.clone()).chain(blocks).collect();
         taken.sort_unstable_by_key(|range| range.start);
         let (mut gaps, mut at) = (Vec::new(), 0);
@@ -280,6 +279,7 @@ mod tests {
     use crate::image::ImageKind;
     use crate::image::testing::{child, file, host_with};
     use crate::storage::sim::{FaultPlan, SimHost};
+    use crate::units::FileSector;
 
     fn offline(host: &SimHost) -> Offline {
         Offline::new(&Image::open(file(host)).unwrap()).unwrap()
@@ -332,14 +332,15 @@ mod tests {
         let mut image = offline(&host);
         let first = image.used_end() / SECTOR;
         let places = [(0, first + 10), (2, first + 10 + 129), (3, first + 400)];
-        let places = places.map(|(block, place)| (BlockIndex::new(block), u32::try_from(place).unwrap()));
+        let places = places
+            .map(|(block, place)| (BlockIndex::new(block), BlockPlace::from_sector(FileSector::new(place)).unwrap()));
         image.sparse_mut().places.extend(places);
         image.footer_offset = (first + 529) * SECTOR;
         let gaps = image.gaps(image.used_end());
         let behind: Vec<_> = gaps.iter().filter(|gap| gap.start >= first * SECTOR).cloned().collect();
         assert_eq!(behind, [first * SECTOR..(first + 10) * SECTOR, (first + 268) * SECTOR..(first + 400) * SECTOR]);
         assert_eq!(image.used_end(), (first + 529) * SECTOR);
-        image.sparse_mut().places.insert(BlockIndex::new(9), u32::MAX - 1);
+        image.sparse_mut().places.insert(BlockIndex::new(9), BlockPlace::from_entry(u32::MAX - 1).unwrap());
         assert_eq!(image.used_end(), (first + 529) * SECTOR, "places outside the file are not blocks");
         let blocks: Vec<_> = image.blocks().map(BlockIndex::get).collect();
         assert_eq!((image.block(BlockIndex::new(1)), blocks), (None, vec![0, 2, 3]));

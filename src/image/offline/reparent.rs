@@ -291,8 +291,7 @@ fn occupied(image: &Image, goes: impl Fn(MetadataPart) -> bool) -> Vec<Range<u64
     let sparse = image.sparse().expect("it has a header");
     let stays = sparse.metadata.extents().iter().filter(|extent| !goes(extent.part));
     let mut taken: Vec<_> = stays.map(|extent| extent.range.clone()).collect();
-    let stride = u64::from(sparse.header.block_size.stride_sectors());
-    taken.extend(sparse.table.used().map(|(_, place)| u64::from(place) * SECTOR..(u64::from(place) + stride) * SECTOR));
+    taken.extend(sparse.table.used().map(|(_, place)| place.byte_range(sparse.header.block_size)));
     taken
 }
 

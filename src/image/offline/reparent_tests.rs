@@ -21,7 +21,7 @@ fn child() -> SimHost {
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
     let place = image.reserve(BlockIndex::new(1)).unwrap();
-    image.file().write_at(&[5; SECTOR_BYTES], (u64::from(place) + 1) * SECTOR).unwrap();
+    image.file().write_at(&[5; SECTOR_BYTES], (place.sector() + 1).byte_offset()).unwrap();
     assert_eq!(image.mark(SectorRange::between(128, 129)), Ok(true));
     commit(&host, &image);
     image.trim().unwrap();
@@ -33,8 +33,8 @@ fn seen(host: &SimHost) -> (u128, Vec<PathBuf>) {
     let image = Image::open(file(host)).unwrap();
     let place = image.bat().unwrap().place(BlockIndex::new(1)).expect("the block is there");
     let (mut bits, mut data) = ([0; SECTOR_BYTES], [0; SECTOR_BYTES]);
-    image.file().read_at(&mut bits, u64::from(place) * SECTOR).unwrap();
-    image.file().read_at(&mut data, (u64::from(place) + 1) * SECTOR).unwrap();
+    image.file().read_at(&mut bits, place.sector().byte_offset()).unwrap();
+    image.file().read_at(&mut data, (place.sector() + 1).byte_offset()).unwrap();
     assert!(bits[0] == 0x80 && bits[1..] == [0; SECTOR_BYTES - 1] && data == [5; SECTOR_BYTES]);
     let paths = image.recorded_parent().unwrap().paths.iter().map(|path| path.as_path().to_path_buf()).collect();
     (image.header().unwrap().parent_uuid.as_u128(), paths)

@@ -29,7 +29,7 @@ use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
 use crate::image::check::check_blocks::bits_beyond_disk;
 use crate::units::OnProgress;
-use crate::units::{BlockIndex, BlockSize, SECTOR, SectorRange};
+use crate::units::{BlockIndex, BlockSize, FileSector, SECTOR, SectorRange};
 
 /// Minimum growth of the file, in blocks, while blocks that mask the parent are added.
 const MASK_GROWTH_BLOCKS: u64 = 16;
@@ -170,7 +170,7 @@ impl Offline {
         exposed: &mut ExposedSectors<'_>,
     ) -> Result<Vec<BlockIndex>> {
         let (old, new) = (self.size() / SECTOR, size / SECTOR);
-        let (mut made, mut next) = (Vec::new(), self.used_end() / SECTOR);
+        let (mut made, mut next) = (Vec::new(), FileSector::containing(self.used_end()));
         let blocks = block_size.blocks_for(new);
         for (block, part) in block_size.split_at_blocks(SectorRange::between(old, new)) {
             let hidden = exposed(part)?;
@@ -182,12 +182,12 @@ impl Offline {
                 let unplaced = blocks.saturating_sub(self.sparse().places.len() as u64);
                 let place = layout::next_place(next, block_size, unplaced);
                 let place = place.map_err(|defect| self.no_space(&defect.to_string()))?;
-                next = u64::from(place) + u64::from(block_size.stride_sectors());
-                if next * SECTOR > self.footer_offset() {
+                next = place.end(block_size);
+                if next.byte_offset() > self.footer_offset() {
                     let more =
                         (blocks - u64::from(block.get())).min(MASK_GROWTH_BLOCKS) * layout::aligned_stride(block_size);
-                    match self.extend((next + more) * SECTOR) {
-                        Err(e) if e.kind() == ErrorKind::NoSpace => self.extend(next * SECTOR)?,
+                    match self.extend((next + more).byte_offset()) {
+                        Err(e) if e.kind() == ErrorKind::NoSpace => self.extend(next.byte_offset())?,
                         extended => extended?,
                     }
                 }

@@ -19,7 +19,7 @@ use std::ops::Range;
 
 use crate::format::layout;
 use crate::storage::{Action, FileSlot, Op};
-use crate::units::{BlockSize, SECTOR};
+use crate::units::{BlockSize, FileSector};
 
 /// Maximum gap in bytes between two reserved ranges that is reserved, too. It equals the data of a 4 KiB block, which
 /// one write fills.
@@ -48,22 +48,27 @@ pub(super) struct Reservation {
 impl Reservation {
     /// Reserves all bytes from sector `from` to the end of the last of `places`, or to the end of `ends` if that is not
     /// empty.
-    pub(super) fn whole(from: u64, places: impl Iterator<Item = Range<u64>>, ends: Range<u64>) -> Reservation {
+    pub(super) fn whole(
+        from: FileSector,
+        places: impl Iterator<Item = Range<FileSector>>,
+        ends: Range<FileSector>,
+    ) -> Reservation {
         let to = if ends.is_empty() { places.last().map_or(from, |place| place.end) } else { ends.end };
-        Reservation { ranges: std::iter::once(from * SECTOR..to * SECTOR).collect(), next: 0 }
+        Reservation { ranges: std::iter::once(from.byte_offset()..to.byte_offset()).collect(), next: 0 }
     }
 
     /// Reserves the pages with the bitmaps of blocks at `places`, and the pages of `ends`, which come after all places.
     pub(super) fn bitmaps(
-        places: impl Iterator<Item = Range<u64>>,
+        places: impl Iterator<Item = Range<FileSector>>,
         block_size: BlockSize,
-        ends: Range<u64>,
+        ends: Range<FileSector>,
     ) -> Reservation {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         let bitmap = u64::from(block_size.bitmap_sectors());
         let ends = (!ends.is_empty()).then_some((ends.start, ends.end));
         for (from, to) in places.map(|place| (place.start, place.start + bitmap)).chain(ends) {
-            let page = from * SECTOR / layout::PAGE * layout::PAGE..(to * SECTOR).next_multiple_of(layout::PAGE);
+            let page =
+                from.byte_offset() / layout::PAGE * layout::PAGE..to.byte_offset().next_multiple_of(layout::PAGE);
             match ranges.last_mut() {
                 Some(last) if page.start <= last.end + MERGE_GAP => last.end = page.end,
                 _ => ranges.push(page),
@@ -73,12 +78,13 @@ impl Reservation {
     }
 
     /// Reserves whole blocks at `places`, and the sectors `ends` at the end of the file.
-    pub(super) fn blocks(places: impl Iterator<Item = Range<u64>>, ends: Range<u64>) -> Reservation {
+    pub(super) fn blocks(places: impl Iterator<Item = Range<FileSector>>, ends: Range<FileSector>) -> Reservation {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for place in places.chain((!ends.is_empty()).then_some(ends)) {
+            let block = place.start.byte_offset()..place.end.byte_offset();
             match ranges.last_mut() {
-                Some(last) if place.start * SECTOR <= last.end + MERGE_GAP => last.end = place.end * SECTOR,
-                _ => ranges.push(place.start * SECTOR..place.end * SECTOR),
+                Some(last) if block.start <= last.end + MERGE_GAP => last.end = block.end,
+                _ => ranges.push(block),
             }
         }
         Reservation { ranges, next: 0 }
@@ -102,7 +108,7 @@ mod tests {
     fn bitmaps_are_reserved_by_pages_and_small_blocks_whole() {
         let ranges = |bytes: u32, blocks: usize| {
             let block_size = BlockSize::from_bytes(bytes).unwrap();
-            let all: Vec<_> = next_places(16, block_size, 10).take(blocks).collect();
+            let all: Vec<_> = next_places(FileSector::new(16), block_size, 10).take(blocks).collect();
             let end = all.last().unwrap().end;
             Reservation::bitmaps(all.into_iter(), block_size, end..end + 1).ranges
         };
@@ -122,8 +128,9 @@ mod tests {
     #[test]
     fn portions_leave_room_in_the_engine() {
         let block_size = BlockSize::DEFAULT;
-        let ends = 1 << 20..(1 << 20) + 2;
-        let mut reservation = Reservation::bitmaps(next_places(16, block_size, 100).take(70), block_size, ends);
+        let ends = FileSector::new(1 << 20)..FileSector::new((1 << 20) + 2);
+        let mut reservation =
+            Reservation::bitmaps(next_places(FileSector::new(16), block_size, 100).take(70), block_size, ends);
         let mut counts = Vec::new();
         let mut ops = Vec::new();
         while reservation.push_next(FileSlot(0), &mut ops) {

@@ -35,7 +35,7 @@ use super::job_step::JobStep;
 use super::journal::Journal;
 use super::writable::Writable;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::bat;
+use crate::format::bat::{self, BlockPlace};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Action, Buffer, FileSlot, Op, Payload};
 use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR, SECTOR_BYTES};
@@ -168,12 +168,11 @@ impl Commit {
     fn push_pointers(&mut self, ops: &mut Vec<Op>) {
         let mut placing: BTreeMap<u32, Vec<BlockIndex>> = BTreeMap::new();
         for snapshot in &self.snapshots {
-            let (block, place, at) = self.image.bitmap_sector_place(snapshot.index);
+            let (block, _, at) = self.image.bitmap_sector_place(snapshot.index);
             let current =
                 mutant::enabled(Mutant::CurrentBits).then(|| self.image.lock_dirty(snapshot.index).to_bytes());
             let bytes = current.as_ref().unwrap_or(&snapshot.bytes);
             ops.push(Op::write(0, self.slot, at, Payload::Own(Buffer::copy_of(bytes))));
-            debug_assert_ne!(place, bat::UNUSED);
             placing.entry(bat::sector_of(block)).or_default().push(block);
         }
         for (sector, blocks) in placing {
@@ -254,7 +253,7 @@ impl Writable {
             let entry = match block.get() < table.len() {
                 false => self.image().table_padding(),
                 true if tail.fresh.contains(&block) && !blocks.contains(&block) => bat::UNUSED,
-                true => table.place(block).unwrap_or(bat::UNUSED),
+                true => table.place(block).map_or(bat::UNUSED, BlockPlace::entry),
             };
             *to = entry.to_be_bytes();
         }

@@ -81,7 +81,7 @@ fn a_dynamic_root_needs_one_barrier_for_new_blocks() {
     assert_eq!(commit(&image), (vec!["WW".to_owned(), "S".to_owned()], 1));
     let (path, mut bitmap) = (image.path().to_path_buf(), [0; 512]);
     let place = image.image().bat().unwrap().place(BlockIndex::new(1)).unwrap();
-    image.file().read_at(&mut bitmap, u64::from(place) * SECTOR).unwrap();
+    image.file().read_at(&mut bitmap, place.sector().byte_offset()).unwrap();
     assert_eq!(bitmap, [0xFF; 512], "programs that ignore bitmaps read the same");
     drop(image);
     assert_eq!(reopen(&path).image().bat().unwrap().place(BlockIndex::new(1)), Some(place));

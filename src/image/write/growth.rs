@@ -47,7 +47,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::bat::next_places;
 use crate::mutant::{self, Mutant};
 use crate::storage::{Buffer, FileSlot, Op, Payload};
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{FileSector, SECTOR_BYTES};
 
 /// A step of growth in progress.
 pub struct Growth {
@@ -55,7 +55,7 @@ pub struct Growth {
     slot: FileSlot,
     phase: GrowthPhase,
     /// End of the free tail before the step.
-    old_end: u64,
+    old_end: FileSector,
     /// Number of blocks by which the step extends the file.
     blocks: u64,
     /// Maximum number of blocks whose space the step reserves.
@@ -65,16 +65,16 @@ pub struct Growth {
     /// Number of blocks without a place when the step began.
     unplaced: u64,
     /// File sector for the next block when the step began.
-    next: u64,
+    next: FileSector,
     /// File sector before which space was reserved when the step began.
-    reserved: u64,
+    reserved: FileSector,
     reservation: Option<Reservation>,
     /// Whether whole blocks are reserved although the allocation is sparse.
     whole: bool,
     /// Whether the free tail is long enough, so that the step only reserves space in it.
     is_within: bool,
     /// End of the free tail that an earlier step has written before it failed: this step skips 2 and 3.
-    moved_end: Option<u64>,
+    moved_end: Option<FileSector>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -119,8 +119,7 @@ impl Growth {
         let FreeTail { end: old, unplaced, next, reserved, .. } = *tail;
         let blocks = image.step_blocks(tail).max(least).min(unplaced);
         let wanted = image.reserved_blocks(tail).max(least).min(unplaced);
-        let end = image.end_after(old, least, unplaced);
-        let moved = Some(tail.footer.saturating_sub(1)).filter(|moved| end.is_some_and(|end| *moved >= end));
+        let moved = image.end_after(old, least, unplaced).filter(|end| tail.footer > *end).map(|_| tail.footer - 1);
         let mut growth = Growth {
             image: image.clone(),
             slot,
@@ -142,7 +141,7 @@ impl Growth {
     }
 
     /// Returns at most `most` places of next blocks, before file sector `end`, whose space is not reserved yet.
-    fn unreserved(&self, end: u64, most: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+    fn unreserved(&self, end: FileSector, most: u64) -> impl Iterator<Item = Range<FileSector>> + use<> {
         let (reserved, block_size) = (self.reserved, self.image.image().block_size().expect("it has blocks"));
         let all = next_places(self.next, block_size, self.unplaced).take_while(move |place| place.end <= end);
         all.skip_while(move |place| place.end <= reserved).zip(0..most).map(|(place, _)| place)
@@ -204,8 +203,7 @@ impl Growth {
             (GrowthPhase::Allocate, _) if self.moved_end.is_some() => self.push_writes(GrowthPhase::Wipe, ops),
             (GrowthPhase::Allocate, _) => {
                 if mutant::enabled(Mutant::LengthFirst) {
-                    let at = self.end().expect("checked at the start") * SECTOR;
-                    self.image.file().set_len(at + SECTOR)?;
+                    self.image.file().set_len((self.end().expect("checked at the start") + 1).byte_offset())?;
                 }
                 match self.write_new_end() {
                     Ok(()) => self.push_writes(GrowthPhase::SyncFooter, ops),
@@ -284,7 +282,7 @@ impl Growth {
     }
 
     /// End of the free tail after the step.
-    fn end(&self) -> Option<u64> {
+    fn end(&self) -> Option<FileSector> {
         self.moved_end.or_else(|| self.image.end_after(self.old_end, self.blocks, self.unplaced))
     }
 
@@ -313,8 +311,8 @@ impl Growth {
             return Err(self.undo(source));
         }
         // If a block ends at the old footer, no stamp precedes that footer.
-        let first = if old > tail.end { old - 1 } else { old };
-        tail.stale.extend(first..=old);
+        let stamp = (old > tail.end).then(|| old - 1);
+        tail.stale.extend(stamp.into_iter().chain([old]));
         tail.footer = at + 1;
         Ok(())
     }
@@ -337,14 +335,14 @@ impl Growth {
         let tail = self.image.free_tail();
         let footer = Buffer::copy_of(&self.image.footer_bytes());
         if matches!(phase, GrowthPhase::SyncSessionFooter | GrowthPhase::SyncFooter) {
-            return ops.push(write(0, self.slot, tail.footer * SECTOR, Payload::Own(footer)));
+            return ops.push(write(0, self.slot, tail.footer.byte_offset(), Payload::Own(footer)));
         }
-        for run in tail.stale.chunk_by(|a, b| a + 1 == *b) {
+        for run in tail.stale.chunk_by(|a, b| *a + 1 == *b) {
             let bytes = match mutant::enabled(Mutant::NoWipe) {
                 true => footer.repeat(run.len()),
                 false => vec![0; run.len() * SECTOR_BYTES],
             };
-            ops.push(write(0, self.slot, run[0] * SECTOR, Payload::Own(Buffer::copy_of(&bytes))));
+            ops.push(write(0, self.slot, run[0].byte_offset(), Payload::Own(Buffer::copy_of(&bytes))));
         }
     }
 
@@ -365,10 +363,10 @@ impl Growth {
         let mut back = Ok(());
         if mutant::enabled(Mutant::UndoCutsStamp) && self.phase == GrowthPhase::Wipe {
             tail.footer = self.old_end;
-            back = file.write_at(&self.image.footer_bytes(), tail.footer * SECTOR);
+            back = file.write_at(&self.image.footer_bytes(), tail.footer.byte_offset());
         }
         // The file is truncated under the lock, as a session that begins on another queue moves the footer.
-        let back = back.and_then(|()| file.set_len((tail.footer + 1) * SECTOR));
+        let back = back.and_then(|()| file.set_len((tail.footer + 1).byte_offset()));
         drop(tail);
         if let Err(e) = back.and_then(|()| file.sync()) {
             self.image.poison(&format!("growth failed ({source}) and could not be undone ({})", e.line()));

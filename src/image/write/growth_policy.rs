@@ -5,7 +5,7 @@ use super::free_tail::FreeTail;
 use super::writable::Writable;
 use crate::format::layout;
 use crate::storage::AllocationMode;
-use crate::units::SECTOR;
+use crate::units::{FileSector, SECTOR};
 
 /// Minimum step of growth in blocks, unless space is short.
 const MIN_STEP_BLOCKS: u64 = 16;
@@ -127,7 +127,7 @@ impl Writable {
     ///
     /// The result assumes that all blocks are aligned: `next_place` never places a block after its aligned position. If
     /// blocks are not aligned, the result is too large by at most one [alignment](layout::alignment) per block.
-    pub(super) fn end_after(&self, from: u64, blocks: u64, unplaced: u64) -> Option<u64> {
+    pub(super) fn end_after(&self, from: FileSector, blocks: u64, unplaced: u64) -> Option<FileSector> {
         let block_size = self.sparse().block_size;
         layout::next_place(from, block_size, unplaced).ok()?;
         let first = layout::place_from(from, block_size, layout::alignment(block_size))?;

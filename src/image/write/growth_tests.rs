@@ -7,7 +7,7 @@ use crate::image::testing::{PATH, SLOT, child, commit, file, grow, host_with, ki
 use crate::image::{ImageSpec, create};
 use crate::storage::Action;
 use crate::storage::sim::{FaultPlan, SimHost};
-use crate::units::{BlockIndex, BlockSize, SectorRange};
+use crate::units::{BlockIndex, BlockSize, FileSector, SECTOR, SectorRange};
 
 #[test]
 fn both_footers_are_valid_at_every_moment() {
@@ -19,9 +19,9 @@ fn both_footers_are_valid_at_every_moment() {
         let room = image.free_tail();
         (room.footer, room.end)
     };
-    let at = |sector: u64| {
+    let at = |sector: FileSector| {
         let mut bytes = [0; SECTOR_BYTES];
-        image.file().read_at(&mut bytes, sector * SECTOR).map(|()| bytes).ok()
+        image.file().read_at(&mut bytes, sector.byte_offset()).map(|()| bytes).ok()
     };
     let (mut growth, mut ops, mut seen) = (Growth::begin(&image, SLOT).unwrap(), Vec::new(), String::new());
     assert!(Growth::begin(&image, SLOT).is_none(), "only one step at a time");
@@ -38,8 +38,8 @@ fn both_footers_are_valid_at_every_moment() {
                 _ => '?',
             });
         }
-        let last = file(&host).stat().unwrap().len / SECTOR - 1;
-        assert!(at(0) == Some(footer) && at(last) == Some(footer), "after {seen}");
+        let last = FileSector::containing(file(&host).stat().unwrap().len) - 1;
+        assert!(at(FileSector::new(0)) == Some(footer) && at(last) == Some(footer), "after {seen}");
         assert!(seen.len() < 3 || at(old) == Some([0; SECTOR_BYTES]), "the old footer must not become a bitmap");
         assert_eq!(image.free_tail().end, end, "no space is used before it is durably zero");
     }
@@ -95,7 +95,7 @@ fn a_trimmed_file_ends_after_its_last_block() {
     commit(&host, &image);
     image.reserve(BlockIndex::new(8)).unwrap();
     image.trim().unwrap();
-    assert_eq!(file(&host).stat().unwrap().len, (u64::from(place) + 129 + 1) * SECTOR, "block 8 was never written");
+    assert_eq!(file(&host).stat().unwrap().len, (place.sector() + 129 + 1).byte_offset(), "block 8 was never written");
     drop(image);
     let image = open(&host).unwrap();
     let bat = image.image().bat().unwrap();
@@ -125,7 +125,7 @@ fn a_sparse_step_reserves_the_pages_that_commits_write() {
     host.set_faults(FaultPlan { capacity: Some(after.allocated), ..FaultPlan::default() });
     image.reserve(BlockIndex::new(0)).unwrap(); // its data begins in the page of the old footer
     for block in 1..8 {
-        let place = u64::from(image.reserve(BlockIndex::new(block)).unwrap()) * SECTOR;
+        let place = image.reserve(BlockIndex::new(block)).unwrap().sector().byte_offset();
         let refused = image.file().write_at(&[7; 512], place + SECTOR);
         assert!(refused.is_err_and(|e| e.kind() == ErrorKind::NoSpace), "block {block} at {place}");
         let first = u64::from(block) * 128;
@@ -218,8 +218,8 @@ fn an_image_can_be_closed_on_a_full_file_system() {
     create(&host, Path::new(PATH), &ImageSpec { kind: child(), size: 64 << 20, block_size, reserve: 0 }).unwrap();
     let image = open(&host).unwrap();
     grow(&host, &image).unwrap();
-    let place = u64::from(image.reserve(BlockIndex::new(0)).unwrap());
-    image.file().write_at(&[7; 512], (place + 1) * SECTOR).unwrap();
+    let place = image.reserve(BlockIndex::new(0)).unwrap().sector();
+    image.file().write_at(&[7; 512], (place + 1).byte_offset()).unwrap();
     assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
     commit(&host, &image);
     let before = file(&host).stat().unwrap();
@@ -234,7 +234,7 @@ fn an_image_can_be_closed_on_a_full_file_system() {
     let full = file(&host).stat().unwrap().allocated;
     host.set_faults(FaultPlan { capacity: Some(full), ..FaultPlan::default() });
     image.trim().unwrap();
-    assert_eq!(file(&host).stat().unwrap().len, (place + 2049 + 1) * SECTOR);
+    assert_eq!(file(&host).stat().unwrap().len, (place + 2049 + 1).byte_offset());
     assert_eq!(kinds(&host), Vec::<&str>::new());
 }
 

@@ -28,6 +28,7 @@ use super::journal_layout::{
     SESSION_AT, SLOT_BITMAP_SECTOR, SLOT_BITS, SLOT_EPOCH, SLOT_PLACE, SLOT_PLACED_BY, TABLE_SUMS, UNACCOUNTED,
 };
 use crate::error::Result;
+use crate::format::bat::BlockPlace;
 use crate::format::bitmap;
 use crate::image::journal_id::{entry_hash, table_sum};
 use crate::image::open::Image;
@@ -212,7 +213,7 @@ impl Journal {
         &self,
         index: BitmapSectorIndex,
         block: BlockIndex,
-        place: u32,
+        place: BlockPlace,
         fresh: bool,
         words: &[AtomicU64],
     ) -> Option<JournalSlot> {
@@ -224,7 +225,7 @@ impl Journal {
             _ => 0,
         };
         self.slot_word(slot, SLOT_BITMAP_SECTOR).store(index.get() as u64, Ordering::Relaxed);
-        self.slot_word(slot, SLOT_PLACE).store(place.into(), Ordering::Relaxed);
+        self.slot_word(slot, SLOT_PLACE).store(place.entry().into(), Ordering::Relaxed);
         self.slot_word(slot, SLOT_PLACED_BY).store(placed_by, Ordering::Relaxed);
         for n in 0..BITMAP_WORDS {
             let bits = words.get(n).map_or(0, |w| w.load(Ordering::SeqCst));
@@ -302,7 +303,7 @@ impl Journal {
     pub(super) fn finish_commit(
         &self,
         epoch: u64,
-        places: &[(BlockIndex, u32)],
+        places: &[(BlockIndex, BlockPlace)],
         keep: impl Fn(JournalSlot, BitmapSectorIndex, &dyn Fn()) -> bool,
     ) {
         let (next, old) = {
@@ -310,7 +311,7 @@ impl Journal {
             let old: Vec<JournalSlot> = state.used.iter().copied().filter(|s| self.epoch_of(*s) <= epoch).collect();
             (state.epoch, old)
         };
-        let placed: BTreeSet<u64> = places.iter().map(|(_, place)| u64::from(*place)).collect();
+        let placed: BTreeSet<u64> = places.iter().map(|(_, place)| u64::from(place.entry())).collect();
         let mut ended = Vec::new();
         for slot in old {
             let index = self.slot_word(slot, SLOT_BITMAP_SECTOR).load(Ordering::Relaxed);

@@ -74,7 +74,7 @@ fn marked(image: &Writable, sector: u32) -> Vec<u32> {
         let mut bytes = [0; 512];
         match bitmaps.run(bitmaps.first_sector_of(block), sector, sector + 1) {
             Some((set, _)) => return set,
-            None => image.file().read_at(&mut bytes, u64::from(place) * 512).unwrap(),
+            None => image.file().read_at(&mut bytes, place.sector().byte_offset()).unwrap(),
         }
         bytes[sector as usize / 8] >> (7 - sector % 8) & 1 == 1
     };

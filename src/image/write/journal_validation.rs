@@ -21,6 +21,7 @@ use super::journal_layout::{
     TABLE_SUMS, UNACCOUNTED,
 };
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::BlockPlace;
 use crate::format::{SessionStamp, bitmap};
 use crate::image::journal_id::{entry_hash, table_sum};
 use crate::image::open::Image;
@@ -35,7 +36,7 @@ pub(in crate::image) struct ReplaySlot {
     /// The bitmap sector.
     pub(super) bitmap_sector: BitmapSectorIndex,
     /// Place of the block of the bitmap sector.
-    pub(super) place: u32,
+    pub(super) place: BlockPlace,
     /// Bits of the bitmap sector.
     pub(super) words: [u64; BITMAP_WORDS],
     /// Whether the valid sum over the BAT includes the entry of the block.
@@ -125,7 +126,7 @@ impl Journal {
             let word = |at| self.slot_word(slot, at).load(Ordering::Acquire);
             let (index, place, placed_by) = (word(SLOT_BITMAP_SECTOR), word(SLOT_PLACE), word(SLOT_PLACED_BY));
             let index = usize::try_from(index).ok().filter(|index| *index < bitmap_sectors).ok_or(DAMAGED)?;
-            let place = u32::try_from(place).map_err(|_| DAMAGED)?;
+            let place = u32::try_from(place).ok().and_then(BlockPlace::from_entry).ok_or(DAMAGED)?;
             if epoch >= EPOCH_LIMIT || (placed_by >= EPOCH_LIMIT && placed_by != NOT_PLACED) {
                 return Err(DAMAGED);
             }
@@ -210,7 +211,7 @@ fn include_file_bits(slots: &[ReplaySlot], image: &Image) -> Result<bool> {
         let (block, number) = block_size.block_of_bitmap_sector(index);
         let Some(place) = table.place(block) else { continue };
         let mut bytes = [0; SECTOR_BYTES];
-        let at = (u64::from(place) + u64::from(number)) * SECTOR;
+        let at = (place.sector() + u64::from(number)).byte_offset();
         if at + SECTOR > image.data_end() {
             return Ok(false);
         }

@@ -11,11 +11,12 @@ use super::free_tail::FreeTail;
 use super::journal_validation::ReplaySlot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::DiskType;
+use crate::format::bat::BlockPlace;
 use crate::image::batmap::Batmap;
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
 use crate::storage::next_data;
-use crate::units::{BlockIndex, BlockSize, SECTOR, SECTOR_BYTES};
+use crate::units::{BlockIndex, BlockSize, FileSector, SECTOR, SECTOR_BYTES};
 
 /// State of a writable image with a BAT.
 pub(in crate::image) struct WritableSparse {
@@ -43,9 +44,9 @@ pub(in crate::image) fn recover(
     let (table, file) = (image.bat().expect("not fixed"), image.file());
     let bitmaps = Bitmaps::new(table.len(), block_size);
     let fresh = if image.kind() == DiskType::Differencing { InitialBits::Clear } else { InitialBits::Set };
-    let (mut next, mut new_blocks) = (image.used_end().div_ceil(SECTOR), BTreeSet::new());
+    let (mut next, mut new_blocks) = (FileSector::at_or_after(image.used_end()), BTreeSet::new());
     let stamp = u64::from(stamped);
-    let (reach, mut places) = (block_size.stride_sectors() - 1, BTreeSet::new());
+    let mut places = BTreeSet::new();
     if !replayed.is_empty() {
         // The entry of a block beyond the end of the disk takes no space.
         let blocks = block_size.blocks_for(image.size() / SECTOR);
@@ -54,14 +55,16 @@ pub(in crate::image) fn recover(
     for slot in replayed {
         let block = bitmaps.block_of(slot.bitmap_sector).0;
         if table.place(block).is_none() {
-            let end = u64::from(slot.place) + u64::from(block_size.stride_sectors());
+            let end = slot.place.end(block_size);
             // The place need not be after the last block in the file, as a block that was placed later may have been
             // committed first.
-            let inside =
-                u64::from(slot.place) * SECTOR >= image.metadata_end() && (end + stamp) * SECTOR <= image.data_end();
-            if !inside
-                || places.range(slot.place.saturating_sub(reach)..=slot.place.saturating_add(reach)).next().is_some()
-            {
+            let is_inside = slot.place.sector().byte_offset() >= image.metadata_end()
+                && (end + stamp).byte_offset() <= image.data_end();
+            let before = places.range(..=slot.place).next_back();
+            let after = places.range(slot.place..).next();
+            let overlaps = before.is_some_and(|other: &BlockPlace| other.end(block_size) > slot.place.sector())
+                || after.is_some_and(|other| other.sector() < end);
+            if !is_inside || overlaps {
                 let what = format!("the live journal has an impossible place for block {block}: sector {}", slot.place);
                 return Err(Error::new(ErrorKind::Refused, what).at_path(file.path()));
             }
@@ -72,7 +75,7 @@ pub(in crate::image) fn recover(
             next = next.max(end);
         }
     }
-    let end = image.data_end().div_ceil(SECTOR).max(next + stamp);
+    let end = FileSector::at_or_after(image.data_end()).max(next + stamp);
     // The sectors that are made zero end before the stamp.
     let zeros = if mutant::enabled(Mutant::ScrubStamp) { end } else { end - stamp };
     // The front copy is written first: if the trailing footer is missing, the front copy is the only valid footer.
@@ -88,7 +91,7 @@ pub(in crate::image) fn recover(
             "{}: the trailing footer was missing, as the image was not closed cleanly; rewritten",
             file.path().display()
         );
-        file.write_at(&footer, end * SECTOR)?;
+        file.write_at(&footer, end.byte_offset())?;
     }
     // After a kill, the trailing footer may be in the page cache only, and the only durable footer may be in the range
     // that is punched next. One footer must be durable at every moment.
@@ -97,8 +100,9 @@ pub(in crate::image) fn recover(
     }
     // A range without data already reads as zeros, and a full file system may have no space for the punch (btrfs).
     if zeros > next && !mutant::enabled(Mutant::NoScrub) {
-        if next_data(file, next * SECTOR..zeros * SECTOR)?.is_some() {
-            file.punch_hole(next * SECTOR, (zeros - next) * SECTOR)?;
+        let (from, to) = (next.byte_offset(), zeros.byte_offset());
+        if next_data(file, from..to)?.is_some() {
+            file.punch_hole(from, to - from)?;
         }
         if !mutant::enabled(Mutant::ScrubUnsynced) {
             file.sync()?;
@@ -170,12 +174,12 @@ mod tests {
         assert_eq!(image.mark(SectorRange::between(0, 1)), Ok(true));
         commit(&host, &image);
         // A killed write has written to the next block's space, to which no pointer refers.
-        let next = u64::from(image.reserve(BlockIndex::new(1)).unwrap()) * SECTOR;
+        let next = image.reserve(BlockIndex::new(1)).unwrap().sector().byte_offset();
         image.file().write_at(&[0xFF; 4096], next).unwrap();
         drop(image);
         let image = open(&host).unwrap();
         grow(&host, &image).unwrap();
-        let again = u64::from(image.reserve(BlockIndex::new(3)).unwrap()) * SECTOR;
+        let again = image.reserve(BlockIndex::new(3)).unwrap().sector().byte_offset();
         assert_eq!(
             (image.image().bat().unwrap().place(BlockIndex::new(0)), again),
             (Some(place), next),

@@ -34,7 +34,7 @@ use crate::image::open::Image;
 use crate::image::session_state::{SessionState, journal_name, live_session_error, other_machine_error};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Env, File, Origin, RuntimeFolder};
-use crate::units::{SECTOR, SECTOR_BYTES};
+use crate::units::{FileSector, SECTOR_BYTES};
 
 /// The session has not begun.
 const IDLE: u8 = 0;
@@ -67,7 +67,7 @@ pub(super) struct Session {
 struct PlacedStamp {
     stamp: SessionStamp,
     /// File sector of the stamp.
-    at: u64,
+    at: FileSector,
     /// The announced generation, until the write of the stamp has succeeded.
     pending: Option<u64>,
 }
@@ -135,7 +135,7 @@ impl Session {
         let session = Session { folders: vec![folder], ..session };
         let slots = journal.validate(image, &stamp)?;
         journal.record_file(image)?;
-        let at = image.data_end() / SECTOR - 1;
+        let at = FileSector::containing(image.data_end()) - 1;
         let _ = session.journal.set(journal);
         *session.stamp() = Some(PlacedStamp { stamp, at, pending: None });
         session.mode.store(OPEN, Ordering::Release);
@@ -232,7 +232,7 @@ impl Session {
     pub(super) fn begin(
         &self,
         stamp: SessionStamp,
-        at: u64,
+        at: FileSector,
         footer: Option<&[u8; SECTOR_BYTES]>,
         may_retry: bool,
     ) -> Result<()> {
@@ -247,7 +247,7 @@ impl Session {
             // No stamp may name a removed journal, so a stamp that was written despite the error is erased. If this
             // write also fails, the stamp is taken as not written.
             if footer.is_none() {
-                let _ = self.file.write_at(&[0; SECTOR_BYTES], at * SECTOR);
+                let _ = self.file.write_at(&[0; SECTOR_BYTES], at.byte_offset());
             }
             self.journal.get().map_or(Ok(()), Journal::remove)?;
             return Err(e);
@@ -276,16 +276,16 @@ impl Session {
     }
 
     /// Writes the stamp at file sector `at` and, if given, the footer after it, in one write.
-    fn write(&self, stamp: &SessionStamp, at: u64, footer: Option<&[u8; SECTOR_BYTES]>) -> Result<()> {
+    fn write(&self, stamp: &SessionStamp, at: FileSector, footer: Option<&[u8; SECTOR_BYTES]>) -> Result<()> {
         let mut pair = [0; PAIR_BYTES];
         pair[..SECTOR_BYTES].copy_from_slice(&stamp.encode(self.uuid));
-        let Some(footer) = footer else { return self.file.write_at(&pair[..SECTOR_BYTES], at * SECTOR) };
+        let Some(footer) = footer else { return self.file.write_at(&pair[..SECTOR_BYTES], at.byte_offset()) };
         pair[SECTOR_BYTES..].copy_from_slice(footer);
         if mutant::enabled(Mutant::SplitPair) {
-            self.file.write_at(footer, (at + 1) * SECTOR)?;
-            return self.file.write_at(&pair[..SECTOR_BYTES], at * SECTOR);
+            self.file.write_at(footer, (at + 1).byte_offset())?;
+            return self.file.write_at(&pair[..SECTOR_BYTES], at.byte_offset());
         }
-        self.file.write_at(&pair, at * SECTOR)
+        self.file.write_at(&pair, at.byte_offset())
     }
 
     /// A random generation.
@@ -342,7 +342,7 @@ impl Session {
     /// # Errors
     /// `Io`, `NoSpace`: the stamp before the old footer, if there is one, is still valid. A session that has not begun
     /// can begin later.
-    pub(super) fn move_stamp(&self, image: &Image, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
+    pub(super) fn move_stamp(&self, image: &Image, at: FileSector, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
         if let Some(stamp) = (!self.is_begun()).then(|| self.prepared_stamp(image)).flatten() {
             return self.begin(stamp, at, Some(footer), true);
         }
@@ -371,7 +371,7 @@ impl Session {
     pub(super) fn erase_stamp(&self) -> Result<()> {
         let mut placed = self.stamp();
         let Some(PlacedStamp { at, .. }) = &*placed else { return Ok(()) };
-        self.file.write_at(&[0; SECTOR_BYTES], at * SECTOR)?;
+        self.file.write_at(&[0; SECTOR_BYTES], at.byte_offset())?;
         self.file.sync()?;
         *placed = None;
         Ok(())
@@ -393,8 +393,8 @@ impl Session {
 }
 
 /// Writes a sector of zeros, where a stamp may be written later, and the footer after it.
-pub(super) fn write_zeros_and_footer(file: &File, at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
+pub(super) fn write_zeros_and_footer(file: &File, at: FileSector, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
     let mut pair = [0; PAIR_BYTES];
     pair[SECTOR_BYTES..].copy_from_slice(footer);
-    file.write_at(&pair, at * SECTOR)
+    file.write_at(&pair, at.byte_offset())
 }

@@ -6,7 +6,7 @@ use super::writable::Writable;
 use crate::error::{ErrorKind, Result};
 use crate::format::layout::PAGE;
 use crate::mutant::{self, Mutant};
-use crate::units::SECTOR;
+use crate::units::{FileSector, SECTOR};
 
 impl Writable {
     /// Truncates the file after its last block, durably, and sets its final modification time. Called last, after a
@@ -19,12 +19,12 @@ impl Writable {
     /// stamp is erased instead. With copy on write, `NoSpace` if the erasure fails.
     pub fn trim(&self) -> Result<()> {
         self.check_poison()?;
-        let end = self.used_end() * SECTOR;
+        let end = self.used_end().byte_offset();
         let file = self.file();
         if file.stat()?.len != end + SECTOR {
             if let Err(e) = file.write_at(&self.footer_bytes(), end) {
                 // The free tail after the last block reads as zeros: freeing its space may be enough for the footer.
-                let tail = end.next_multiple_of(PAGE)..self.free_tail().end * SECTOR / PAGE * PAGE;
+                let tail = end.next_multiple_of(PAGE)..self.free_tail().end.byte_offset() / PAGE * PAGE;
                 if e.kind() != ErrorKind::NoSpace {
                     return Err(e);
                 }
@@ -47,16 +47,16 @@ impl Writable {
     }
 
     /// The file sector after the last block whose BAT entry is in the file.
-    fn used_end(&self) -> u64 {
-        let Some(block_size) = self.image().block_size() else { return self.image().data_end() / SECTOR };
+    fn used_end(&self) -> FileSector {
+        let Some(block_size) = self.image().block_size() else {
+            return FileSector::containing(self.image().data_end());
+        };
         let (tail, table) = (self.free_tail(), self.image().bat().expect("sparse images have a table"));
-        let stride = u64::from(block_size.stride_sectors());
         // The entry of a block beyond the end of the disk may contain any place. An entry outside the file is ignored
         // (O12).
         let in_file = table.used().filter(|(block, _)| !tail.fresh.contains(block));
-        let last =
-            in_file.map(|(_, place)| u64::from(place) + stride).filter(|end| *end <= tail.end).max().unwrap_or(0);
-        last.max(self.image().metadata_end().div_ceil(SECTOR))
+        let ends = in_file.map(|(_, place)| place.end(block_size)).filter(|end| *end <= tail.end);
+        ends.chain([FileSector::at_or_after(self.image().metadata_end())]).max().expect("the end of the metadata")
     }
 
     /// Restores the modification time after a change of the file's structure, unless the contents of the disk have

@@ -21,12 +21,13 @@ use super::journal_validation::ReplaySlot;
 use super::recover::{WritableSparse, recover};
 use super::session::Session;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::bat::BlockPlace;
 use crate::format::layout;
 use crate::image::mtime::SavedMtime;
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
 use crate::storage::{AllocationMode, Env, File};
-use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR, SECTOR_BYTES, SectorRange};
+use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR_BYTES, SectorRange};
 
 /// Minimum number of dirty bitmap sectors at which a commit becomes due. It equals the number of journal slots.
 const MIN_DIRTY_LIMIT: usize = JOURNAL_SLOTS as usize;
@@ -137,13 +138,13 @@ impl Writable {
         self.sparse.as_ref().map(|s| &s.bitmaps)
     }
 
-    /// Returns the place of a block, which is the file sector of its bitmap. Gives the block a place if it has none.
+    /// Returns the place of a block. Gives the block a place if it has none.
     ///
     /// Performs no I/O, except that the first call of a session that places a block also writes the stamp. Idempotent.
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for the block.
-    pub fn reserve(&self, block: BlockIndex) -> Result<u32, NeedsGrowth> {
+    pub fn reserve(&self, block: BlockIndex) -> Result<BlockPlace, NeedsGrowth> {
         let table = self.image.bat().expect("a fixed image reserves no blocks");
         if let Some(place) = table.place(block) {
             return Ok(place);
@@ -154,7 +155,7 @@ impl Writable {
             return Ok(place); // another queue has placed the block meanwhile
         }
         let place = layout::next_place(tail.next, sparse.block_size, tail.unplaced).map_err(|_| NeedsGrowth)?;
-        let end = u64::from(place) + u64::from(sparse.block_size.stride_sectors());
+        let end = place.end(sparse.block_size);
         if end > tail.usable_end() {
             return Err(NeedsGrowth);
         }
@@ -337,11 +338,11 @@ impl Writable {
     }
 
     /// The block of a bitmap sector, the place of the block, and the byte offset of the bitmap sector in the file.
-    pub(super) fn bitmap_sector_place(&self, index: BitmapSectorIndex) -> (BlockIndex, u32, u64) {
+    pub(super) fn bitmap_sector_place(&self, index: BitmapSectorIndex) -> (BlockIndex, BlockPlace, u64) {
         let (block, sector) = self.sparse().bitmaps.block_of(index);
         let place =
             self.image.bat().and_then(|t| t.place(block)).expect("the block of a bitmap sector in use has a place");
-        (block, place, (u64::from(place) + u64::from(sector)) * SECTOR)
+        (block, place, (place.sector() + u64::from(sector)).byte_offset())
     }
 
     pub(super) fn sparse(&self) -> &WritableSparse {

@@ -9,7 +9,7 @@ use super::session::{Session, write_zeros_and_footer};
 use super::writable::Writable;
 use crate::error::Result;
 use crate::mutant::{self, Mutant};
-use crate::units::SECTOR;
+use crate::units::FileSector;
 
 impl Writable {
     /// The folder in which the live journal is, or will be; `None` without a journal.
@@ -75,8 +75,8 @@ impl Writable {
     }
 
     /// Truncates the file after the footer at file sector `footer`. Poisons the image if the truncation fails.
-    fn truncate_after_footer(&self, footer: u64) {
-        if let Err(e) = self.file().set_len((footer + 1) * SECTOR) {
+    fn truncate_after_footer(&self, footer: FileSector) {
+        if let Err(e) = self.file().set_len((footer + 1).byte_offset()) {
             self.poison(&format!("the end of the file is unknown ({})", e.line()));
         }
     }
@@ -98,7 +98,7 @@ impl Writable {
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the caller truncates the file after the old footer, which is valid then.
-    pub(super) fn write_new_end(&self, at: u64) -> Result<()> {
+    pub(super) fn write_new_end(&self, at: FileSector) -> Result<()> {
         match self.session() {
             Some(session) => {
                 let begins = !session.is_begun();

@@ -8,7 +8,7 @@ use crate::format::bat;
 use crate::image::testing::{PATH, child, file, grow, host_with, open};
 use crate::image::{ImageKind, ImageSpec, create};
 use crate::storage::sim::SimHost;
-use crate::units::BlockSize;
+use crate::units::{BlockSize, FileSector, SECTOR};
 
 #[test]
 fn places_are_distinct_and_end_with_the_free_tail() {
@@ -21,7 +21,7 @@ fn places_are_distinct_and_end_with_the_free_tail() {
     for block in (0..).map(BlockIndex::new) {
         let Ok(place) = image.reserve(block) else { break };
         assert_eq!(image.reserve(block), Ok(place), "a repeated call");
-        places.push(u64::from(place));
+        places.push(place.sector().get());
     }
     assert!((16..40).contains(&places.len()), "a step of growth is sixteen blocks: {}", places.len());
     let footer = file(&host).stat().unwrap().len / SECTOR - 1;
@@ -45,9 +45,9 @@ fn no_block_ends_after_the_computed_end() {
         for from in most.into_iter().flat_map(|room| (0..150).map(move |n| last - stride - room - n)) {
             let (mut end, mut unplaced) = (from, 30);
             for blocks in 1..=30 {
-                let Ok(place) = layout::next_place(end, block_size, unplaced) else { break };
-                (end, unplaced) = (u64::from(place) + stride, unplaced - 1);
-                let computed = image.end_after(from, blocks, 30).unwrap();
+                let Ok(place) = layout::next_place(FileSector::new(end), block_size, unplaced) else { break };
+                (end, unplaced) = (place.end(block_size).get(), unplaced - 1);
+                let computed = image.end_after(FileSector::new(from), blocks, 30).unwrap().get();
                 assert!(end <= computed, "{blocks} of {bytes} from {from} end at {end}, not {computed}");
                 assert!(
                     computed <= from + (unit - 1) + blocks * (stride + unit - 1),
@@ -55,7 +55,7 @@ fn no_block_ends_after_the_computed_end() {
                 );
             }
         }
-        assert_eq!(image.end_after(last + 1, 1, 1), None);
+        assert_eq!(image.end_after(FileSector::new(last + 1), 1, 1), None);
     }
 }
 

@@ -86,10 +86,10 @@ impl LayerStack {
         let mut is_needed = vec![false; table.len() as usize];
         for image in self.images() {
             let (Some(blocks), Some(layer_block)) = (image.bat(), image.block_size()) else { continue };
-            let (bitmap, bytes) = (u64::from(layer_block.bitmap_sectors()), u64::from(layer_block.bytes()));
+            let bytes = u64::from(layer_block.bytes());
             let mut data = 0..0;
             for (block, place) in blocks.used() {
-                let at = (u64::from(place) + bitmap) * SECTOR;
+                let at = place.data(layer_block).byte_offset();
                 if !data.contains(&at) {
                     data = next_data(image.file(), at..u64::MAX)?.unwrap_or(0..0);
                 }

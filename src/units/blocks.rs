@@ -1,99 +1,8 @@
-//! Units: sectors, ranges of sectors, blocks and their sizes, and the progress callback.
-//!
-//! All conversions between sectors, blocks and bytes are in this file, so that overflow is handled once. A sector is
-//! always 512 bytes, regardless of the logical block size of the storage device.
+//! Blocks: their indices, the indices of their bitmap sectors, and their size.
 
 use std::fmt;
 
-use crate::error::Result;
-
-/// Bytes in a sector, as a count of bytes on a disk.
-pub const SECTOR: u64 = 512;
-/// Bytes in a sector, as a length in memory.
-pub const SECTOR_BYTES: usize = 512;
-/// Bits in a sector.
-pub const SECTOR_BITS: u32 = 4096;
-
-/// Progress callback of a long operation. It receives the number of processed bytes, since the last call or in total,
-/// as the operation documents. If the callback fails, the operation ends with the error of the callback.
-pub type OnProgress<'a> = dyn FnMut(u64) -> Result<()> + 'a;
-
-/// Converts sectors to bytes; `None` if the result does not fit in 64 bits.
-pub fn sectors_to_bytes(sectors: u64) -> Option<u64> {
-    sectors.checked_mul(SECTOR)
-}
-
-/// A range of virtual sectors: `start .. start + count`. The end of the range in bytes fits in 64 bits; `new` checks
-/// this.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct SectorRange {
-    start: u64,
-    count: u64,
-}
-
-impl SectorRange {
-    /// Creates the range of `count` sectors from `start`; `None` if the end of the range in bytes does not fit in 64
-    /// bits.
-    pub fn new(start: u64, count: u64) -> Option<SectorRange> {
-        start.checked_add(count)?.checked_mul(SECTOR)?;
-        Some(SectorRange { start, count })
-    }
-
-    /// Creates the range from `start` up to, not including, `end`; empty if `end <= start`. Does not check that the end
-    /// in bytes fits in 64 bits.
-    pub fn between(start: u64, end: u64) -> SectorRange {
-        SectorRange { start, count: end.saturating_sub(start) }
-    }
-
-    /// Returns the first sector.
-    pub fn start(self) -> u64 {
-        self.start
-    }
-
-    /// Returns the number of sectors.
-    pub fn count(self) -> u64 {
-        self.count
-    }
-
-    /// Returns the first sector after the range.
-    pub fn end(self) -> u64 {
-        self.start + self.count
-    }
-
-    /// Returns whether the range is empty.
-    pub fn is_empty(self) -> bool {
-        self.count == 0
-    }
-
-    /// Returns the length in bytes.
-    pub fn bytes(self) -> u64 {
-        self.count * SECTOR
-    }
-
-    /// Returns the intersection with `other`; if there is none, an empty range at the start of `self`.
-    pub fn clip(self, other: SectorRange) -> SectorRange {
-        let start = self.start.max(other.start);
-        let end = self.end().min(other.end());
-        if start >= end { SectorRange { start: self.start, count: 0 } } else { SectorRange::between(start, end) }
-    }
-
-    /// Returns the first `count` sectors, or all if there are fewer.
-    pub fn first(self, count: u64) -> SectorRange {
-        SectorRange { start: self.start, count: self.count.min(count) }
-    }
-
-    /// Returns the range without its first `count` sectors.
-    pub fn skip(self, count: u64) -> SectorRange {
-        let n = self.count.min(count);
-        SectorRange { start: self.start + n, count: self.count - n }
-    }
-}
-
-impl fmt::Display for SectorRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sectors {}..{}", self.start, self.end())
-    }
-}
+use super::{SECTOR, SECTOR_BITS, SectorRange};
 
 /// The index of a block of an image, which is also the index of its BAT entry.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -281,17 +190,6 @@ impl fmt::Display for BlockSize {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges_never_overflow() {
-        assert!(SectorRange::new(u64::MAX, 1).is_none());
-        assert!(SectorRange::new(1 << 55, 0).is_none());
-        let r = SectorRange::new(10, 20).unwrap();
-        assert_eq!(r.clip(SectorRange::between(15, 100)), SectorRange::between(15, 30));
-        assert!(r.clip(SectorRange::between(30, 100)).is_empty());
-        assert_eq!(r.skip(5).first(3), SectorRange::between(15, 18));
-        assert!(r.skip(50).is_empty());
-    }
 
     #[test]
     fn ranges_are_split_at_block_boundaries() {
