@@ -31,7 +31,7 @@ impl FileTable {
         let unused = ServedFile { memory_align: 1, readahead: ReadaheadPolicy::Off };
         let mut files = vec![unused; usize::from(FILE_SLOTS)];
         for (slot, file) in version.files() {
-            let entry = &mut files[usize::from(slot.0)];
+            let entry = &mut files[slot.as_usize()];
             if direct {
                 match file.set_direct()? {
                     Some(rules) => entry.memory_align = rules.memory,
@@ -51,6 +51,6 @@ impl FileTable {
     /// Returns the attributes of the file in `slot`.
     #[inline]
     pub(super) fn get(&self, slot: FileSlot) -> &ServedFile {
-        &self.0[usize::from(slot.0)]
+        &self.0[slot.as_usize()]
     }
 }

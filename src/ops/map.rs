@@ -45,9 +45,7 @@ pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(Ma
         let position = match extent.source {
             Source::Zero => None,
             // In a frozen chain, slots are numbered from the youngest file.
-            Source::File { slot, offset } => {
-                Some(FilePosition { depth: slot.0, file: paths[usize::from(slot.0)], offset })
-            }
+            Source::File { slot, offset } => Some(FilePosition { depth: slot.0, file: paths[slot.as_usize()], offset }),
         };
         found(MapRun { start: extent.range.start() * SECTOR, length: extent.range.bytes(), position })
     };

@@ -43,13 +43,13 @@ impl BlockingEngine {
 
 impl Engine for BlockingEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let entry = self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)?;
         *entry = Some(HostFile::of(file)?);
         Ok(())
     }
 
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
-        *self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)? = None;
+        *self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)? = None;
         Ok(())
     }
 
@@ -63,7 +63,7 @@ impl Engine for BlockingEngine {
 
     fn submit(&mut self) -> io::Result<()> {
         for mut op in self.pushed.drain(..) {
-            let result = match self.files.get(usize::from(op.slot.0)).and_then(Option::as_ref) {
+            let result = match self.files.get(op.slot.as_usize()).and_then(Option::as_ref) {
                 Some(file) => execute(file.as_fd(), &mut op, &mut self.transfer, &mut self.calls),
                 None => Err(io::Error::from_raw_os_error(libc::EBADF)),
             };

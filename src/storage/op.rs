@@ -8,8 +8,17 @@ use super::payload::Payload;
 pub const FILE_SLOTS: u16 = 256 + 16;
 
 /// Index of a file in an engine's table of registered files.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
 pub struct FileSlot(pub u16);
+
+impl FileSlot {
+    /// Returns the index into an array with one element per slot.
+    #[inline]
+    pub const fn as_usize(self) -> usize {
+        self.0 as usize
+    }
+}
 
 /// Kind of operation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -53,5 +53,5 @@ impl MapCache {
 /// different entries.
 #[inline]
 fn entry_of(slot: FileSlot, index: usize) -> usize {
-    (usize::from(slot.0) + index * 29) % CAPACITY
+    (slot.as_usize() + index * 29) % CAPACITY
 }

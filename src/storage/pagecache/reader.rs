@@ -88,7 +88,7 @@ impl PageCacheReader {
     /// Finds a range whose region is not in the map cache, and caches the region. Records a query if that is
     /// worthwhile.
     fn find_in_file(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<NonNull<u8>> {
-        let map = self.files.get(usize::from(slot.0))?.as_ref()?.file_map();
+        let map = self.files.get(slot.as_usize())?.as_ref()?.file_map();
         match map.residency(offset, len) {
             Residency::Resident(from) => {
                 let (index, _) = file_map::locate(offset);
@@ -109,7 +109,7 @@ impl PageCacheReader {
     }
 
     fn invalidate(&self, found: &CachedRange) {
-        if let Some(Some(file)) = self.files.get(usize::from(found.slot.0)) {
+        if let Some(Some(file)) = self.files.get(found.slot.as_usize()) {
             file.file_map().invalidate(found.offset, found.len);
         }
     }
@@ -135,7 +135,7 @@ impl PageCacheReader {
 impl PageCache for PageCacheReader {
     /// Registers a file. A file with O_DIRECT enabled is never copied from.
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let entry = self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)?;
         let file = HostFile::of(file)?;
         self.map_cache.invalidate(slot);
         *entry = (!file.is_direct()).then_some(file);
@@ -159,7 +159,7 @@ impl PageCache for PageCacheReader {
         let is_at = |region: &MapRegion| region.maps_at(within, found.from);
         if !self.map_cache.get(found.slot, index).is_some_and(is_at) {
             // The region is not cached, or the range was found by another engine or in another file.
-            let file = self.files.get(usize::from(found.slot.0)).and_then(Option::as_ref);
+            let file = self.files.get(found.slot.as_usize()).and_then(Option::as_ref);
             if !file.and_then(|file| file.file_map().region(index)).is_some_and(|region| is_at(region)) {
                 return false;
             }
@@ -215,7 +215,7 @@ impl PageCache for PageCacheReader {
     fn query_residency(&mut self) {
         self.backoff_until = self.backoff_until.filter(|until| Instant::now() < *until);
         for (slot, offset, len) in self.queries.drain(..) {
-            if let Some(Some(file)) = self.files.get(usize::from(slot.0)) {
+            if let Some(Some(file)) = self.files.get(slot.as_usize()) {
                 file.file_map().query(file, offset, len, || file.stat().ok().map(|stat| stat.len));
             }
         }

@@ -98,13 +98,13 @@ fn bytes_of(op: &Op) -> Vec<u8> {
 
 impl Engine for SimEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let entry = self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)?;
         *entry = Some(SimFile::of(file, &self.shared)?);
         Ok(())
     }
 
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
-        *self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)? = None;
+        *self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)? = None;
         Ok(())
     }
 
@@ -128,7 +128,7 @@ impl Engine for SimEngine {
         }
         self.calls += 1;
         for op in self.pushed.drain(..) {
-            let file = self.files.get(usize::from(op.slot.0)).and_then(Option::as_ref);
+            let file = self.files.get(op.slot.as_usize()).and_then(Option::as_ref);
             let inode = match file {
                 Some((_, inode, Access::Write)) => *inode,
                 Some((_, inode, Access::Read))

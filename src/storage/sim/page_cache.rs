@@ -30,7 +30,7 @@ impl SimPageCache {
 
 impl PageCache for SimPageCache {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let entry = self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)?;
         let (file, inode, _) = SimFile::of(file, &self.shared)?;
         *entry = Some((file, inode));
         Ok(())
@@ -41,7 +41,7 @@ impl PageCache for SimPageCache {
     }
 
     fn copy(&mut self, found: &CachedRange, into: &GuestIovecs, at: usize) -> bool {
-        let Some(Some((_, inode))) = self.files.get(usize::from(found.slot().0)) else { return false };
+        let Some(Some((_, inode))) = self.files.get(found.slot().as_usize()) else { return false };
         let mut bytes = vec![0; found.len()];
         let resident = self.shared.lock().read_mapped(*inode, &mut bytes, found.offset()).is_ok();
         let whole = resident && self.random.chance(7, 8);

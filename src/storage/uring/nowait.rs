@@ -46,14 +46,14 @@ impl NowaitWrites {
 
     /// Registers a file. Writes to a file with O_DIRECT enabled always go to the ring.
     pub(super) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        let entry = self.files.get_mut(usize::from(slot.0)).ok_or(io::ErrorKind::InvalidInput)?;
+        let entry = self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)?;
         let file = HostFile::of(file)?;
         *entry = (!file.is_direct()).then_some(NowaitFile { file, supports_nowait: true });
         Ok(())
     }
 
     pub(super) fn unregister(&mut self, slot: FileSlot) {
-        if let Some(entry) = self.files.get_mut(usize::from(slot.0)) {
+        if let Some(entry) = self.files.get_mut(slot.as_usize()) {
             *entry = None;
         }
     }
@@ -63,13 +63,13 @@ impl NowaitWrites {
     pub(super) fn accepts(&self, op: &Op) -> bool {
         op.action == Action::Write
             && op.payload.len() <= MAX_WRITE
-            && self.files.get(usize::from(op.slot.0)).is_some_and(Option::is_some)
+            && self.files.get(op.slot.as_usize()).is_some_and(Option::is_some)
     }
 
     /// Makes the next call of a write. Returns its result, or the negated error code. `None` means that the write must
     /// go to the ring.
     pub(super) fn write(&mut self, op: &mut Op, transfer: &mut Transfer) -> Option<i32> {
-        let NowaitFile { file, supports_nowait } = self.files[usize::from(op.slot.0)].as_mut()?;
+        let NowaitFile { file, supports_nowait } = self.files[op.slot.as_usize()].as_mut()?;
         let fd = file.as_fd();
         if *supports_nowait {
             match call_once(fd, op, transfer, libc::RWF_NOWAIT).checked_neg() {
