@@ -134,7 +134,7 @@ impl CopyUp<'_> {
         match (run.old, run.new) {
             (Source::Zero, Source::Zero) => true,
             (Source::File { slot: a, offset: old }, Source::File { slot: b, offset: new }) => {
-                old == new && self.old_files[usize::from(a.0)] == self.new_files[usize::from(b.0)]
+                old == new && self.old_files[a.as_usize()] == self.new_files[b.as_usize()]
             }
             _ => false,
         }

@@ -6,11 +6,11 @@
 //! A sector of the disk is a plain number, and a range of them is a [`SectorRange`]. A sector of a file is a
 //! [`FileSector`].
 
-mod blocks;
-mod sectors;
+mod block;
+mod sector;
 
-pub use blocks::{BitmapSectorIndex, BlockIndex, BlockSize};
-pub use sectors::{FileSector, SectorRange};
+pub use block::{BitmapSectorIndex, BlockIndex, BlockSize};
+pub use sector::{FileSector, SectorRange};
 
 use crate::error::Result;
 
