@@ -92,10 +92,12 @@ pub enum Mutant {
     ToolIgnoresStamp,
     /// A journal slot contains only new bits, and its replay replaces the bits in the file.
     SlotReplacesBits,
+    /// A file slot is freed while operations of an older version use it.
+    SlotFreedEarly,
 }
 
 /// All mutants.
-pub const ALL: [Mutant; 41] = [
+pub const ALL: [Mutant; 42] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
     Mutant::NoLastSync,
@@ -137,6 +139,7 @@ pub const ALL: [Mutant; 41] = [
     Mutant::IgnoreParentStamp,
     Mutant::ToolIgnoresStamp,
     Mutant::SlotReplacesBits,
+    Mutant::SlotFreedEarly,
 ];
 
 #[cfg(feature = "mutants")]

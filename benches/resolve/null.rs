@@ -33,7 +33,7 @@ const BATCH: u16 = 32;
 /// Serves at least `count` reads of 4 KiB in batches of [`BATCH`], through the engine `engine`.
 pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
     let disk = open(Arc::new(NullEnv { idle: Some(engine) }), &make(path, 16, Fragmentation::Whole));
-    plan_all(disk.version());
+    plan_all(&disk.version());
     let device = Device::new(disk.clone(), 1, SIZE, true);
     device.ack(1 << 32);
     let memory = MemoryRegions::from_ranges(&[(GuestAddress(0), 16 << 20)]).expect("memory");
@@ -183,6 +183,7 @@ impl PageCache for NullPageCache {
     fn register(&mut self, _: FileSlot, _: &File) -> io::Result<()> {
         Ok(())
     }
+    fn unregister(&mut self, _: FileSlot) {}
     fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         (self.0 == NullMode::Copies).then(|| CachedRange::new(slot, offset, len))
     }

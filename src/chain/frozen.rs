@@ -310,7 +310,7 @@ mod tests {
         let mut cache = FrozenCacheHandle::default();
         version.plan_read(SectorRange::between(10, 8_900), &mut cache, &mut plan);
         assert!(plan.missing.is_empty());
-        let want = Source::File { slot: FileSlot(1), offset: 10 * SECTOR };
+        let want = Source::File { slot: FileSlot(0), offset: 10 * SECTOR };
         assert!(matches!(plan.extents[..], [extent] if extent.source == want), "{plan:?}");
         let nothing = Version::new(None, Frozen::new(Vec::new()), 8);
         nothing.plan_read(SectorRange::between(0, 8), &mut cache, &mut plan);

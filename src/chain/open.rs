@@ -151,7 +151,7 @@ impl Chain {
     /// Converts the chain to one read-only map.
     pub fn into_frozen(self) -> Version {
         let sectors = self.youngest().size() / SECTOR;
-        Version::new(None, Frozen::new(layers(0, self.images)), sectors)
+        Version::new(None, Frozen::new(layers(self.images)), sectors)
     }
 
     /// Splits the chain into the youngest image and a read-only map of its parents.
@@ -159,7 +159,7 @@ impl Chain {
         let parents = self.images.split_off(1);
         let youngest = self.images.pop().expect("a chain has an image");
         let sectors = youngest.size() / SECTOR;
-        (youngest, Version::new(None, Frozen::new(layers(0, parents)), sectors))
+        (youngest, Version::new(None, Frozen::new(layers(parents)), sectors))
     }
 
     /// Converts the chain, which was opened for writing, to a writable top over a read-only map of its parents.
@@ -170,8 +170,9 @@ impl Chain {
         let sectors = self.youngest().size() / SECTOR;
         let parents = self.images.split_off(1);
         let youngest = self.images.pop().expect("a chain has an image");
-        let top = Top { slot: FileSlot(0), image: Arc::new(Writable::new(env, youngest, keep)?) };
-        Ok(Version::new(Some(top), Frozen::new(layers(1, parents)), sectors))
+        let image = Arc::new(Writable::new(env, youngest, keep)?);
+        let top = Top { slot: slot_at_depth(parents.len()), image };
+        Ok(Version::new(Some(top), Frozen::new(layers(parents)), sectors))
     }
 }
 
@@ -186,9 +187,17 @@ fn warn_of_defects(image: &Image) {
     log::warn!("{}: {first}{more}; see `diffdisk check`", image.file().path().display());
 }
 
-/// Numbers the file slots of images from `first` on.
-fn layers(first: u16, images: Vec<Image>) -> Vec<Layer> {
-    (first..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image }).collect()
+/// Assigns file slots to images, youngest first. The root has slot 0, so a new top leaves the slots of all other layers
+/// as they are, and the cells that [`Frozen`] has cached stay valid.
+fn layers(images: Vec<Image>) -> Vec<Layer> {
+    let last = images.len().saturating_sub(1);
+    let slots = (0..images.len()).map(|index| slot_at_depth(last - index));
+    slots.zip(images).map(|(slot, image)| Layer { slot, image }).collect()
+}
+
+/// The file slot of the image that stands on `parents` other images.
+fn slot_at_depth(parents: usize) -> FileSlot {
+    FileSlot(u16::try_from(parents).expect("a chain is limited to fewer files than slots"))
 }
 
 #[cfg(test)]

@@ -307,7 +307,7 @@ mod tests {
         assert_eq!(plan.missing, [Missing::BitmapSector(BitmapSectorIndex::new(0)), Missing::Cell(1)]);
         let load = version.load(&plan.missing);
         let slots: Vec<_> = load.reads().map(|(slot, _)| slot).collect();
-        assert_eq!(slots, [FileSlot(0), FileSlot(1)]);
+        assert_eq!(slots, [FileSlot(1), FileSlot(0)]);
         assert_eq!(read_sector_bytes(&version, 3_999, 4_098), [[1].as_slice(), &[2], &[1; 97]].concat());
     }
 }

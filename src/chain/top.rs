@@ -11,7 +11,8 @@ use crate::image::{NeedsGrowth, Writable};
 use crate::storage::FileSlot;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
-/// The youngest layer, open for writing.
+/// The youngest layer, open for writing. Clones share the image.
+#[derive(Clone)]
 pub struct Top {
     /// The slot of the image's file in the engines.
     pub slot: FileSlot,
@@ -254,7 +255,7 @@ mod tests {
         let (a, b) = (bat.place(BlockIndex::new(0)).unwrap(), bat.place(BlockIndex::new(1)).unwrap());
         assert!(b.sector() >= a.end(BlockSize::DEFAULT), "{a} and {b} overlap");
         let at = |place: BlockPlace, within: u64| Source::File {
-            slot: FileSlot(0),
+            slot: version.top().unwrap().slot,
             offset: (place.sector() + 1 + within).byte_offset(),
         };
         let got: Vec<_> = plan.extents.iter().map(|e| e.source).collect();

@@ -1,21 +1,31 @@
 //! A version of the disk: an optional writable layer ([`Top`]) over the read-only layers ([`Frozen`]). Queues plan
-//! their requests with a version.
+//! their requests with a version. A version never changes: a live operation replaces it by another one.
+
+use std::sync::Arc;
 
 use super::frozen::Frozen;
 use super::top::Top;
 use crate::storage::{File, FileSlot};
 
-/// The layers of a disk: at most one writable top over the frozen layers.
+/// The layers of a disk: at most one writable top over the frozen layers. Clones share the layers.
+#[derive(Clone)]
 pub struct Version {
     top: Option<Top>,
-    frozen: Frozen,
+    frozen: Arc<Frozen>,
     sectors: u64,
 }
 
 impl Version {
     /// Creates a disk of `sectors` sectors from `top` over `frozen`. Without a top the disk is read-only.
     pub fn new(top: Option<Top>, frozen: Frozen, sectors: u64) -> Version {
-        Version { top, frozen, sectors }
+        Version { top, frozen: Arc::new(frozen), sectors }
+    }
+
+    /// Returns the same disk with its top in another file slot. The frozen layers and their cache are shared.
+    #[must_use]
+    pub fn with_top_slot(&self, slot: FileSlot) -> Version {
+        let top = self.top.as_ref().map(|top| Top { slot, image: top.image.clone() });
+        Version { top, frozen: self.frozen.clone(), sectors: self.sectors }
     }
 
     /// The writable layer; `None` on a read-only disk.

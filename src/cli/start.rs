@@ -2,7 +2,6 @@
 //! journal.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -114,7 +113,7 @@ fn describe(options: &ServeOptions, args: &DiskArgs, disk: &Disk, place: &str, e
     let chain: Vec<String> = disk.version().files().map(|(_, file)| file.path().display().to_string()).collect();
     let cache = if args.cache == CacheMode::Writeback { "writeback" } else { "writethrough" };
     let direct = if args.direct { ", direct" } else { "" };
-    let runtime = disk.journal_folder().unwrap_or(Path::new("none")).display();
+    let runtime = disk.journal_folder().unwrap_or_else(|| "none".into()).display().to_string();
     format!(
         "disk {}: {size} bytes{mode} on {place}, {} queues of {}, chain {}, runtime folder {runtime}, engine {engine}, cache \
          {cache}{direct}, diffdiskd {}",

@@ -10,10 +10,11 @@
 //! figures.
 
 use std::collections::VecDeque;
+use std::io;
 
 use super::request::{Answer, Outcome};
 use crate::chain::{FrozenCacheHandle, PlanBuffer, Source, Version};
-use crate::storage::{CachedRange, GuestIovecs, MAX_COPY, PageCache};
+use crate::storage::{CachedRange, File, FileSlot, GuestIovecs, MAX_COPY, PageCache};
 use crate::units::SectorRange;
 
 /// The reads of a batch that copies alone may answer.
@@ -56,6 +57,21 @@ impl CachedReads {
     #[inline]
     pub(super) fn len(&self) -> usize {
         self.candidates.len() + self.planned.len()
+    }
+
+    /// Adds a file from which reads may be copied.
+    ///
+    /// # Errors
+    /// Those of [`PageCache::register`].
+    pub(super) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
+        self.page_cache.as_mut().map_or(Ok(()), |page_cache| page_cache.register(slot, file))
+    }
+
+    /// Removes the file in a slot.
+    pub(super) fn unregister(&mut self, slot: FileSlot) {
+        if let Some(page_cache) = &mut self.page_cache {
+            page_cache.unregister(slot);
+        }
     }
 
     /// Queues a read for the next batch.

@@ -37,8 +37,8 @@ pub(super) struct EarlyWriteback {
     unhinted: u32,
     /// Whether the number of writes between the last two commits was in the range for hints.
     worthwhile: bool,
-    /// Whether a hint is in flight.
-    in_flight: bool,
+    /// The version with which the hint in flight was pushed, if a hint is in flight.
+    in_flight: Option<u32>,
 }
 
 impl EarlyWriteback {
@@ -52,14 +52,15 @@ impl EarlyWriteback {
         self.unhinted = self.unhinted.saturating_add(1);
     }
 
-    /// Whether a hint is in flight.
-    pub(super) fn is_in_flight(&self) -> bool {
+    /// The version with which the hint in flight was pushed; `None` if no hint is in flight.
+    pub(super) fn epoch_in_flight(&self) -> Option<u32> {
         self.in_flight
     }
 
-    /// Pushes a hint for the file in `slot` if one is due. Returns whether it pushed one.
-    pub(super) fn push_hint(&mut self, slot: FileSlot, ops: &mut OpQueue) -> bool {
-        let due = self.take_due();
+    /// Pushes a hint for the file in `slot` if one is due. `epoch` is the version of the slot. Returns whether a hint
+    /// was pushed.
+    pub(super) fn push_hint(&mut self, slot: FileSlot, epoch: u32, ops: &mut OpQueue) -> bool {
+        let due = self.take_due(epoch);
         if due {
             ops.push(Op::start_writeback(Token::EarlyWriteback.pack(), slot));
         }
@@ -71,7 +72,7 @@ impl EarlyWriteback {
     /// # Errors
     /// The error of the hint, if the kernel may have dropped written data.
     pub(super) fn hint_completed(&mut self, result: io::Result<()>) -> io::Result<()> {
-        self.in_flight = false;
+        self.in_flight = None;
         match result {
             Err(e) if !is_harmless(&e) => Err(e),
             _ => Ok(()),
@@ -79,10 +80,11 @@ impl EarlyWriteback {
     }
 
     /// Returns whether a hint is due, and then counts it as in flight: the caller must push it.
-    fn take_due(&mut self) -> bool {
-        let due = self.worthwhile && self.unhinted >= WRITES_PER_HINT && self.writes <= MAX_WRITES && !self.in_flight;
+    fn take_due(&mut self, epoch: u32) -> bool {
+        let is_idle = self.in_flight.is_none();
+        let due = self.worthwhile && self.unhinted >= WRITES_PER_HINT && self.writes <= MAX_WRITES && is_idle;
         if due {
-            (self.unhinted, self.in_flight) = (0, true);
+            (self.unhinted, self.in_flight) = (0, Some(epoch));
         }
         due
     }
@@ -125,9 +127,9 @@ mod tests {
         for commits in 0..11 {
             for _ in 0..writes {
                 early.record_write(commits);
-                if early.take_due() {
-                    assert!(!early.take_due(), "one hint at a time");
-                    early.in_flight = false;
+                if early.take_due(1) {
+                    assert!(!early.take_due(1), "one hint at a time");
+                    early.in_flight = None;
                     count += u32::from(commits > 0);
                 }
             }
@@ -146,8 +148,8 @@ mod tests {
         (0..32).for_each(|_| early.record_write(0));
         let hints = (0..10_000).filter(|_| {
             early.record_write(1);
-            let due = early.take_due();
-            early.in_flight = false;
+            let due = early.take_due(1);
+            early.in_flight = None;
             due
         });
         assert_eq!(hints.count(), (MAX_WRITES / WRITES_PER_HINT) as usize);

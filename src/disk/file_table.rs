@@ -22,6 +22,7 @@ impl ServedFile {
 }
 
 /// The attributes of all files of a chain.
+#[derive(Clone)]
 pub(super) struct FileTable(Vec<ServedFile>);
 
 impl FileTable {
@@ -46,6 +47,13 @@ impl FileTable {
             }
         }
         Ok(FileTable(files))
+    }
+
+    /// Returns the table with the attributes of slot `from` also in slot `to`.
+    pub(super) fn with_copy(&self, from: FileSlot, to: FileSlot) -> FileTable {
+        let mut table = self.clone();
+        table.0[to.as_usize()] = *self.get(from);
+        table
     }
 
     /// Returns the attributes of the file in `slot`.

@@ -9,8 +9,12 @@
 //! thread and a queue that stops must not wait for space. They are *urgent*: they leave a round that stalls, and only
 //! their own flushes fail. An urgent leader leaves the round without a leader, and the first waiter that claims the
 //! lead takes the round over.
+//!
+//! A live operation that changes which file takes the writes *holds* the rounds: no round begins until they are
+//! released. So no flush is answered by a commit of the wrong file.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::mailbox::{LaneEvent, Mailbox};
 use crate::mutant::{self, Mutant};
@@ -19,11 +23,15 @@ use crate::mutant::{self, Mutant};
 #[derive(Debug, Default)]
 pub struct GroupCommit {
     state: Mutex<GroupCommitState>,
+    /// Notified when the last round ends.
+    at_rest: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct GroupCommitState {
     running: bool,
+    /// Whether no round may begin.
+    held: bool,
     /// Whether the running round has no leader.
     leaderless: bool,
     /// Number of the running round, or of the last one if none runs.
@@ -58,12 +66,14 @@ pub struct JoinedRound {
 }
 
 impl GroupCommitState {
-    /// Starts the round after the running round. Returns false if no flush waits for that round; then no round runs any
-    /// more.
+    /// Starts the round after the running round. Returns false if no flush waits for that round, or the rounds are held;
+    /// then no round runs any more.
     fn advance(&mut self) -> bool {
-        self.running = !self.next.is_empty();
-        self.round += u64::from(self.running);
-        self.current = std::mem::take(&mut self.next);
+        self.running = !self.next.is_empty() && !self.held;
+        if self.running {
+            self.round += 1;
+            self.current = std::mem::take(&mut self.next);
+        }
         self.running
     }
 
@@ -94,7 +104,7 @@ impl GroupCommit {
     /// Joins the next round to start. The end of the round is posted to `mailbox`, once per round.
     pub fn join(&self, mailbox: &Arc<Mailbox>) -> JoinedRound {
         let mut state = self.lock();
-        let lead = !state.running;
+        let lead = !state.running && !state.held;
         if lead {
             state.running = true;
             state.round += 1;
@@ -126,6 +136,7 @@ impl GroupCommit {
         let mut state = self.lock();
         state.remove_waiters(|waiter| waiter.has(mailbox));
         state.offer_lead();
+        self.notify_at_rest(&state);
     }
 
     /// Claims the lead of the running round if the round has no leader. Returns whether the caller has to lead it now.
@@ -138,7 +149,9 @@ impl GroupCommit {
     pub fn finish(&self, ok: bool) -> Option<u64> {
         let mut state = self.lock();
         state.post_end(ok);
-        state.advance().then_some(state.round)
+        let next = state.advance().then_some(state.round);
+        self.notify_at_rest(&state);
+        next
     }
 
     /// Ends the running round as [`GroupCommit::finish`] does, but leaves the lead of the next round to a waiter of
@@ -147,6 +160,7 @@ impl GroupCommit {
         let mut state = self.lock();
         state.post_end(ok);
         state.offer_lead();
+        self.notify_at_rest(&state);
     }
 
     /// Removes the waiter with this mailbox from all rounds, without an event. The lane of the mailbox has no flush in
@@ -157,6 +171,38 @@ impl GroupCommit {
         state.next.retain(|waiter| !waiter.has(mailbox));
         if state.leaderless && state.current.is_empty() {
             state.offer_lead();
+            self.notify_at_rest(&state);
+        }
+    }
+
+    /// Lets no round begin until [`GroupCommit::release`]. A running round continues.
+    pub(super) fn hold(&self) {
+        self.lock().held = true;
+    }
+
+    /// Whether no round runs.
+    pub(super) fn is_at_rest(&self) -> bool {
+        !self.lock().running
+    }
+
+    /// Waits until no round runs, at most for `at_most`.
+    pub(super) fn wait_at_rest(&self, at_most: Duration) {
+        let _ = self.at_rest.wait_timeout_while(self.lock(), at_most, |state| state.running);
+    }
+
+    /// Lets rounds begin again. If flushes wait for a round, offers them its lead.
+    pub(super) fn release(&self) {
+        let mut state = self.lock();
+        state.held = false;
+        if !state.running {
+            state.offer_lead();
+        }
+    }
+
+    /// Notifies a thread that waits in `wait_at_rest` if no round runs.
+    fn notify_at_rest(&self, state: &GroupCommitState) {
+        if !state.running {
+            self.at_rest.notify_all();
         }
     }
 

@@ -39,6 +39,8 @@ pub(super) struct FinishedJob {
 /// A job in progress.
 struct RunningJob {
     job: Job,
+    /// Number of the version whose top the job works on.
+    epoch: u32,
     /// Operations of the current step that are in flight.
     pending_ops: u32,
     /// The first failure among the operations of the current step.
@@ -66,10 +68,10 @@ pub(super) struct Jobs {
 }
 
 impl Jobs {
-    /// Starts a job. Returns it if it ended at once.
-    pub(super) fn start(&mut self, job: Job, ops: &mut OpQueue) -> Option<FinishedJob> {
+    /// Starts a job on the top of the version `epoch`. Returns the job if it ended at once.
+    pub(super) fn start(&mut self, job: Job, epoch: u32, ops: &mut OpQueue) -> Option<FinishedJob> {
         let kind = job.kind();
-        let before = self.job_mut(kind).replace(RunningJob { job, pending_ops: 0, failed: None });
+        let before = self.job_mut(kind).replace(RunningJob { job, epoch, pending_ops: 0, failed: None });
         assert!(before.is_none(), "a lane does one commit and one step of growth at a time");
         self.step(kind, ops)
     }
@@ -113,6 +115,11 @@ impl Jobs {
             JobKind::Commit => self.commit.is_some(),
             JobKind::Growth => self.growth.is_some(),
         }
+    }
+
+    /// The versions on whose tops jobs in progress work.
+    pub(super) fn epochs(&self) -> impl Iterator<Item = u32> {
+        self.commit.iter().chain(&self.growth).map(|running| running.epoch)
     }
 
     /// Drops a job. Returns whether one was in progress.

@@ -12,6 +12,9 @@ use std::sync::Arc;
 use super::cached_reads::CachedReads;
 use super::early_writeback::EarlyWriteback;
 use super::job::{FinishedJob, Job, JobKind, Jobs};
+use super::lane_gate::LaneGate;
+use super::lane_table::LaneId;
+use super::lane_versions::LaneVersions;
 use super::mailbox::{GrowthResult, LaneEvent, Mailbox};
 use super::op_queue::OpQueue;
 use super::punch::PunchQueue;
@@ -21,11 +24,11 @@ use super::shared::Disk;
 use super::stalled_writes::{NoSpaceLog, StalledCommit};
 use super::task::Token;
 use super::task_ops::TaskOps;
-use super::task_table::{MAX_TASKS, TaskTable};
+use super::task_table::TaskTable;
 use crate::chain::{FrozenCacheHandle, PlanBuffer};
-use crate::error::{ErrorKind, Result};
+use crate::error::ErrorKind;
 use crate::image::{Commit, Growth};
-use crate::storage::{Action, Completion, Engine, EngineKind};
+use crate::storage::{Action, Completion, Engine};
 
 /// Ticks between two commits in the background.
 const COMMIT_TICKS: u32 = 5;
@@ -35,62 +38,31 @@ pub struct Lane {
     // Dropped first: it waits for the kernel, which may still write into memory that the tasks own.
     pub(super) ops: OpQueue,
     pub(super) disk: Arc<Disk>,
+    pub(super) id: LaneId,
     pub(super) mailbox: Arc<Mailbox>,
+    pub(super) versions: LaneVersions,
+    pub(super) gate: LaneGate,
     pub(super) tasks: TaskTable,
     /// Tasks that wait until the file has grown or the file system has space.
     pub(super) parked: Vec<u32>,
     /// Tasks that wait for a commit.
     pub(super) awaiting_commit: Vec<u32>,
-    jobs: Jobs,
-    stalled_commit: StalledCommit,
+    pub(super) jobs: Jobs,
+    pub(super) stalled_commit: StalledCommit,
     pub(super) no_space_log: NoSpaceLog,
     pub(super) punch_queue: PunchQueue,
     pub(super) cached_reads: CachedReads,
     pub(super) readahead: Readahead,
     pub(super) early_writeback: EarlyWriteback,
-    ticks: u32,
+    pub(super) ticks: u32,
     /// Whether operations were submitted since completions were last reaped.
-    submitted_since_reap: bool,
+    pub(super) submitted_since_reap: bool,
     pub(super) answers: Vec<Answer>,
     pub(super) frozen_cache: FrozenCacheHandle,
     // These buffers are reused for their memory.
     pub(super) plan: PlanBuffer,
     pub(super) task_ops: TaskOps,
-    completions: Vec<Completion>,
-}
-
-impl Disk {
-    /// Creates a lane for one queue. Only one thread may use it.
-    ///
-    /// # Errors
-    /// - `Io` if the engine cannot be created, a file cannot be registered, or the process has no file descriptors left.
-    /// - `Unsupported` if the kernel has no io_uring and `kind` requires it.
-    pub fn lane(self: &Arc<Self>, kind: EngineKind, depth: usize) -> Result<Lane> {
-        let (engine, page_cache) = self.engine(kind, depth)?;
-        let mailbox = self.add_mailbox()?;
-        Ok(Lane {
-            ops: OpQueue::new(engine),
-            disk: self.clone(),
-            mailbox,
-            tasks: TaskTable::new(),
-            parked: Vec::new(),
-            awaiting_commit: Vec::new(),
-            jobs: Jobs::default(),
-            stalled_commit: StalledCommit::default(),
-            no_space_log: NoSpaceLog::default(),
-            punch_queue: PunchQueue::default(),
-            cached_reads: CachedReads::new(page_cache),
-            readahead: Readahead::new(),
-            early_writeback: EarlyWriteback::default(),
-            ticks: 0,
-            submitted_since_reap: false,
-            answers: Vec::with_capacity(MAX_TASKS),
-            frozen_cache: FrozenCacheHandle::default(),
-            plan: PlanBuffer::default(),
-            task_ops: TaskOps::default(),
-            completions: Vec::with_capacity(MAX_TASKS),
-        })
-    }
+    pub(super) completions: Vec<Completion>,
 }
 
 impl Lane {
@@ -163,6 +135,9 @@ impl Lane {
             }
             self.completions = done;
             events.into_iter().for_each(|event| self.handle_event(event));
+            if self.gate.is_closing() || self.versions.has_old() {
+                self.report_progress();
+            }
             self.hint_writeback();
             // A blocking engine would punch all pieces in this loop, and no other request would be served meanwhile.
             let punches = may_punch && self.start_next_punch();
@@ -190,7 +165,7 @@ impl Lane {
     pub fn is_idle(&self) -> bool {
         let no_request = self.tasks.is_empty() && self.cached_reads.len() == 0 && self.answers.is_empty();
         no_request
-            && !self.early_writeback.is_in_flight()
+            && self.early_writeback.epoch_in_flight().is_none()
             && !self.jobs.is_running(JobKind::Commit)
             && !self.stalled_commit.is_stalled()
             && !self.jobs.is_running(JobKind::Growth)
@@ -234,8 +209,10 @@ impl Lane {
             Token::Commit => self.job_op_completed(JobKind::Commit, completion.result),
             Token::Growth => self.job_op_completed(JobKind::Growth, completion.result),
             Token::EarlyWriteback => {
+                let epoch = self.early_writeback.epoch_in_flight().expect("a hint was pushed");
                 if let Err(e) = self.early_writeback.hint_completed(completion.result) {
-                    self.disk.writable_top().image.poison(&format!("the host could not write ({e})"));
+                    let top = self.versions.of(epoch).writable_top();
+                    top.image.poison(&format!("the host could not write ({e})"));
                 }
             }
         }
@@ -254,7 +231,7 @@ impl Lane {
             LaneEvent::GrowthEnded(result) => {
                 let parked = std::mem::take(&mut self.parked);
                 if result == GrowthResult::Grown {
-                    self.no_space_log.space_available(self.disk.top_path());
+                    self.no_space_log.space_available(self.versions.current().top_path());
                 }
                 self.resume_tasks(parked, result == GrowthResult::Grown);
             }
@@ -262,7 +239,28 @@ impl Lane {
                 let number = self.punch_queue.granted();
                 self.advance(number);
             }
+            LaneEvent::Register => self.disk.lanes.register_in(self.id, &mut self.ops, &mut self.cached_reads),
+            LaneEvent::Unregister(slot) => {
+                self.cached_reads.unregister(slot);
+                self.ops.unregister(slot);
+            }
+            LaneEvent::Hold(range) => self.gate.close(range),
+            LaneEvent::Adopt => self.versions.adopt(self.disk.version()),
+            LaneEvent::Open => {
+                let waiting = self.gate.open();
+                self.resume_tasks(waiting, true);
+            }
         }
+    }
+
+    /// Reports to the change in progress whether writes are held, and which versions the lane uses.
+    fn report_progress(&mut self) {
+        let is_held = self.gate.take_report(&self.tasks);
+        let in_use = self.tasks.epochs().chain(self.jobs.epochs()).chain(self.early_writeback.epoch_in_flight());
+        let adopted = self.versions.current().epoch();
+        let oldest = in_use.fold(adopted, u32::min);
+        self.versions.drop_before(oldest);
+        self.disk.lanes.report_progress(self.id, is_held, adopted, oldest);
     }
 
     /// Resumes the tasks that wait for a round.
@@ -289,7 +287,7 @@ impl Lane {
     }
 
     fn start_job(&mut self, job: Job) {
-        if let Some(finished) = self.jobs.start(job, &mut self.ops) {
+        if let Some(finished) = self.jobs.start(job, self.versions.current().epoch(), &mut self.ops) {
             self.job_finished(finished);
         }
     }
@@ -307,30 +305,30 @@ impl Lane {
             // commit had taken is dirty again.
             (Job::Commit(_), _) if is_full && self.disk.parks_when_full() => {
                 self.disk.group_commit.stall();
-                self.stalled_commit.stall(self.disk.top_path());
+                self.stalled_commit.stall(self.versions.current().top_path());
             }
             (Job::Commit(commit), result) => {
                 self.stalled_commit.commit_ended();
                 self.disk.record_commit(&result, commit.barriers());
                 self.end_round(result.is_ok());
             }
-            (Job::Growth(_), Ok(())) => self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Grown)),
+            (Job::Growth(_), Ok(())) => self.disk.lanes.broadcast(LaneEvent::GrowthEnded(GrowthResult::Grown)),
             (Job::Growth(_), Err(e)) if is_full => {
                 if !self.disk.parks_when_full() {
                     self.no_space_log.growth_failed(&e);
                 }
-                self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::NoSpace));
+                self.disk.lanes.broadcast(LaneEvent::GrowthEnded(GrowthResult::NoSpace));
             }
             (Job::Growth(_), Err(e)) => {
                 log::error!("{}", e.line());
-                self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
+                self.disk.lanes.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
             }
         }
     }
 
     /// Starts a step of growth if one is due and no other lane does it. Returns whether a step is in progress.
     pub(super) fn ensure_growth(&mut self) -> bool {
-        let top = self.disk.writable_top();
+        let top = self.versions.current().writable_top();
         if let Some(growth) = Growth::begin(&top.image, top.slot) {
             self.start_job(Job::Growth(growth));
             return true;
@@ -340,7 +338,7 @@ impl Lane {
 
     /// Leads the commit of the running round.
     pub(super) fn lead_commit(&mut self) {
-        let top = self.disk.writable_top();
+        let top = self.versions.current().writable_top();
         self.start_job(Job::Commit(Commit::new(top.image.clone(), top.slot)));
     }
 
@@ -369,7 +367,7 @@ impl Lane {
         if self.stalled_commit.take() {
             self.lead_commit();
         }
-        let top = self.disk.version().top();
+        let top = self.versions.current().top();
         if let Some(top) = top {
             self.no_space_log.check_space(top.image.file(), top.image.path());
         }
@@ -393,8 +391,9 @@ impl Drop for Lane {
         }
         self.disk.group_commit.leave(&self.mailbox);
         if self.jobs.cancel(JobKind::Growth) {
-            self.disk.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
+            self.disk.lanes.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
         }
         self.disk.punch_lock.release(&self.mailbox);
+        self.disk.lanes.remove(self.id);
     }
 }

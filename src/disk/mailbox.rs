@@ -1,13 +1,14 @@
-//! Mailboxes: lanes post events to each other and wake each other with an eventfd. A read posts no event.
+//! Mailboxes: lanes and live operations post events to lanes and wake them with an eventfd. A read posts no event.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::Result;
-use crate::storage::Notifier;
+use crate::storage::{FileSlot, Notifier};
+use crate::units::SectorRange;
 
-/// An event that one lane posts to another.
+/// An event that another lane or a live operation posts to a lane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LaneEvent {
     /// A commit round ended.
@@ -28,6 +29,16 @@ pub enum LaneEvent {
     GrowthEnded(GrowthResult),
     /// The lane holds the punch lock of the disk.
     PunchLockGranted,
+    /// Register the new file of a change with the engine.
+    Register,
+    /// Remove the file in a slot from the engine. No operation uses the slot.
+    Unregister(FileSlot),
+    /// Hold the writes of a range of the disk until the gate opens.
+    Hold(SectorRange),
+    /// Plan with the current version of the disk from now on.
+    Adopt,
+    /// Plan the writes that were held.
+    Open,
 }
 
 /// The result of a step of growth.

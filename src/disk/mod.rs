@@ -21,6 +21,9 @@
 //! for the disk, sequential reads are prefetched (`readahead`). Discards and zeroing are cut into pieces, and a disk
 //! punches one piece at a time (`punch`).
 //!
+//! The layers of the disk can be replaced by others while requests run (`version_change`). Each lane adopts the new
+//! version between two polls (`lane_versions`). Writes wait meanwhile (`lane_gate`).
+//!
 //! A lane belongs to one thread. A read whose bitmaps are in memory takes no lock.
 //!
 //! Failures: `task_ops` evaluates failed operations of requests; `lane` evaluates failed commits and failed steps of
@@ -33,23 +36,32 @@ mod file_table;
 pub mod group_commit;
 mod job;
 mod lane;
+mod lane_gate;
+mod lane_table;
+mod lane_versions;
 mod lost_names;
 pub mod mailbox;
+mod new_lane;
 mod op_queue;
 mod open;
 mod options;
 mod punch;
 mod readahead;
 mod request;
+mod served_version;
 mod shared;
+mod slot_table;
 mod stages;
 mod stalled_writes;
 mod task;
 mod task_ops;
 mod task_table;
+mod version_change;
 
 pub use crate::image::Allocation;
 pub use lane::Lane;
 pub use options::{DiskOptions, WhenFull};
 pub use request::{Answer, Outcome, Request, Work, ZeroRange};
+pub use served_version::ServedVersion;
 pub use shared::{Disk, DiskCounters};
+pub use version_change::{ChangeStep, VersionChange};

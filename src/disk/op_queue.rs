@@ -1,8 +1,9 @@
 //! The operations that a lane passes to its I/O engine.
 
 use std::collections::VecDeque;
+use std::io;
 
-use crate::storage::{Engine, Op};
+use crate::storage::{Engine, File, FileSlot, Op};
 
 /// A lane's engine, and the operations for which the engine had no room.
 pub(super) struct OpQueue {
@@ -31,6 +32,21 @@ impl OpQueue {
         }
         if let Err(op) = self.engine.push(op) {
             self.backlog.push_back(op);
+        }
+    }
+
+    /// Registers a file with the engine.
+    ///
+    /// # Errors
+    /// Those of [`Engine::register`].
+    pub(super) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
+        self.engine.register(slot, file)
+    }
+
+    /// Removes the file in a slot from the engine. No operation uses the slot.
+    pub(super) fn unregister(&mut self, slot: FileSlot) {
+        if let Err(e) = self.engine.unregister(slot) {
+            log::warn!("a file that is not used any more stays open: {e}");
         }
     }
 

@@ -1,35 +1,39 @@
 //! The disk that all queues share.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::file_table::{FileTable, ServedFile};
+use super::file_table::FileTable;
 use super::group_commit::GroupCommit;
+use super::lane_table::LaneTable;
 use super::lost_names::LostNames;
 use super::mailbox::{LaneEvent, Mailbox};
 use super::options::{DiskOptions, WhenFull};
 use super::punch::PunchLock;
+use super::served_version::ServedVersion;
+use super::slot_table::SlotTable;
 use super::stalled_writes::StalledWrites;
-use crate::chain::{Top, Version};
+use crate::chain::Version;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Commit};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Engine, EngineKind, Env, FileSlot, PageCache};
-
-/// The engine of a lane, and its page cache if there is one.
-type LaneEngine = (Box<dyn Engine>, Option<Box<dyn PageCache>>);
+use crate::storage::{Env, FileSlot};
 
 /// A chain that is being served.
 pub struct Disk {
     env: Arc<dyn Env>,
-    version: Version,
-    files: FileTable,
+    /// The version with which requests are planned.
+    current: Mutex<Arc<ServedVersion>>,
+    capacity: AtomicU64,
+    is_read_only: bool,
+    slots: Mutex<SlotTable>,
+    pub(super) lanes: LaneTable,
+    /// Whether a change of the version is in progress.
+    pub(super) is_changing: AtomicBool,
     pub(super) group_commit: GroupCommit,
     pub(super) punch_lock: PunchLock,
     pub(super) stalled_writes: StalledWrites,
-    /// Mailboxes of the lanes that exist.
-    lanes: Mutex<Vec<Weak<Mailbox>>>,
     write_through: AtomicBool,
     when_full: WhenFull,
     page_cache_reads: bool,
@@ -61,12 +65,15 @@ impl Disk {
     ) -> Disk {
         Disk {
             env,
-            version,
-            files,
+            capacity: AtomicU64::new(version.sectors()),
+            is_read_only: version.top().is_none(),
+            slots: Mutex::new(SlotTable::new(version.files().map(|(slot, _)| slot))),
+            current: Mutex::new(Arc::new(ServedVersion::new(0, version, files))),
+            lanes: LaneTable::default(),
+            is_changing: AtomicBool::new(false),
             group_commit: GroupCommit::default(),
             punch_lock: PunchLock::default(),
             stalled_writes: StalledWrites::default(),
-            lanes: Mutex::default(),
             write_through: AtomicBool::new(options.write_through),
             when_full: options.when_full,
             page_cache_reads: options.page_cache_reads,
@@ -77,18 +84,18 @@ impl Disk {
     }
 
     /// The folder of the live journal; `None` if there is none.
-    pub fn journal_folder(&self) -> Option<&Path> {
-        self.version.top().and_then(|top| top.image.journal_folder())
+    pub fn journal_folder(&self) -> Option<PathBuf> {
+        self.version().top().and_then(|top| top.image.journal_folder().map(Path::to_owned))
     }
 
     /// Size of the disk in sectors.
     pub fn capacity(&self) -> u64 {
-        self.version.sectors()
+        self.capacity.load(Ordering::Relaxed)
     }
 
     /// Whether the disk refuses writes.
     pub fn is_read_only(&self) -> bool {
-        self.version.top().is_none()
+        self.is_read_only
     }
 
     /// The serial, padded with zeros.
@@ -96,9 +103,56 @@ impl Disk {
         &self.serial
     }
 
-    /// The layers of the chain.
-    pub fn version(&self) -> &Version {
-        &self.version
+    /// The current version of the disk.
+    pub fn version(&self) -> Arc<ServedVersion> {
+        self.current_locked().clone()
+    }
+
+    /// The current version of the disk, locked: no other version is published meanwhile.
+    pub(super) fn current_locked(&self) -> MutexGuard<'_, Arc<ServedVersion>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a version the current one. The lanes have registered its files, and are asked to adopt it.
+    pub(super) fn publish(&self, version: Arc<ServedVersion>) {
+        let mut current = self.current_locked();
+        self.capacity.store(version.sectors(), Ordering::Relaxed);
+        *current = version;
+        self.lanes.end_registration();
+        self.lanes.broadcast(LaneEvent::Adopt);
+    }
+
+    /// Takes a free file slot; `None` if all are in use. First frees the retired slots that no operation uses any more.
+    pub(super) fn take_slot(&self) -> Option<FileSlot> {
+        let oldest = self.lanes.oldest_version().unwrap_or(u32::MAX);
+        let unused = self.slots().take_unused(oldest);
+        unused.into_iter().for_each(|slot| self.free_slot(slot));
+        self.slots().take()
+    }
+
+    /// Frees a file slot, and removes its file from the engines. No operation uses the slot.
+    pub(super) fn free_slot(&self, slot: FileSlot) {
+        self.lanes.broadcast(LaneEvent::Unregister(slot));
+        self.slots().free(slot);
+    }
+
+    /// Records that no version from `epoch` on uses a slot, but that operations in flight may.
+    pub(super) fn retire_slot(&self, slot: FileSlot, epoch: u32) {
+        self.slots().retire(slot, epoch);
+    }
+
+    fn slots(&self) -> MutexGuard<'_, SlotTable> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether reads are copied from the page cache if possible.
+    pub(super) fn reads_page_cache(&self) -> bool {
+        self.page_cache_reads
+    }
+
+    /// The environment of the disk.
+    pub(super) fn env(&self) -> &dyn Env {
+        &*self.env
     }
 
     /// Counters since the disk was opened.
@@ -121,51 +175,6 @@ impl Disk {
         self.when_full == WhenFull::Park
     }
 
-    /// The attributes of a file.
-    #[inline]
-    pub(super) fn file(&self, slot: FileSlot) -> &ServedFile {
-        self.files.get(slot)
-    }
-
-    /// The writable layer. Only requests that write call this, and a read-only disk refuses these requests before.
-    pub(super) fn writable_top(&self) -> &Top {
-        self.version.top().expect("only a writable disk writes, commits or grows")
-    }
-
-    /// Path of the image that takes the writes.
-    pub(super) fn top_path(&self) -> &Path {
-        self.writable_top().image.path()
-    }
-
-    /// Creates an engine and its page cache, in which all files of the chain are registered. There is no page cache if
-    /// [`DiskOptions::page_cache_reads`] is off, or the engine has none.
-    pub(super) fn engine(&self, kind: EngineKind, depth: usize) -> Result<LaneEngine> {
-        let mut engine = self.env.engine(kind, depth)?;
-        let mut page_cache = if self.page_cache_reads { engine.page_cache() } else { None };
-        for (slot, file) in self.version.files() {
-            let mut registered = engine.register(slot, file);
-            if let Some(page_cache) = &mut page_cache {
-                registered = registered.and_then(|()| page_cache.register(slot, file));
-            }
-            registered
-                .map_err(|e| Error::io("cannot register the file with the I/O engine", e).at_path(file.path()))?;
-        }
-        Ok((engine, page_cache))
-    }
-
-    /// Creates the mailbox of a new lane. It receives all events that are broadcast from now on.
-    pub(super) fn add_mailbox(&self) -> Result<Arc<Mailbox>> {
-        let mailbox = Arc::new(Mailbox::new()?);
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(&mailbox));
-        Ok(mailbox)
-    }
-
-    /// Posts an event to all lanes.
-    pub(super) fn broadcast(&self, event: LaneEvent) {
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        lanes.retain(|lane| lane.upgrade().map(|m| m.post(event)).is_some());
-    }
-
     /// Makes all completed writes durable, and waits until they are durable. Does not wait for space on a full file
     /// system: the calling thread has other work. If the disk parks writes, the flushes of lanes do not fail with the
     /// call; they wait for space.
@@ -175,26 +184,29 @@ impl Disk {
     /// - `Io` if the commit failed, or if a commit that a lane led failed, also for lack of space.
     /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
     pub fn commit(&self) -> Result<()> {
-        let Some(top) = self.version.top() else { return Ok(()) };
+        if self.is_read_only {
+            return Ok(());
+        }
         let mailbox = Arc::new(Mailbox::new()?);
         let joined = self.group_commit.join(&mailbox);
         if joined.lead {
-            return self.lead_commit(top, &mailbox);
+            return self.lead_commit(&mailbox);
         }
         self.group_commit.mark_urgent(&mailbox);
         loop {
             for event in mailbox.wait() {
                 match event {
-                    LaneEvent::Leaderless if self.group_commit.claim_lead() => return self.lead_commit(top, &mailbox),
+                    LaneEvent::Leaderless if self.group_commit.claim_lead() => return self.lead_commit(&mailbox),
                     LaneEvent::LeftRound { .. } => {
                         let what =
                             "the host is full: completed writes are not durable yet; free space on its file system";
-                        return Err(Error::new(ErrorKind::NoSpace, what).at_path(top.image.path()));
+                        return Err(Error::new(ErrorKind::NoSpace, what).at_path(self.version().top_path()));
                     }
                     LaneEvent::Committed { round, ok: true } if round == joined.round => return Ok(()),
                     LaneEvent::Committed { round, .. } if round == joined.round => {
-                        top.image.check_poison()?;
-                        return Err(Error::new(ErrorKind::Io, "a commit failed").at_path(top.image.path()));
+                        let version = self.version();
+                        version.writable_top().image.check_poison()?;
+                        return Err(Error::new(ErrorKind::Io, "a commit failed").at_path(version.top_path()));
                     }
                     _ => {}
                 }
@@ -204,7 +216,10 @@ impl Disk {
 
     /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to the lanes.
     /// If the file system is full, leaves the running round to the lanes, too, because lanes can wait for space.
-    fn lead_commit(&self, top: &Top, mailbox: &Arc<Mailbox>) -> Result<()> {
+    fn lead_commit(&self, mailbox: &Arc<Mailbox>) -> Result<()> {
+        // While the round runs, no change replaces the file that takes the writes.
+        let version = self.version();
+        let top = version.writable_top();
         let mut commit = Commit::new(top.image.clone(), top.slot);
         let result =
             image::run_to_completion(&*self.env, top.image.file(), top.slot, |failed, ops| commit.next(failed, ops));
@@ -233,7 +248,8 @@ impl Disk {
     /// # Errors
     /// Those of [`Disk::commit`], and of cutting the file; the next open then recovers the image.
     pub fn close(&self) -> Result<()> {
-        let Some(top) = self.version.top() else { return Ok(()) };
+        let version = self.version();
+        let Some(top) = version.top() else { return Ok(()) };
         if mutant::enabled(Mutant::TrimFirst) {
             top.image.trim()?;
         }
@@ -250,6 +266,6 @@ impl Disk {
 
     /// Checks that the name of each file of the chain still leads to it, and warns once of each that does not.
     pub fn check_names(&self) {
-        self.lost_names.check(self.version.files());
+        self.lost_names.check(self.version().files());
     }
 }

@@ -49,10 +49,10 @@ impl Lane {
     /// Plans the queued reads. A read becomes a list of copies if all of its bytes are known to be resident, and a task
     /// otherwise.
     pub(super) fn plan_cached_reads(&mut self) {
-        self.cached_reads.prefetch_plans(self.disk.version(), &mut self.frozen_cache);
+        self.cached_reads.prefetch_plans(self.versions.current(), &mut self.frozen_cache);
         while let Some(read) = self.cached_reads.next_candidate() {
             let range = read.range;
-            let version = self.disk.version();
+            let version = self.versions.current();
             if let Err(read) = self.cached_reads.plan(read, version, &mut self.frozen_cache, &mut self.plan) {
                 self.start_planned_read(read);
             }
@@ -80,7 +80,7 @@ impl Lane {
     /// Records a read for readahead, and starts a prefetch if one is due.
     #[inline]
     pub(super) fn track_read(&mut self, range: SectorRange) {
-        if let Some(range) = self.readahead.record_read(range, self.disk.capacity())
+        if let Some(range) = self.readahead.record_read(range, self.versions.current().sectors())
             && self.push_capacity() >= MIN_FREE_TASKS
         {
             self.start_request(Request { tag: 0, work: Work::Prefetch { range } });
@@ -93,9 +93,10 @@ impl Lane {
         if completion.op.action == Action::Prefetch {
             self.readahead.hint_completed();
         } else {
-            match self.task_ops.complete(task, detail, completion, &self.disk) {
+            let parks = self.disk.parks_when_full();
+            match self.task_ops.complete(task, detail, completion, self.versions.of(task.epoch), parks) {
                 OpEffect::None => {}
-                OpEffect::LogNoSpace => self.no_space_log.write_failed(self.disk.top_path()),
+                OpEffect::LogNoSpace => self.no_space_log.write_failed(self.versions.current().top_path()),
                 OpEffect::Unsupported(op) => self.task_ops.replace_unsupported(task, &op, &mut self.ops),
             }
         }
@@ -137,7 +138,7 @@ impl Lane {
         };
         self.release_punch_lock(number);
         if task.stalled {
-            self.disk.stalled_writes.end(outcome == Outcome::Done, self.disk.top_path());
+            self.disk.stalled_writes.end(outcome == Outcome::Done, self.versions.current().top_path());
         }
         let tag = task.tag;
         match task.take_work() {
@@ -175,16 +176,22 @@ impl Lane {
             return StageResult::Finish(Outcome::Done);
         }
         if !matches!(task.work, Work::Read { .. } | Work::Prefetch { .. }) {
-            let top = self.disk.version().top();
+            let top = self.versions.current().top();
             if top.is_none_or(|top| top.image.is_poisoned()) {
                 return StageResult::Finish(Outcome::Failed);
             }
+        }
+        if self.gate.holds(task) {
+            task.pins.release();
+            self.release_punch_lock(number);
+            self.gate.wait(number);
+            return StageResult::Wait(TaskStage::Plan);
         }
         if task.needs_punch_lock() && !self.punch_queue.may_punch(number, &self.disk.punch_lock, &self.mailbox) {
             return StageResult::Wait(TaskStage::Plan);
         }
         let mut plan = std::mem::take(&mut self.plan);
-        let version = self.disk.version();
+        let version = self.versions.current();
         let reserved = match &task.work {
             Work::Read { range, .. } => {
                 version.plan_read(*range, &mut self.frozen_cache, &mut plan);
@@ -229,18 +236,19 @@ impl Lane {
     /// Pushes the operations of a plan: reads of missing bitmaps if there are any, the transfers otherwise.
     #[inline]
     fn carry_out(&mut self, number: u32, task: &mut Task, plan: &PlanBuffer) -> StageResult {
+        task.epoch = self.versions.current().epoch();
         if !plan.missing.is_empty() {
             return self.load_bitmaps(number, task, &plan.missing, TaskStage::Load);
         }
         task.marks.clear();
         task.marks.extend_from_slice(&plan.marks);
         if let (Work::Write { range, .. }, true) = (&task.work, mutant::enabled(Mutant::EarlyMarks)) {
-            let _ = self.disk.writable_top().image.mark(*range);
+            let _ = self.versions.current().writable_top().image.mark(*range);
         }
         if let Work::Prefetch { range } = task.work {
             self.push_hints(number, task, range, plan);
         } else {
-            self.task_ops.push(number, task, &plan.extents, &self.disk, &mut self.ops);
+            self.task_ops.push(number, task, &plan.extents, self.versions.current(), &mut self.ops);
         }
         if !matches!(task.work, Work::Write { .. } | Work::WriteZeroes { .. }) {
             task.pins.release();
@@ -254,7 +262,8 @@ impl Lane {
     /// Pushes the prefetch hints of a planned range.
     fn push_hints(&mut self, number: u32, task: &mut Task, range: SectorRange, plan: &PlanBuffer) {
         let token = Token::Task { task: number, detail: 0 }.pack();
-        let policy = |slot| self.disk.file(slot).readahead;
+        let version = self.versions.current();
+        let policy = |slot| version.served_file(slot).readahead;
         let (hints, bytes) = self.readahead.push_hints(range, &plan.extents, policy, token, &mut self.ops);
         task.pending_ops += hints;
         self.disk.counters().readahead_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -262,7 +271,7 @@ impl Lane {
 
     /// Pushes reads of bitmaps that are missing for a plan or a mark. The task continues with `stage`.
     fn load_bitmaps(&mut self, number: u32, task: &mut Task, missing: &[Missing], stage: TaskStage) -> StageResult {
-        let load = self.disk.version().load(missing);
+        let load = self.versions.of(task.epoch).load(missing);
         for (piece, (slot, at)) in (0..).zip(load.reads()) {
             self.task_ops.push_bitmap_read(number, task, (piece, slot, at), &mut self.ops);
         }
@@ -273,7 +282,7 @@ impl Lane {
     /// Passes the bitmaps that a task has read to the chain.
     fn supply_bitmaps(&mut self, task: &mut Task) {
         let load = task.load.take().expect("a task that loads");
-        self.disk.version().supply(&load, &mut task.pins);
+        self.versions.of(task.epoch).supply(&load, &mut task.pins);
     }
 
     /// Marks the written sectors after all operations of a range have completed.
@@ -286,11 +295,11 @@ impl Lane {
             self.release_punch_lock(number);
             self.parked.push(number);
             let first = !std::mem::replace(&mut task.stalled, true);
-            self.disk.stalled_writes.stall(usize::from(first), self.disk.top_path());
+            self.disk.stalled_writes.stall(usize::from(first), self.versions.current().top_path());
             return StageResult::Wait(TaskStage::AwaitGrowth);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });
-        let (Some(top), false) = (self.disk.version().top(), reads) else {
+        let (Some(top), false) = (self.versions.of(task.epoch).top(), reads) else {
             return StageResult::Finish(Outcome::Done);
         };
         let marks = match &task.work {
@@ -346,13 +355,13 @@ impl Lane {
 
     /// Pushes a hint of early writeback if one is due.
     pub(super) fn hint_writeback(&mut self) {
-        let disk = &*self.disk;
-        let Some(top) = disk.version().top() else { return };
+        let (disk, version) = (&*self.disk, self.versions.current());
+        let Some(top) = version.top() else { return };
         let is_blocking = self.ops.engine.wake_fd().is_none();
-        if disk.file(top.slot).is_buffered()
+        if version.served_file(top.slot).is_buffered()
             && !is_blocking
             && !disk.is_write_through()
-            && self.early_writeback.push_hint(top.slot, &mut self.ops)
+            && self.early_writeback.push_hint(top.slot, version.epoch(), &mut self.ops)
         {
             disk.counters().early_writebacks.fetch_add(1, Ordering::Relaxed);
         }
@@ -368,6 +377,6 @@ impl Lane {
         for number in &self.parked {
             writes += usize::from(!std::mem::replace(&mut self.tasks.get_mut(*number).stalled, true));
         }
-        self.disk.stalled_writes.stall(writes, self.disk.top_path());
+        self.disk.stalled_writes.stall(writes, self.versions.current().top_path());
     }
 }

@@ -28,6 +28,8 @@ pub(super) struct Task {
     pub(super) tag: u64,
     pub(super) work: Work,
     pub(super) stage: TaskStage,
+    /// Number of the version with which the task was planned last.
+    pub(super) epoch: u32,
     /// Number of operations in flight.
     pub(super) pending_ops: u32,
     /// Whether an operation failed, or the commit or growth for which the request waited.
@@ -59,6 +61,7 @@ impl Task {
             tag,
             work,
             stage: TaskStage::Plan,
+            epoch: 0,
             pending_ops: 0,
             failed: false,
             no_space: false,
@@ -79,6 +82,22 @@ impl Task {
         (self.pending_ops, self.failed, self.no_space, self.range_index) = (0, false, false, 0);
         (self.commit_round, self.needs_commit, self.sectors_done) = (0, false, 0);
         self.stalled = false;
+    }
+
+    /// Whether the request writes, zeroes or discards sectors of a range.
+    pub(super) fn changes(&self, held: SectorRange) -> bool {
+        let overlaps = |range: &SectorRange| !range.clip(held).is_empty();
+        match &self.work {
+            Work::Write { range, .. } => overlaps(range),
+            Work::Discard { ranges } => ranges.iter().any(overlaps),
+            Work::WriteZeroes { ranges } => ranges.iter().any(|r| overlaps(&r.range)),
+            Work::Read { .. } | Work::Prefetch { .. } | Work::Flush => false,
+        }
+    }
+
+    /// Whether operations of the version `self.epoch` are in flight, or sectors are to be marked in that version.
+    pub(super) fn uses_version(&self) -> bool {
+        matches!(self.stage, TaskStage::Load | TaskStage::Move | TaskStage::LoadForMark)
     }
 
     /// Whether the request discards or zeroes sectors, and so needs the punch lock.

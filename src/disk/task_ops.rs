@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::op_queue::OpQueue;
 use super::request::Work;
-use super::shared::Disk;
+use super::served_version::ServedVersion;
 use super::task::{Task, TaskStage, Token};
 use crate::chain::{Extent, Source};
 use crate::storage::{Action, Buffer, Completion, FileSlot, GuestIovecs, Op, Payload};
@@ -33,7 +33,14 @@ pub(super) struct TaskOps {
 impl TaskOps {
     /// Pushes the operations for the extents of a plan.
     #[inline]
-    pub(super) fn push(&mut self, number: u32, task: &mut Task, extents: &[Extent], disk: &Disk, ops: &mut OpQueue) {
+    pub(super) fn push(
+        &mut self,
+        number: u32,
+        task: &mut Task,
+        extents: &[Extent],
+        version: &ServedVersion,
+        ops: &mut OpQueue,
+    ) {
         let mut at = 0;
         for extent in extents {
             let bytes = extent.range.bytes();
@@ -45,11 +52,11 @@ impl TaskOps {
                     None
                 }
                 (Work::Read { into, .. }, Source::File { slot, offset }) => {
-                    let payload = self.payload(into, at, len, disk.file(slot).memory_align, false);
+                    let payload = self.payload(into, at, len, version.served_file(slot).memory_align, false);
                     Some(Op::read(token, slot, offset, payload))
                 }
                 (Work::Write { from, .. }, Source::File { slot, offset }) => {
-                    let payload = self.payload(from, at, len, disk.file(slot).memory_align, true);
+                    let payload = self.payload(from, at, len, version.served_file(slot).memory_align, true);
                     Some(Op::write(token, slot, offset, payload))
                 }
                 (Work::WriteZeroes { ranges }, Source::File { slot, offset }) => {
@@ -100,12 +107,20 @@ impl TaskOps {
         ops.push(Op::read(Token::Task { task: number, detail: piece }.pack(), slot, offset, sector));
     }
 
-    /// Evaluates a completed operation: stores the bytes that it read and records its failure. The caller decrements
+    /// Evaluates a completed operation: stores the bytes that it read and records its failure. `version` is the version
+    /// of the task; `parks_when_full` is true if writes wait while the file system is full. The caller decrements
     /// `pending_ops`.
     #[inline]
-    pub(super) fn complete(&mut self, task: &mut Task, detail: u32, completion: Completion, disk: &Disk) -> OpEffect {
+    pub(super) fn complete(
+        &mut self,
+        task: &mut Task,
+        detail: u32,
+        completion: Completion,
+        version: &ServedVersion,
+        parks_when_full: bool,
+    ) -> OpEffect {
         let Completion { op, result } = completion;
-        let path = || disk.version().file(op.slot).path();
+        let path = || version.file(op.slot).path();
         match (op.payload, result) {
             (Payload::Own(sector), Ok(())) if matches!(task.stage, TaskStage::Load | TaskStage::LoadForMark) => {
                 task.load.as_mut().expect("a task that loads").complete(detail as usize, &sector);
@@ -115,12 +130,12 @@ impl TaskOps {
                     into.copy_from(detail as usize, &bounce);
                 }
             }
-            (Payload::Guest(iovecs), Err(e)) if disk.parks_when_full() && is_full(op.action, &e) => {
+            (Payload::Guest(iovecs), Err(e)) if parks_when_full && is_full(op.action, &e) => {
                 task.no_space = true;
                 self.recycle(iovecs);
             }
             // Zeroing a range, and a write from a bounce buffer, may allocate space, too.
-            (Payload::Own(_) | Payload::None, Err(e)) if disk.parks_when_full() && is_full(op.action, &e) => {
+            (Payload::Own(_) | Payload::None, Err(e)) if parks_when_full && is_full(op.action, &e) => {
                 task.no_space = true;
             }
             (Payload::Guest(iovecs), Err(e)) if is_full(op.action, &e) => {

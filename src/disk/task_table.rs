@@ -49,6 +49,16 @@ impl TaskTable {
         (number, task)
     }
 
+    /// The waiting tasks.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Task> {
+        self.tasks.iter().filter_map(Option::as_deref)
+    }
+
+    /// The versions that waiting tasks use.
+    pub(super) fn epochs(&self) -> impl Iterator<Item = u32> {
+        self.iter().filter(|task| task.uses_version()).map(|task| task.epoch)
+    }
+
     /// Returns the waiting task with a number, or `None` if there is none.
     pub(super) fn get(&self, number: u32) -> Option<&Task> {
         self.tasks[number as usize].as_deref()

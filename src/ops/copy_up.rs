@@ -9,6 +9,8 @@
 //! The contents of the disk do not change during the copy, because each write into the child has the bytes that the
 //! disk already has at this place.
 
+use std::collections::BTreeMap;
+
 use super::extents::{WINDOW_SECTORS, next_allocated};
 use super::image_writer::ImageWriter;
 use super::source::{CHUNK_BYTES, CHUNK_SECTORS, Progress};
@@ -16,7 +18,7 @@ use super::zero_scan::PAGE_BYTES;
 use crate::chain::{Extent, PlanBuffer, Source, Version};
 use crate::error::Result;
 use crate::image::{is_zero, next_data};
-use crate::storage::{Buffer, FileId};
+use crate::storage::{Buffer, FileId, FileSlot};
 use crate::units::{SECTOR, SectorRange};
 
 /// Progress of [`copy_up`], for failpoints.
@@ -42,7 +44,7 @@ pub(super) fn copy_up(
 ) -> Result<u64> {
     let mut work = CopyUp {
         old_files: file_ids(writer.version())?,
-        new_files: new.map_or(Ok(Vec::new()), file_ids)?,
+        new_files: new.map_or(Ok(BTreeMap::new()), file_ids)?,
         new,
         plan: PlanBuffer::default(),
         new_plan: PlanBuffer::default(),
@@ -81,8 +83,8 @@ struct CopyUp<'a> {
     /// The new parents.
     new: Option<&'a Version>,
     /// Device and inode of each file, by slot.
-    old_files: Vec<FileId>,
-    new_files: Vec<FileId>,
+    old_files: BTreeMap<FileSlot, FileId>,
+    new_files: BTreeMap<FileSlot, FileId>,
     /// Plan of the child and its old parents.
     plan: PlanBuffer,
     /// Plan of the new parents.
@@ -93,9 +95,9 @@ struct CopyUp<'a> {
     copied: u64,
 }
 
-/// Returns device and inode of each file, by slot.
-fn file_ids(version: &Version) -> Result<Vec<FileId>> {
-    version.files().map(|(_, file)| Ok(file.stat()?.id)).collect()
+/// Returns device and inode of each file.
+fn file_ids(version: &Version) -> Result<BTreeMap<FileSlot, FileId>> {
+    version.files().map(|(slot, file)| Ok((slot, file.stat()?.id))).collect()
 }
 
 impl CopyUp<'_> {
@@ -134,7 +136,7 @@ impl CopyUp<'_> {
         match (run.old, run.new) {
             (Source::Zero, Source::Zero) => true,
             (Source::File { slot: a, offset: old }, Source::File { slot: b, offset: new }) => {
-                old == new && self.old_files[a.as_usize()] == self.new_files[b.as_usize()]
+                old == new && self.old_files[&a] == self.new_files[&b]
             }
             _ => false,
         }

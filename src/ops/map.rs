@@ -5,7 +5,7 @@ use std::path::Path;
 use super::extents::Extents;
 use crate::chain::{Chain, Extent, OpenMode, Policy, Source};
 use crate::error::Result;
-use crate::storage::Env;
+use crate::storage::{Env, FileSlot};
 use crate::units::SECTOR;
 
 /// A range of a disk that is contiguous in one file, or is in no file.
@@ -39,13 +39,16 @@ pub struct FilePosition<'a> {
 /// - errors of `found`
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(MapRun<'_>) -> Result<()>) -> Result<()> {
     let version = Chain::open(env, path, policy, OpenMode::Read)?.into_frozen();
-    let paths: Vec<&Path> = version.files().map(|(_, file)| file.path()).collect();
+    let files: Vec<(FileSlot, &Path)> = version.files().map(|(slot, file)| (slot, file.path())).collect();
     version.files().for_each(|(_, file)| file.advise_random_reads());
     let mut report = |extent: Extent| {
         let position = match extent.source {
             Source::Zero => None,
-            // In a frozen chain, slots are numbered from the youngest file.
-            Source::File { slot, offset } => Some(FilePosition { depth: slot.0, file: paths[slot.as_usize()], offset }),
+            Source::File { slot, offset } => {
+                let file = (0..).zip(&files).find(|(_, (of, _))| *of == slot);
+                let (depth, (_, file)) = file.expect("an extent is in a file of the chain");
+                Some(FilePosition { depth, file, offset })
+            }
         };
         found(MapRun { start: extent.range.start() * SECTOR, length: extent.range.bytes(), position })
     };

@@ -96,6 +96,9 @@ pub trait PageCache: Send {
     /// If the slot number is too large, or the file belongs to another host.
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()>;
 
+    /// Removes the file from `slot`.
+    fn unregister(&mut self, slot: FileSlot);
+
     /// Finds `len` bytes at `offset` of a file. Returns `None` if some of these bytes are not known to be resident: the
     /// caller then needs a read operation. Makes no system call.
     fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange>;

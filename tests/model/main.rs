@@ -22,6 +22,7 @@ mod rng;
 #[allow(dead_code)]
 mod temp;
 mod testing;
+mod version_change;
 
 use chain_model::{ChainModel, KIB};
 use diffdisk::chain::{Chain, FrozenCacheHandle, OpenMode, PlanBuffer, Policy, Source};

@@ -43,6 +43,8 @@ pub(crate) struct Checker {
     pub(crate) recovery_crashes: u64,
     /// Number of checked states with torn sectors.
     pub(crate) torn: u64,
+    /// Number of changes of the version that ended.
+    pub(crate) changes: u64,
 }
 
 impl Checker {
@@ -57,6 +59,7 @@ impl Checker {
         self.distinct += other.distinct;
         self.recovery_crashes += other.recovery_crashes;
         self.torn += other.torn;
+        self.changes += other.changes;
     }
 
     /// Checks the crash outcomes of a machine: all if there are fewer than [`EXHAUSTIVE_LIMIT`] units, otherwise a

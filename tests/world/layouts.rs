@@ -104,7 +104,8 @@ fn parent(host: &SimHost, blocks: u64, values: &mut [Value]) -> ParentLink {
     let uuid = image::create(host, path, &spec).expect("a new image");
     let options = DiskOptions { path: path.into(), ..options(host, false) };
     let disk = Disk::open(Arc::new(host.clone()), &options).expect("it opens");
-    let top = disk.version().top().expect("it is writable");
+    let version = disk.version();
+    let top = version.top().expect("it is writable");
     let grow = || {
         if let Some(mut growth) = image::Growth::begin(&top.image, top.slot) {
             image::run_to_completion(host, top.image.file(), top.slot, |failed, ops| growth.next(failed, ops))

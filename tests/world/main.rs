@@ -32,11 +32,12 @@ fn number(name: &str) -> Option<u64> {
 fn show(what: &str, runs: u64, checker: &Checker, took: Duration) {
     let rate = checker.states as f64 / took.as_secs_f64();
     println!(
-        "{what}: {runs} runs, {} crash states ({} different images, {} with torn sectors, {} crashes during recovery), {:.1} s, {rate:.0} states/s",
+        "{what}: {runs} runs, {} crash states ({} different images, {} with torn sectors, {} crashes during recovery), {} changes of the version, {:.1} s, {rate:.0} states/s",
         checker.states,
         checker.distinct,
         checker.torn,
         checker.recovery_crashes,
+        checker.changes,
         took.as_secs_f64()
     );
 }

@@ -23,6 +23,10 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, checks: CheckOptions, checker: 
     if let Some(granules) = granules {
         world.limit_bitmap_cache(granules);
     }
+    // In one of five runs, the version of the disk changes under the requests.
+    if seed % 5 == 3 {
+        world.change_versions(Random::new(seed));
+    }
     let result = run_cycles(&mut world, &mut random);
     result.map_err(|e| {
         let trace = world.trace.join("\n  ");

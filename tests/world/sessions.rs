@@ -84,7 +84,7 @@ impl Guest {
 
     /// Checks the contents of the disk. `base` has the contents before the first write.
     fn check(&self, written: &WrittenValues, base: &[Value]) -> CheckResult {
-        let values = checker::read_disk(self.disk.version())?;
+        let values = checker::read_disk(&self.disk.version())?;
         for (sector, value) in (0..).zip(values) {
             let answered = written.acknowledged.get(&sector).copied();
             // A value that was submitted after the last acknowledged one may have been written.

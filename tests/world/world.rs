@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use diffdisk::disk::{Allocation, Answer, Disk, DiskOptions, Lane, Outcome, Request, WhenFull, Work, ZeroRange};
+use diffdisk::disk::{
+    Allocation, Answer, ChangeStep, Disk, DiskOptions, Lane, Outcome, Request, VersionChange, WhenFull, Work, ZeroRange,
+};
 use diffdisk::storage::EngineKind;
 use diffdisk::storage::sim::{FaultPlan, Random, SimHost};
 use diffdisk::units::SectorRange;
@@ -64,6 +66,10 @@ pub(crate) struct World<'a> {
     pub(crate) trace: Vec<String>,
     /// Whether faults are planned, so that requests may fail.
     pub(crate) may_fail: bool,
+    /// Random numbers for changes of the version; `None` in runs without changes.
+    changes: Option<Random>,
+    /// The change of the version in progress.
+    change: Option<VersionChange>,
     // Declared before `disk`, so that lanes are dropped before their disk.
     pub(crate) lanes: Vec<Lane>,
     pub(crate) disk: Option<Arc<Disk>>,
@@ -105,6 +111,8 @@ impl<'a> World<'a> {
             checks,
             trace: Vec::new(),
             may_fail: false,
+            changes: None,
+            change: None,
             lanes: Vec::with_capacity(lanes),
             disk: None,
             model: Model::new(&layout.values),
@@ -132,9 +140,33 @@ impl<'a> World<'a> {
     /// Limits the bitmap sectors that the disk caches, now and after every later open.
     pub(crate) fn limit_bitmap_cache(&mut self, granules: usize) {
         self.cached_bitmap_sectors = Some(granules);
-        if let Some(bitmaps) = self.disk.as_ref().and_then(|disk| disk.version().top()?.image.bitmaps()) {
+        let version = self.disk.as_ref().map(|disk| disk.version());
+        if let Some(bitmaps) = version.as_ref().and_then(|version| version.top()?.image.bitmaps()) {
             bitmaps.set_max_frames(granules);
         }
+    }
+
+    /// Changes the version of the disk again and again from now on. Random numbers decide when a change takes a step.
+    pub(crate) fn change_versions(&mut self, random: Random) {
+        self.changes = Some(random);
+    }
+
+    /// Begins a change of the version, or takes a step of the change in progress, or gives the change up.
+    fn step_change(&mut self) -> Result<(), String> {
+        let (Some(random), Some(disk)) = (&mut self.changes, &self.disk) else { return Ok(()) };
+        match &mut self.change {
+            None if random.chance(1, 4) => {
+                self.change = Some(VersionChange::move_top(disk).map_err(|e| e.line())?);
+            }
+            None => {}
+            Some(_) if random.chance(1, 40) => self.change = None,
+            Some(change) => {
+                let is_done = change.step().map_err(|e| e.line())? == ChangeStep::Done;
+                self.change.take_if(|_| is_done);
+                self.checker.changes += u64::from(is_done);
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn is_open(&self) -> bool {
@@ -249,6 +281,7 @@ impl<'a> World<'a> {
 
     /// Grants at most one completion to one lane, and handles the lane's answers.
     pub(crate) fn step(&mut self, lane: usize) -> Result<(), String> {
+        self.step_change()?;
         let mut answers = Vec::new();
         self.host.limit_completions(Some(1));
         let result = self.lanes[lane].submit().and_then(|()| self.lanes[lane].poll(&mut answers));
@@ -339,6 +372,7 @@ impl<'a> World<'a> {
     pub(crate) fn reopen(&mut self) -> Result<(), String> {
         self.record_action(format_args!("close and open"));
         let lanes = self.lanes.len();
+        self.change = None;
         self.lanes.clear();
         let disk = self.disk.take().ok_or("no disk to close")?;
         let covered = self.model.flush_point();
@@ -382,6 +416,7 @@ impl<'a> World<'a> {
 
     fn drop_disk(&mut self) {
         self.pending.clear();
+        self.change = None;
         self.lanes.clear();
         self.disk = None;
         self.may_fail = false;
@@ -404,7 +439,7 @@ impl<'a> World<'a> {
         self.host = next;
         self.open(lanes)?;
         let version = self.disk.as_ref().ok_or("the disk does not open after a kill")?;
-        let values = checker::read_disk(version.version())?;
+        let values = checker::read_disk(&version.version())?;
         self.model.check(&values, self.checks.journal).map_err(|e| format!("after a kill: {e}"))?;
         self.model.reset_after_kill(&values);
         self.check_now()
@@ -428,7 +463,7 @@ impl<'a> World<'a> {
         let opened = self.open(lanes);
         self.checker.trailing_footer_may_be_missing = false;
         opened?;
-        let found = checker::read_disk(self.disk.as_ref().ok_or("the disk does not open after a crash")?.version())?;
+        let found = checker::read_disk(&self.disk.as_ref().ok_or("the disk does not open after a crash")?.version())?;
         if found != values {
             return Err("the disk reads otherwise when it is opened again".into());
         }

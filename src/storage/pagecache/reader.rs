@@ -142,6 +142,14 @@ impl PageCache for PageCacheReader {
         Ok(())
     }
 
+    fn unregister(&mut self, slot: FileSlot) {
+        if let Some(entry) = self.files.get_mut(slot.as_usize()) {
+            *entry = None;
+        }
+        self.map_cache.invalidate(slot);
+        self.queries.retain(|(of, ..)| *of != slot);
+    }
+
     #[inline]
     fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         if len > MAX_COPY {

@@ -37,6 +37,12 @@ impl SimEngine {
         SimEngine { shared, files, pushed, in_flight, completed, depth, calls: 0 }
     }
 
+    /// Checks what the caller of `register` and `unregister` guarantees.
+    fn check_unused(&self, slot: FileSlot) {
+        let mut ops = self.pushed.iter().chain(self.in_flight.iter().map(|(_, op)| op));
+        assert!(ops.all(|op| op.slot != slot), "the file in slot {} changes under an operation", slot.0);
+    }
+
     fn complete(&mut self, at: usize) {
         let (number, op) = &mut self.in_flight[at];
         let mut bytes = vec![0; if op.action == Action::Read { op.payload.len() } else { 0 }];
@@ -100,10 +106,12 @@ impl Engine for SimEngine {
     fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
         let entry = self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)?;
         *entry = Some(SimFile::of(file, &self.shared)?);
+        self.check_unused(slot);
         Ok(())
     }
 
     fn unregister(&mut self, slot: FileSlot) -> io::Result<()> {
+        self.check_unused(slot);
         *self.files.get_mut(slot.as_usize()).ok_or(io::ErrorKind::InvalidInput)? = None;
         Ok(())
     }

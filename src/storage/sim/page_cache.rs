@@ -36,6 +36,12 @@ impl PageCache for SimPageCache {
         Ok(())
     }
 
+    fn unregister(&mut self, slot: FileSlot) {
+        if let Some(entry) = self.files.get_mut(slot.as_usize()) {
+            *entry = None;
+        }
+    }
+
     fn find(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<CachedRange> {
         (self.shared.lock().cached_reads && self.random.chance(7, 8)).then(|| CachedRange::new(slot, offset, len))
     }

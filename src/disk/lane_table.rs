@@ -1,0 +1,176 @@
+//! The lanes of a disk: the events that are posted to all of them, and what each of them reports during a change.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::cached_reads::CachedReads;
+use super::mailbox::{LaneEvent, Mailbox};
+use super::op_queue::OpQueue;
+use crate::storage::{File, FileSlot};
+use crate::units::SectorRange;
+
+/// Number of a lane, unique in its disk.
+pub(super) type LaneId = u64;
+
+/// The lanes of a disk.
+#[derive(Default)]
+pub(super) struct LaneTable {
+    state: Mutex<LaneTableState>,
+    /// Notified when a lane reports or is dropped.
+    reported: Condvar,
+}
+
+#[derive(Default)]
+struct LaneTableState {
+    lanes: Vec<LaneEntry>,
+    next_id: LaneId,
+    /// The file that a change is adding to the engines. Lanes that start now register it, too.
+    new_file: Option<(FileSlot, File)>,
+    /// The range that a change holds. The gates of lanes that start now are closed for it.
+    held: Option<SectorRange>,
+}
+
+struct LaneEntry {
+    id: LaneId,
+    mailbox: Arc<Mailbox>,
+    status: LaneStatus,
+}
+
+/// What a lane has reported during a change.
+#[derive(Clone, Debug)]
+pub(super) struct LaneStatus {
+    /// Whether the engine of the lane has registered the new file, or why it has not.
+    pub(super) registered: Option<Result<(), String>>,
+    /// Whether the gate is closed and no write of the range is under way.
+    pub(super) is_held: bool,
+    /// The version with which the lane plans.
+    pub(super) adopted: u32,
+    /// The oldest version that operations in flight use.
+    pub(super) oldest: u32,
+}
+
+/// The part of a change that a new lane must carry out itself.
+pub(super) struct ChangeInProgress {
+    pub(super) new_file: Option<(FileSlot, File)>,
+    pub(super) held: Option<SectorRange>,
+}
+
+impl LaneTable {
+    /// Adds a lane that plans with the version `epoch`. `prepare` registers the new file of a change with the lane's
+    /// engine. The events of the change that are posted from now on reach the lane.
+    ///
+    /// # Errors
+    /// Those of `prepare`; the lane is not added then.
+    pub(super) fn add(
+        &self,
+        mailbox: &Arc<Mailbox>,
+        epoch: u32,
+        prepare: impl FnOnce(&ChangeInProgress) -> io::Result<()>,
+    ) -> io::Result<(LaneId, Option<SectorRange>)> {
+        let mut state = self.lock();
+        let change = ChangeInProgress { new_file: state.new_file.clone(), held: state.held };
+        prepare(&change)?;
+        let id = state.next_id;
+        state.next_id += 1;
+        let (registered, is_held) = (change.new_file.map(|_| Ok(())), change.held.is_some());
+        let status = LaneStatus { registered, is_held, adopted: epoch, oldest: epoch };
+        state.lanes.push(LaneEntry { id, mailbox: mailbox.clone(), status });
+        Ok((id, change.held))
+    }
+
+    /// Removes a lane. A change waits for it no longer.
+    pub(super) fn remove(&self, id: LaneId) {
+        self.lock().lanes.retain(|lane| lane.id != id);
+        self.reported.notify_all();
+    }
+
+    /// Posts an event to all lanes.
+    pub(super) fn broadcast(&self, event: LaneEvent) {
+        self.lock().lanes.iter().for_each(|lane| lane.mailbox.post(event));
+    }
+
+    /// Begins to add a file to the engines of all lanes.
+    pub(super) fn register(&self, slot: FileSlot, file: &File) {
+        let mut state = self.lock();
+        state.new_file = Some((slot, file.clone()));
+        state.post(LaneEvent::Register, |status| status.registered = None);
+    }
+
+    /// Lanes that start from now on register only the files of the current version.
+    pub(super) fn end_registration(&self) {
+        self.lock().new_file = None;
+    }
+
+    /// Closes the gates of all lanes for a range.
+    pub(super) fn hold(&self, range: SectorRange) {
+        let mut state = self.lock();
+        state.held = Some(range);
+        state.post(LaneEvent::Hold(range), |status| status.is_held = false);
+    }
+
+    /// Opens the gates of all lanes.
+    pub(super) fn open(&self) {
+        let mut state = self.lock();
+        state.held = None;
+        state.post(LaneEvent::Open, |_| ());
+    }
+
+    /// Registers the new file of a change with the engine and the page cache of a lane, and reports the result. Does
+    /// nothing if the change has ended.
+    pub(super) fn register_in(&self, id: LaneId, ops: &mut OpQueue, cached_reads: &mut CachedReads) {
+        let new_file = self.lock().new_file.clone();
+        if let Some((slot, file)) = new_file {
+            let registered = ops.register(slot, &file).and_then(|()| cached_reads.register(slot, &file));
+            let result = registered.map_err(|e| e.to_string());
+            self.report(id, |status| status.registered = Some(result));
+        }
+    }
+
+    /// Records whether a lane holds the writes (`is_held`, true once), the version with which it plans (`adopted`), and
+    /// the oldest version that its operations in flight use.
+    pub(super) fn report_progress(&self, id: LaneId, is_held: bool, adopted: u32, oldest: u32) {
+        self.report(id, |status| {
+            status.is_held |= is_held;
+            (status.adopted, status.oldest) = (adopted, oldest);
+        });
+    }
+
+    /// Changes what is known of a lane.
+    fn report(&self, id: LaneId, change: impl FnOnce(&mut LaneStatus)) {
+        if let Some(lane) = self.lock().lanes.iter_mut().find(|lane| lane.id == id) {
+            change(&mut lane.status);
+        }
+        self.reported.notify_all();
+    }
+
+    /// Returns the first lane for which `is_late` is true.
+    pub(super) fn first(&self, is_late: impl Fn(&LaneStatus) -> bool) -> Option<(LaneId, LaneStatus)> {
+        self.lock().lanes.iter().find(|lane| is_late(&lane.status)).map(|lane| (lane.id, lane.status.clone()))
+    }
+
+    /// The oldest version that operations in flight use; `None` if there is no lane.
+    pub(super) fn oldest_version(&self) -> Option<u32> {
+        self.lock().lanes.iter().map(|lane| lane.status.oldest).min()
+    }
+
+    /// Waits until `is_late` is false for all lanes, at most for `at_most`.
+    pub(super) fn wait(&self, at_most: Duration, is_late: impl Fn(&LaneStatus) -> bool) {
+        let any_late = |state: &mut LaneTableState| state.lanes.iter().any(|lane| is_late(&lane.status));
+        let _ = self.reported.wait_timeout_while(self.lock(), at_most, any_late);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, LaneTableState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl LaneTableState {
+    /// Posts an event to all lanes, after their status was changed by `reset`.
+    fn post(&mut self, event: LaneEvent, reset: impl Fn(&mut LaneStatus)) {
+        for lane in &mut self.lanes {
+            reset(&mut lane.status);
+            lane.mailbox.post(event);
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Creates the lane of a queue.
+
+use std::sync::Arc;
+
+use super::cached_reads::CachedReads;
+use super::early_writeback::EarlyWriteback;
+use super::job::Jobs;
+use super::lane::Lane;
+use super::lane_gate::LaneGate;
+use super::lane_versions::LaneVersions;
+use super::mailbox::Mailbox;
+use super::op_queue::OpQueue;
+use super::punch::PunchQueue;
+use super::readahead::Readahead;
+use super::served_version::ServedVersion;
+use super::shared::Disk;
+use super::stalled_writes::{NoSpaceLog, StalledCommit};
+use super::task_ops::TaskOps;
+use super::task_table::{MAX_TASKS, TaskTable};
+use crate::chain::{FrozenCacheHandle, PlanBuffer};
+use crate::error::{Error, Result};
+use crate::storage::{Engine, EngineKind, PageCache};
+
+/// The engine of a lane, and its page cache if there is one.
+type LaneEngine = (Box<dyn Engine>, Option<Box<dyn PageCache>>);
+
+impl Disk {
+    /// Creates a lane for one queue. Only one thread may use it.
+    ///
+    /// # Errors
+    /// - `Io` if the engine cannot be created, a file cannot be registered, or the process has no file descriptors left.
+    /// - `Unsupported` if the kernel has no io_uring and `kind` requires it.
+    pub fn lane(self: &Arc<Self>, kind: EngineKind, depth: usize) -> Result<Lane> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        // A version that is published while the lane is added waits for this lock. So the lane has either this version
+        // and gets the event `Adopt`, or the version after it.
+        let current = self.current_locked();
+        let (engine, page_cache) = self.engine(&current, kind, depth)?;
+        let (mut ops, mut cached_reads) = (OpQueue::new(engine), CachedReads::new(page_cache));
+        let added = self.lanes.add(&mailbox, current.epoch(), |change| match &change.new_file {
+            Some((slot, file)) => ops.register(*slot, file).and_then(|()| cached_reads.register(*slot, file)),
+            None => Ok(()),
+        });
+        let (id, held) = added.map_err(|e| Error::io("cannot register a file with the I/O engine", e))?;
+        let versions = LaneVersions::new(current.clone());
+        drop(current);
+        Ok(Lane {
+            ops,
+            disk: self.clone(),
+            id,
+            mailbox,
+            versions,
+            gate: LaneGate::new(held),
+            tasks: TaskTable::new(),
+            parked: Vec::new(),
+            awaiting_commit: Vec::new(),
+            jobs: Jobs::default(),
+            stalled_commit: StalledCommit::default(),
+            no_space_log: NoSpaceLog::default(),
+            punch_queue: PunchQueue::default(),
+            cached_reads,
+            readahead: Readahead::new(),
+            early_writeback: EarlyWriteback::default(),
+            ticks: 0,
+            submitted_since_reap: false,
+            answers: Vec::with_capacity(MAX_TASKS),
+            frozen_cache: FrozenCacheHandle::default(),
+            plan: PlanBuffer::default(),
+            task_ops: TaskOps::default(),
+            completions: Vec::with_capacity(MAX_TASKS),
+        })
+    }
+
+    /// Creates an engine and its page cache, in which all files of a version are registered. There is no page cache if
+    /// the disk does not read from it, or the engine has none.
+    fn engine(&self, version: &ServedVersion, kind: EngineKind, depth: usize) -> Result<LaneEngine> {
+        let mut engine = self.env().engine(kind, depth)?;
+        let mut page_cache = if self.reads_page_cache() { engine.page_cache() } else { None };
+        for (slot, file) in version.files() {
+            let mut registered = engine.register(slot, file);
+            if let Some(page_cache) = &mut page_cache {
+                registered = registered.and_then(|()| page_cache.register(slot, file));
+            }
+            registered
+                .map_err(|e| Error::io("cannot register the file with the I/O engine", e).at_path(file.path()))?;
+        }
+        Ok((engine, page_cache))
+    }
+}

@@ -1,0 +1,59 @@
+//! A version of the chain as lanes serve it: with its number, and with the attributes of its files.
+
+use std::ops::Deref;
+use std::path::Path;
+
+use super::file_table::{FileTable, ServedFile};
+use crate::chain::{Top, Version};
+use crate::storage::FileSlot;
+
+/// A version of the chain as lanes serve it. It never changes.
+pub struct ServedVersion {
+    epoch: u32,
+    version: Version,
+    files: FileTable,
+}
+
+impl ServedVersion {
+    pub(super) fn new(epoch: u32, version: Version, files: FileTable) -> ServedVersion {
+        ServedVersion { epoch, version, files }
+    }
+
+    /// The number of the version. It increases by one with each version of the disk.
+    #[inline]
+    pub(super) fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// The attributes of a file.
+    #[inline]
+    pub(super) fn served_file(&self, slot: FileSlot) -> &ServedFile {
+        self.files.get(slot)
+    }
+
+    /// Creates the next version: the same layers, with the top in the free slot `slot`.
+    pub(super) fn with_top_slot(&self, slot: FileSlot) -> ServedVersion {
+        let files = self.files.with_copy(self.writable_top().slot, slot);
+        ServedVersion { epoch: self.epoch + 1, version: self.version.with_top_slot(slot), files }
+    }
+
+    /// The writable layer. Only requests that write call this, and a read-only disk refuses these requests before.
+    #[inline]
+    pub(super) fn writable_top(&self) -> &Top {
+        self.version.top().expect("only a writable disk writes, commits or grows")
+    }
+
+    /// Path of the image that takes the writes.
+    pub(super) fn top_path(&self) -> &Path {
+        self.writable_top().image.path()
+    }
+}
+
+impl Deref for ServedVersion {
+    type Target = Version;
+
+    #[inline]
+    fn deref(&self) -> &Version {
+        &self.version
+    }
+}
