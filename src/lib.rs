@@ -152,6 +152,10 @@
 //! | mailbox, lane event | messages to a lane from other threads; one such message |
 //! | parked, stalled | waiting for an event (of a task); waiting for free space (of writes and commit rounds) |
 //! | urgent | said of a lane or thread that leaves a stalled round, because it must not wait for free space |
+//! | served version, epoch | a version with what lanes need to serve it; its number |
+//! | adopt | plan with another version from now on (said of a lane) |
+//! | gate, held | what makes the writes of a lane wait while a live operation changes the files; waiting for it |
+//! | pause | the time for which writes are held |
 //! | readahead | prefetch for sequential reads |
 //! | early writeback | starting writeback before a flush is likely |
 //! | cached read | a read that is copied from the page cache without a system call |

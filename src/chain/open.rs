@@ -13,8 +13,7 @@ use super::unfinished_merge::check_chain;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::format::{Defect, DiskType, Severity};
-use crate::image::refuse_if_live;
-use crate::image::{Durability, Image, Writable};
+use crate::image::{Durability, Image, SavedMtime, Writable, open_reconciled, refuse_if_live};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, FileSlot, Lock};
 use crate::units::SECTOR;
@@ -51,7 +50,18 @@ impl Chain {
             OpenMode::Read | OpenMode::Salvage => file.lock(Lock::Shared)?,
             OpenMode::Write => file.lock(Lock::Exclusive)?,
         }
-        Chain::from_image(env, mode.open_image(file)?, policy, mode)
+        let mut image = mode.open_image(file)?;
+        // A killed resize, rebase or merge may have left the two footers different. None of them runs on an image with
+        // a live journal, so nothing is written to such an image before its journal is checked.
+        let is_difference = |d: &Defect| matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
+        if mode == OpenMode::Write
+            && image.notes().iter().any(is_difference)
+            && refuse_if_live(env, &policy.runtime, &image).is_ok()
+        {
+            let file = image.file().clone();
+            image = SavedMtime::preserve(&file, || open_reconciled(&file))?;
+        }
+        Chain::from_image(env, image, policy, mode)
     }
 
     /// Opens the parents of an image that is already open and, unless `mode` is `Inspect`, locked.

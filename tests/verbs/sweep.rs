@@ -2,7 +2,9 @@
 //! systems. Each time the image must be valid with the old or the new disk, and a second call of the verb must succeed.
 
 use std::path::Path;
+use std::sync::Arc;
 
+use diffdisk::disk::{Disk, DiskOptions};
 use diffdisk::error::Result;
 use diffdisk::storage::Env;
 use diffdisk::storage::sim::{DurableUnit, Fault, FaultPlan, Random, SimHost};
@@ -45,6 +47,17 @@ const TRANSIENT: [&str; 9] = [
     "footer-kinds-differ",
 ];
 
+/// Opens an image for writing on a copy of a machine, as the daemon does. Returns the disk that the daemon would serve.
+fn served(host: &SimHost, name: &str) -> std::result::Result<Vec<u8>, String> {
+    let host = host.crash_with(&|_| true);
+    let path = Path::new(FOLDER).join(name);
+    let options = DiskOptions { allow_writable_parent: true, ..DiskOptions::new(&path) };
+    let disk = Disk::open(Arc::new(host.clone()), &options).map_err(|e| e.line())?;
+    disk.close().map_err(|e| e.line())?;
+    drop(disk);
+    Fixture::new(&host, Path::new(FOLDER)).read_disk(name).map_err(|e| e.line())
+}
+
 impl SweepCase<'_> {
     fn host(&self) -> SimHost {
         let host = SimHost::new(7);
@@ -68,6 +81,9 @@ impl SweepCase<'_> {
                 self.name,
                 when()
             );
+            let disk =
+                served(host, name).unwrap_or_else(|e| panic!("{}: {}: {name} is not served: {e}", self.name, when()));
+            assert!(disk == seen, "{}: {}: {name} is served with another disk", self.name, when());
             let defects = fixture.defects(name);
             let bad = defects.iter().find(|kind| !TRANSIENT.contains(kind));
             assert!(bad.is_none(), "{}: {}: {name}: {defects:?}", self.name, when());
