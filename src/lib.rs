@@ -20,7 +20,7 @@
 //!  2  chain               many files as one disk: Top over Frozen
 //!  1  image               one VHD file: open, reserve, mark, commit, grow, recover
 //!  0  format  |  storage  the bytes of a VHD, without I/O  |  the kernel interface: files, locks, clock, I/O engines
-//!  -  units, error, mutant, failpoint, random    shared by all floors
+//!  -  units, error, event, mutant, failpoint, random    shared by all floors
 //! ```
 //!
 //! # Three ideas
@@ -160,6 +160,8 @@
 //! | early writeback | starting writeback before a flush is likely |
 //! | cached read | a read that is copied from the page cache without a system call |
 //! | punch, punch lock | deallocate a range of a file; the lock that admits one lane of a disk at a time |
+//! | full host | a file system without space, as writes and commits of a disk find out |
+//! | [disk event](event::DiskEvent) | a change in the state of a served disk |
 //!
 //! ## Storage
 //!
@@ -199,6 +201,7 @@ pub mod cli;
 pub mod device;
 pub mod disk;
 pub mod error;
+pub mod event;
 pub mod failpoint;
 pub mod format;
 pub mod image;

@@ -15,6 +15,7 @@ use super::runtime_dir;
 use super::serve_args::{DaemonArgs, OnEnospc, PageCacheReads};
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventReporter;
 use crate::image::{Durability, JOURNAL_BYTES, remove_stale_journals};
 use crate::storage::Env;
 use crate::units::SECTOR;
@@ -158,6 +159,7 @@ fn disk_options(args: &DaemonArgs, disk: &DiskArgs, durability: &Durability) -> 
         },
         allocation: disk.allocation.unwrap_or(args.allocation).into(),
         page_cache_reads: args.page_cache_reads == PageCacheReads::On,
+        events: EventReporter::default(),
     }
 }
 

@@ -52,6 +52,7 @@ impl Disk {
         };
         if let Some(top) = version.top() {
             top.image.set_allocation(options.allocation);
+            top.image.report_events_to(options.events.clone());
         }
         let files = FileTable::new(&version, options.direct)?;
         Ok(Arc::new(Disk::new(env, version, files, serial, options)))

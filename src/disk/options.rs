@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::event::EventReporter;
 use crate::image::{Allocation, Durability};
 
 /// Options of [`Disk::open`](super::Disk::open).
@@ -32,6 +33,8 @@ pub struct DiskOptions {
     /// Whether reads of data in the page cache are copies from mapped files. If not, no file is mapped, and every read
     /// is an operation.
     pub page_cache_reads: bool,
+    /// Reporter of the disk's events.
+    pub events: EventReporter,
 }
 
 impl DiskOptions {
@@ -52,6 +55,7 @@ impl DiskOptions {
             allocation: Allocation::default(),
             allow_writable_parent: false,
             page_cache_reads: true,
+            events: EventReporter::default(),
         }
     }
 }

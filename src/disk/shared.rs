@@ -13,9 +13,10 @@ use super::options::{DiskOptions, WhenFull};
 use super::punch::PunchLock;
 use super::served_version::ServedVersion;
 use super::slot_table::SlotTable;
-use super::stalled_writes::StalledWrites;
+use super::stalled_writes::{FullHost, StalledWrites};
 use crate::chain::Version;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventReporter;
 use crate::image::{self, Commit};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Env, FileSlot};
@@ -33,7 +34,9 @@ pub struct Disk {
     pub(super) is_changing: AtomicBool,
     pub(super) group_commit: GroupCommit,
     pub(super) punch_lock: PunchLock,
+    pub(super) full_host: Arc<FullHost>,
     pub(super) stalled_writes: StalledWrites,
+    events: EventReporter,
     write_through: AtomicBool,
     when_full: WhenFull,
     page_cache_reads: bool,
@@ -63,6 +66,7 @@ impl Disk {
         serial: [u8; 20],
         options: &DiskOptions,
     ) -> Disk {
+        let full_host = FullHost::new(&options.path, options.events.clone());
         Disk {
             env,
             capacity: AtomicU64::new(version.sectors()),
@@ -73,7 +77,9 @@ impl Disk {
             is_changing: AtomicBool::new(false),
             group_commit: GroupCommit::default(),
             punch_lock: PunchLock::default(),
-            stalled_writes: StalledWrites::default(),
+            stalled_writes: StalledWrites::new(full_host.clone()),
+            full_host,
+            events: options.events.clone(),
             write_through: AtomicBool::new(options.write_through),
             when_full: options.when_full,
             page_cache_reads: options.page_cache_reads,
@@ -153,6 +159,21 @@ impl Disk {
     /// The environment of the disk.
     pub(super) fn env(&self) -> &dyn Env {
         &*self.env
+    }
+
+    /// Reporter of the disk's events.
+    pub fn events(&self) -> &EventReporter {
+        &self.events
+    }
+
+    /// Whether writes or commits wait or fail because the file system is full.
+    pub fn is_full(&self) -> bool {
+        self.full_host.is_full()
+    }
+
+    /// Whether a failed sync made the disk refuse writes.
+    pub fn is_poisoned(&self) -> bool {
+        self.version().top().is_some_and(|top| top.image.is_poisoned())
     }
 
     /// Counters since the disk was opened.

@@ -23,7 +23,7 @@ const FLOORS: &[(&str, u32)] = &[
 ];
 
 /// Shared modules, which any floor may use.
-const WORDS: &[&str] = &["units", "error", "mutant", "failpoint", "random"];
+const WORDS: &[&str] = &["units", "error", "event", "mutant", "failpoint", "random"];
 
 /// The modules that may use each external crate.
 const HOMES: &[(&str, &[&str])] = &[

@@ -11,6 +11,8 @@ mod chain_model;
 mod disk_full;
 mod early_writeback;
 #[cfg(feature = "sim")]
+mod events;
+#[cfg(feature = "sim")]
 mod gated_host;
 #[path = "../common/memory.rs"]
 mod memory;

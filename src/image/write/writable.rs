@@ -21,6 +21,7 @@ use super::journal_validation::ReplaySlot;
 use super::recover::{WritableSparse, recover};
 use super::session::Session;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::{DiskEvent, EventReporter};
 use crate::format::bat::BlockPlace;
 use crate::format::layout;
 use crate::image::mtime::SavedMtime;
@@ -47,6 +48,8 @@ pub struct Writable {
     pub(super) commit_due: AtomicBool,
     /// Guarantee that the file system gives for allocated space.
     pub(super) allocation_mode: AllocationMode,
+    /// Reporter of events; set once.
+    events: OnceLock<EventReporter>,
     /// Allocation of new blocks; set once.
     pub(super) allocation: OnceLock<Allocation>,
     /// Modification time of the file when it was opened.
@@ -90,6 +93,7 @@ impl Writable {
             poison: OnceLock::new(),
             durability,
             commit_due: AtomicBool::new(false),
+            events: OnceLock::new(),
             allocation: OnceLock::new(),
             mtime_at_open,
             content_changed: AtomicBool::new(!replayed.is_empty()),
@@ -273,6 +277,11 @@ impl Writable {
         }
     }
 
+    /// Sets the reporter of the image's events. Only the first call has an effect.
+    pub fn report_events_to(&self, events: EventReporter) {
+        let _ = self.events.set(events);
+    }
+
     /// Refuses all further writes until the image is opened again. The first reason is kept.
     pub fn poison(&self, why: &str) {
         if self.poison.set(why.to_owned()).is_ok() {
@@ -285,6 +294,9 @@ impl Writable {
             }
             if let Some(journal) = self.session().and_then(Session::any_journal) {
                 journal.poison(why);
+            }
+            if let Some(events) = self.events.get() {
+                events.report(DiskEvent::Poisoned { path: self.path().to_path_buf(), reason: why.to_owned() });
             }
         }
     }
