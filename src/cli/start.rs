@@ -101,7 +101,7 @@ pub(super) fn start_all(
         };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
         let server = DiskServer::new(opened.clone(), &serve_options, socket)?;
-        info!("{}", describe(&serve_options, disk, &opened, &place, server.engine()));
+        info!("{}", describe(&serve_options, disk, &opened, &place, server.status().engine()));
         ready.push(ReadyDisk { server, disk: opened, name: serve_options.name });
     }
     Ok(Some(ready))

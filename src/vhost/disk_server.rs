@@ -19,7 +19,8 @@ use super::connection::{Connection, ConnectionEnd, protocol_error};
 use super::frame::{self, PeekedMessage};
 use super::handler::{Handler, queue_count_hint};
 use super::limits::{MAX_QUEUE_SIZE, MAX_QUEUES};
-use super::socket::{Listener, Socket, describe_peer};
+use super::server_status::ServerStatus;
+use super::socket::{Listener, Peer, Socket};
 use super::worker::{EXIT_TIMEOUT, Worker, WorkerSettings};
 use crate::device::Device;
 use crate::disk::Disk;
@@ -60,6 +61,7 @@ pub struct DiskServer {
     device: Arc<Device>,
     workers: Vec<Worker>,
     socket: Socket,
+    status: Arc<ServerStatus>,
     /// Notified by a worker whose access to guest memory failed.
     memory_lost: Arc<Notifier>,
     /// Whether the last front-end seems to have disconnected because it uses more queues than are offered.
@@ -89,11 +91,14 @@ impl DiskServer {
         let memory_lost = Arc::new(Notifier::new()?);
         let start = |index| Worker::start(&device, usize::from(index), settings, &options.name, &memory_lost);
         let workers = (0..options.queues).map(start).collect::<Result<Vec<_>>>()?;
+        let engine = workers.first().map_or("none", |worker| worker.engine);
+        let status = Arc::new(ServerStatus::new(socket.path(), (options.queues, size), options.write_back, engine));
         Ok(DiskServer {
             name: options.name.clone(),
             device,
             workers,
             socket,
+            status,
             memory_lost,
             queue_shortage_suspected: Cell::new(false),
             name_check_due: Cell::new(Instant::now() + NAME_CHECK_PERIOD),
@@ -102,9 +107,9 @@ impl DiskServer {
         })
     }
 
-    /// Returns the name of the I/O engine, for the log.
-    pub fn engine(&self) -> &'static str {
-        self.workers.first().map_or("none", |worker| worker.engine)
+    /// Returns the state of the served disk, which stays valid while [`run`](Self::run) serves it.
+    pub fn status(&self) -> &Arc<ServerStatus> {
+        &self.status
     }
 
     /// Checks the names of the served files if a check is due. Returns the time until the next check.
@@ -197,8 +202,9 @@ impl DiskServer {
 
     /// Serves one front-end, and refuses others while it is connected.
     fn serve_connection(&self, stream: UnixStream, listener: Option<&Listener>, stop: BorrowedFd<'_>) -> ConnectionEnd {
-        let peer = describe_peer(&stream);
+        let peer = Peer::of(&stream);
         info!("disk {}: front-end connected: {peer}", self.name);
+        self.status.set_front_end(peer, true, self.device.disk());
         let end = match self.message_loop(stream, listener, stop) {
             Ok(end) => end,
             Err(e) => {
@@ -207,6 +213,7 @@ impl DiskServer {
             }
         };
         info!("disk {}: front-end disconnected: {peer}", self.name);
+        self.status.set_front_end(peer, false, self.device.disk());
         end
     }
 
@@ -308,11 +315,7 @@ impl DiskServer {
     fn refuse_second(&self, listener: &Listener, stop: BorrowedFd<'_>) -> Result<()> {
         match listener.accept() {
             Ok(second) => {
-                warn!(
-                    "disk {}: a second front-end is refused: {}; one is connected",
-                    self.name,
-                    describe_peer(&second)
-                );
+                warn!("disk {}: a second front-end is refused: {}; one is connected", self.name, Peer::of(&second));
                 Ok(())
             }
             Err(e) => {

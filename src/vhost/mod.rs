@@ -37,10 +37,12 @@ mod memory_sharing;
 mod passed_fd;
 mod queue_thread;
 mod rings;
+mod server_status;
 mod socket;
 mod worker;
 
 pub use bind::SocketAccess;
 pub use disk_server::{DiskServer, ServeOptions};
 pub use limits::{MAX_QUEUE_SIZE, MAX_QUEUES, fds_of_disk};
-pub use socket::{Listener, Socket};
+pub use server_status::ServerStatus;
+pub use socket::{Listener, Peer, Socket};

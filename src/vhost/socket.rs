@@ -1,6 +1,7 @@
 //! The socket of a served disk: a listening socket, created by this process or handed over, or a connection that was
 //! handed over.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -39,8 +40,7 @@ impl Socket {
     /// * `NotFound` if the folder does not exist.
     /// * `Io` if a system call fails, for example because the process may not set the group.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Socket> {
-        let (socket, bound_name) = bind(path, access)?;
-        Ok(Socket::Listening(Listener { bound_name: Some(bound_name), socket }))
+        Listener::bind(path, access).map(Socket::Listening)
     }
 
     /// Takes over a socket that the starting process has opened: a listening socket, or a connection to a front-end.
@@ -74,6 +74,16 @@ impl Socket {
 }
 
 impl Listener {
+    /// Creates a listening socket at `path` that admits the users given by `access`. Replaces the socket of a process
+    /// that has ended.
+    ///
+    /// # Errors
+    /// Those of [`Socket::bind`].
+    pub fn bind(path: &Path, access: SocketAccess) -> Result<Listener> {
+        let (socket, bound_name) = bind(path, access)?;
+        Ok(Listener { bound_name: Some(bound_name), socket })
+    }
+
     /// Waits for the next connection.
     ///
     /// # Errors
@@ -89,11 +99,34 @@ impl AsFd for Listener {
     }
 }
 
-/// Describes the process at the other end, for the log.
-pub(super) fn describe_peer(stream: &UnixStream) -> String {
-    match sockopt::socket_peercred(stream) {
-        Ok(peer) => format!("process {} of user {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw()),
-        Err(_) => "an unknown process".into(),
+/// The process at the other end of a connection, as the kernel recorded it when the process connected.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Peer(Option<(i32, u32)>);
+
+impl Peer {
+    /// Returns the process at the other end.
+    pub fn of(stream: &UnixStream) -> Peer {
+        let found = sockopt::socket_peercred(stream).ok();
+        Peer(found.map(|peer| (peer.pid.as_raw_nonzero().get(), peer.uid.as_raw())))
+    }
+
+    /// Process id, if the kernel reports it.
+    pub fn pid(self) -> Option<i32> {
+        self.0.map(|(pid, _)| pid)
+    }
+
+    /// User, if the kernel reports it.
+    pub fn uid(self) -> Option<u32> {
+        self.0.map(|(_, uid)| uid)
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some((pid, uid)) => write!(f, "process {pid} of user {uid}"),
+            None => f.write_str("an unknown process"),
+        }
     }
 }
 

@@ -1,0 +1,67 @@
+//! The properties and the state of a served disk that other floors read while the control thread serves it.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use super::socket::Peer;
+use crate::disk::Disk;
+use crate::event::DiskEvent;
+
+/// Socket, queues and connected front-end of a served disk.
+#[derive(Debug)]
+pub struct ServerStatus {
+    socket: Option<PathBuf>,
+    queues: u16,
+    queue_size: u16,
+    write_back: bool,
+    engine: &'static str,
+    front_end: Mutex<Option<Peer>>,
+}
+
+impl ServerStatus {
+    /// Creates the state of a disk without a front-end.
+    pub(super) fn new(
+        socket: Option<PathBuf>,
+        (queues, queue_size): (u16, u16),
+        write_back: bool,
+        engine: &'static str,
+    ) -> ServerStatus {
+        ServerStatus { socket, queues, queue_size, write_back, engine, front_end: Mutex::default() }
+    }
+
+    /// Path of the socket. `None` if a connection was handed over.
+    pub fn socket(&self) -> Option<&Path> {
+        self.socket.as_deref()
+    }
+
+    /// Number of queues that are offered.
+    pub fn queues(&self) -> u16 {
+        self.queues
+    }
+
+    /// Expected size of a queue.
+    pub fn queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    /// Whether the device offers the guest a write cache.
+    pub fn write_back(&self) -> bool {
+        self.write_back
+    }
+
+    /// Name of the I/O engine.
+    pub fn engine(&self) -> &'static str {
+        self.engine
+    }
+
+    /// The connected front-end.
+    pub fn front_end(&self) -> Option<Peer> {
+        *self.front_end.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records that a front-end connected (`connected`) or disconnected, and reports the event.
+    pub(super) fn set_front_end(&self, peer: Peer, connected: bool, disk: &Disk) {
+        *self.front_end.lock().unwrap_or_else(PoisonError::into_inner) = connected.then_some(peer);
+        disk.events().report(DiskEvent::FrontEnd { connected, pid: peer.pid(), uid: peer.uid() });
+    }
+}
