@@ -99,6 +99,11 @@ impl Error {
         self.0.kind
     }
 
+    /// Returns the message without the path, the offset and the causes.
+    pub fn message(&self) -> &str {
+        &self.0.message
+    }
+
     /// Returns the file that the error concerns.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()

@@ -14,6 +14,7 @@
 //!
 //! ```text
 //!  7  cli                 command line: arguments, output, exit codes; starts the daemon
+//!  6  control             the control socket: its clients, methods and events
 //!  5  vhost               vhost-user: the socket, its messages, guest memory, one thread per queue
 //!  4  device  |  ops      virtio-blk: requests of a guest  |  the verbs of the tool, as functions
 //!  3  disk                requests become operations: lanes, stages, group commit
@@ -60,6 +61,7 @@
 //! | what the verbs of the tool do | [`ops`] |
 //! | system calls, io_uring, locks, and the simulated host of the tests | [`storage`] |
 //! | what the daemon counts | [`disk::DiskCounters`] |
+//! | what programs can ask a running daemon | [`control`] |
 //!
 //! `CONTRIBUTING.md` names the file that decides each kind of failure, and the files to change for a new verb, defect,
 //! feature or counter.
@@ -161,7 +163,21 @@
 //! | cached read | a read that is copied from the page cache without a system call |
 //! | punch, punch lock | deallocate a range of a file; the lock that admits one lane of a disk at a time |
 //! | full host | a file system without space, as writes and commits of a disk find out |
-//! | [disk event](event::DiskEvent) | a change in the state of a served disk |
+//! | [disk event](event::DiskEvent) | a change in the state of a served disk, which clients of the control socket may watch |
+//!
+//! ## Control
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | control socket | the socket by which programs ask a daemon about its disks, and end it |
+//! | client | a program that is connected to the control socket |
+//! | method, RPC call | an operation of the protocol; a client's request to carry it out |
+//! | notification | a message without an answer: an RPC call without an id, or an event |
+//! | server thread | the thread that serves all clients |
+//! | slow call | an RPC call that may wait for a file system, so a second thread carries it out |
+//! | outbox | what a client has not read yet: answers and events |
+//! | subscription | the kinds of events that a client receives |
+//! | registry | the disks of the daemon, by name |
 //!
 //! ## Storage
 //!
@@ -198,6 +214,7 @@
 
 pub mod chain;
 pub mod cli;
+pub mod control;
 pub mod device;
 pub mod disk;
 pub mod error;

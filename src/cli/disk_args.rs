@@ -82,11 +82,14 @@ pub(super) struct DiskArgs {
     pub(super) socket_mode: Option<u32>,
 }
 
-#[derive(Deserialize)]
+/// The contents of a configuration file.
+#[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ConfigFile {
+pub(super) struct ConfigFile {
+    /// Path of the control socket.
+    pub(super) control: Option<PathBuf>,
     #[serde(default)]
-    disk: Vec<DiskArgs>,
+    pub(super) disk: Vec<DiskArgs>,
 }
 
 impl DiskArgs {
@@ -142,13 +145,13 @@ impl DiskArgs {
     }
 }
 
-pub(super) fn read_config(file: &Path) -> Result<Vec<DiskArgs>> {
+pub(super) fn read_config(file: &Path) -> Result<ConfigFile> {
     let text =
         std::fs::read_to_string(file).map_err(|e| Error::io("cannot read the configuration", e).at_path(file))?;
     parse_config(&text).map_err(|why| Error::new(ErrorKind::Invalid, why).at_path(file))
 }
 
-fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
+fn parse_config(text: &str) -> Result<ConfigFile, String> {
     let config: ConfigFile = toml::from_str(text).map_err(|e| toml_error(text, &e))?;
     if config.disk.is_empty() {
         return Err("there is no [[disk]] table".into());
@@ -164,7 +167,7 @@ fn parse_config(text: &str) -> Result<Vec<DiskArgs>, String> {
             return Err(format!("disk {}: {why}", disk.name()));
         }
     }
-    Ok(config.disk)
+    Ok(config)
 }
 
 /// Formats a TOML error with its line number.
@@ -334,7 +337,7 @@ mod tests {
         let text = "[[disk]]\npath = \"/a\"\nsocket = \"/s\"\nreadonly = true\nqueue-size = 256\n\
                     allow-writable-parent = true\n\
                     [[disk]]\npath = \"/b\"\ncache = \"writethrough\"\nallocation = \"block\"\n";
-        let disks = parse_config(text).unwrap();
+        let disks = parse_config(text).unwrap().disk;
         assert_eq!((disks.len(), disks[0].queue_size(), disks[1].cache), (2, 256, CacheMode::Writethrough));
         assert_eq!((disks[0].allocation, disks[1].allocation), (None, Some(AllocationArg::Block)));
         assert_eq!(
@@ -344,7 +347,9 @@ mod tests {
         let text =
             "[[disk]]\npath = \"/a\"\nallow-parents = [\"/i\", \"/j\"]\nsocket-group = \"9\"\nsocket-mode = \"660\"\n";
         let same = parse_disk("path=/a,allow-parents=/i,allow-parents=/j,socket-group=9,socket-mode=660").unwrap();
-        assert_eq!(parse_config(text).unwrap(), [same]);
+        assert_eq!(parse_config(text).unwrap().disk, [same]);
+        let text = "control = \"/run/c\"\n[[disk]]\npath = \"/a\"\n";
+        assert_eq!(parse_config(text).unwrap().control, Some("/run/c".into()));
         assert!(parse_config("[[disk]]\npath = \"/a\"\nsocket-mode = 660\n").is_err(), "a decimal number is no mode");
         let why = parse_config("[[disk]]\npath = \"/a\"\ncolour = \"red\"\n").unwrap_err();
         assert!(why.starts_with("line 3: unknown field `colour`"), "{why}");

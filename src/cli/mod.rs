@@ -8,7 +8,8 @@
 //!                │         │  └───────────> progress   a progress bar on a terminal
 //!               args       └──────────────> output     text by print: for people, or JSON
 //!   diffdiskd   serve ──> start ──> vhost
-//!                │  └───> handover   sockets of the starting process (inherited_fd, systemd)
+//!                │  ├───> handover       sockets of the starting process (inherited_fd, systemd)
+//!                │  └───> serve_control  the control socket
 //!               serve_args, disk_args
 //!   both        exit, signals, size, system_config, runtime_dir
 //! ```
@@ -25,6 +26,7 @@ mod progress;
 mod runtime_dir;
 pub mod serve;
 mod serve_args;
+mod serve_control;
 mod settle;
 mod signals;
 mod size;

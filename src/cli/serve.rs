@@ -17,7 +17,8 @@ use super::inherited_fd::InheritedFds;
 use super::serve_args::DaemonArgs;
 use super::start::ReadyDisk;
 use super::system_config::SystemConfig;
-use super::{handover, print, signals, start, systemd};
+use super::{handover, print, serve_control, signals, start, systemd};
+use crate::control::{DiskRegistry, EventHub};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Env;
 use crate::storage::host::Host;
@@ -56,6 +57,7 @@ fn log_to_stderr(level: &str) {
 }
 
 fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> Result<()> {
+    args.load_config()?;
     let disks = args.disks()?;
     let handed_over = handover::take_sockets(&disks, inherited)?;
     args.add_system_config(SystemConfig::load(args.no_system_config)?);
@@ -63,13 +65,27 @@ fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> 
     // The signal handlers are installed before the sockets exist: as soon as a front-end can connect, a signal must not
     // kill the daemon without a commit.
     let stop = signals::stop_socket()?;
-    let Some(ready) = start::start_all(&args, &disks, handed_over, host, &stop)? else {
+    let events = args.control.is_some().then(EventHub::new).transpose()?;
+    let Some(ready) = start::start_all(&args, &disks, handed_over, host, &stop.stop, events.as_ref())? else {
         info!("stopped by a signal during the start");
         return Ok(());
     };
+    let registry = Arc::new(DiskRegistry::default());
+    ready.iter().for_each(|disk| registry.add(disk.served()));
+    let control = match (&args.control, events) {
+        (Some(path), Some(events)) => match serve_control::start(path, &registry, events, &stop)? {
+            Some(control) => Some(control),
+            None => return Ok(()),
+        },
+        _ => None,
+    };
     notify_manager("READY=1");
-    let outcome = run_all(ready, &stop);
+    let outcome = run_all(ready, &stop.stop, &registry);
     notify_manager("STOPPING=1");
+    // The control socket serves until the disks are closed, so the end of its connections is the end of the daemon.
+    if let Some(control) = control {
+        control.stop();
+    }
     outcome
 }
 
@@ -79,12 +95,21 @@ fn notify_manager(state: &str) {
     }
 }
 
-/// Serves each disk in a thread of its own. Returns when all threads have ended, with the first error.
-fn run_all(ready: Vec<ReadyDisk>, stop: &Arc<UnixStream>) -> Result<()> {
+/// Serves each disk in a thread of its own, and removes it from the registry when it is closed. Returns when all threads
+/// have ended, with the first error.
+fn run_all(ready: Vec<ReadyDisk>, stop: &Arc<UnixStream>, registry: &Arc<DiskRegistry>) -> Result<()> {
     let start = |ready: ReadyDisk| {
-        let stop = stop.clone();
+        let (stop, registry) = (stop.clone(), registry.clone());
         let name = ready.name().to_owned();
-        let thread = thread::Builder::new().name(format!("disk-{name}")).spawn(move || ready.run(&stop));
+        let body = {
+            let name = name.clone();
+            move || {
+                let outcome = ready.run(&stop);
+                registry.remove(&name);
+                outcome
+            }
+        };
+        let thread = thread::Builder::new().name(format!("disk-{name}")).spawn(body);
         thread.map(|thread| (name, thread)).map_err(|e| Error::io("cannot start the thread of a disk", e))
     };
     let threads: Vec<_> = ready.into_iter().map(start).collect();

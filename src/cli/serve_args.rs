@@ -92,6 +92,15 @@ pub(super) struct DaemonArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
+    /// Create this control socket, by which `diffdisk ctl` and other programs of this user ask about the disks, watch events
+    /// and end the daemon; for --config also the key control. No control socket is created by default
+    #[arg(long, value_name = "PATH")]
+    pub(super) control: Option<PathBuf>,
+
+    /// Disks of the configuration file
+    #[arg(skip)]
+    configured: Vec<DiskArgs>,
+
     /// Group of the created sockets, which may connect, by name or number; for one disk use socket-group=
     #[arg(long, value_name = "NAME", conflicts_with = "fd")]
     socket_group: Option<String>,
@@ -172,6 +181,20 @@ impl DaemonArgs {
         self.runtime_dir = self.runtime_dir.take().or(config.runtime_dir);
     }
 
+    /// Reads the configuration file, if one is given. A control socket on the command line has priority.
+    ///
+    /// # Errors
+    /// * `Invalid`: the configuration file is malformed.
+    /// * `Io`, `NotFound`: the configuration file cannot be read.
+    pub(super) fn load_config(&mut self) -> Result<()> {
+        if let Some(file) = &self.config {
+            let config = read_config(file)?;
+            self.configured = config.disk;
+            self.control = self.control.take().or(config.control);
+        }
+        Ok(())
+    }
+
     /// Applies `--socket-group` and `--socket-mode` to each disk with a socket to create, unless the disk sets the same
     /// key.
     fn add_socket_access(&self, disks: &mut [DiskArgs]) -> Result<()> {
@@ -189,12 +212,11 @@ impl DaemonArgs {
         Ok(())
     }
 
-    /// Returns all disks to serve, from options, `--disk` and the configuration file.
+    /// Returns all disks to serve, from options, `--disk` and the configuration file that was read.
     ///
     /// # Errors
-    /// * `Refused`: two disks have the same name or socket, or `--socket-group` or `--socket-mode` applies to no disk.
-    /// * `Invalid`: the configuration file is malformed.
-    /// * `Io`, `NotFound`: the configuration file cannot be read.
+    /// `Refused`: two disks have the same name or socket, the control socket is also the socket of a disk, or
+    /// `--socket-group` or `--socket-mode` applies to no disk.
     pub(super) fn disks(&self) -> Result<Vec<DiskArgs>> {
         let mut disks = self.disk.clone();
         if let Some(path) = &self.blk_file {
@@ -211,9 +233,7 @@ impl DaemonArgs {
                 ..DiskArgs::new(path.clone())
             });
         }
-        if let Some(file) = &self.config {
-            disks.extend(read_config(file)?);
-        }
+        disks.extend(self.configured.iter().cloned());
         self.add_socket_access(&mut disks)?;
         for (i, disk) in disks.iter().enumerate() {
             let earlier = &disks[..i];
@@ -228,6 +248,11 @@ impl DaemonArgs {
                 && earlier.iter().any(|d| d.socket.as_ref() == Some(socket))
             {
                 return refuse(format!("two disks have the socket {}", socket.display()));
+            }
+            if let (Some(socket), Some(control)) = (&disk.socket, &self.control)
+                && socket == control
+            {
+                return refuse(format!("{} is both the control socket and the socket of a disk", control.display()));
             }
         }
         Ok(disks)

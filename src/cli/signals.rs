@@ -1,18 +1,40 @@
 //! Signal handlers: for the signals that stop the daemon, and for SIGXFSZ, which must not kill a program.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::error::{Error, Result};
 
-/// Creates a socket that becomes readable at the first SIGTERM, SIGINT or SIGHUP. No thread reads the socket, so it
-/// stays readable for every thread that polls it. If the process inherited SIGHUP as ignored (`nohup`), SIGHUP stays
-/// ignored.
+/// The two ends of the socket by which signals, and the control socket, stop the daemon.
+pub(super) struct StopSocket {
+    /// Becomes readable when the daemon has to stop. No thread reads it, so it stays readable for every thread that polls
+    /// it.
+    pub(super) stop: Arc<UnixStream>,
+    raised: UnixStream,
+}
+
+impl StopSocket {
+    /// Returns a function that stops the daemon as a signal does.
+    ///
+    /// # Errors
+    /// `Io` if the process has no file descriptors left.
+    pub(super) fn stopper(&self) -> Result<impl Fn() + Send + Sync + 'static> {
+        let cannot = |e| Error::io("cannot prepare the end of the daemon", e);
+        let raised = self.raised.try_clone().map_err(cannot)?;
+        raised.set_nonblocking(true).map_err(cannot)?;
+        // The write fails only if the socket is full, and it is readable then.
+        Ok(move || drop((&raised).write(&[0])))
+    }
+}
+
+/// Creates a socket that becomes readable at the first SIGTERM, SIGINT or SIGHUP. If the process inherited SIGHUP as
+/// ignored (`nohup`), SIGHUP stays ignored.
 ///
 /// # Errors
 /// `Io` if the sockets cannot be created or a handler cannot be installed.
-pub(super) fn stop_socket() -> Result<Arc<UnixStream>> {
+pub(super) fn stop_socket() -> Result<StopSocket> {
     let cannot = |e| Error::io("cannot install signal handlers", e);
     let (stop, raised) = UnixStream::pair().map_err(cannot)?;
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -23,7 +45,7 @@ pub(super) fn stop_socket() -> Result<Arc<UnixStream>> {
         let end = raised.try_clone().map_err(cannot)?;
         signal_hook::low_level::pipe::register(signal, end).map_err(cannot)?;
     }
-    Ok(Arc::new(stop))
+    Ok(StopSocket { stop: Arc::new(stop), raised })
 }
 
 /// Catches SIGXFSZ, so that a write beyond the file size limit (`ulimit -f`) fails with EFBIG instead of killing the

@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::disk_args::{CacheMode, DiskArgs};
 use super::runtime_dir;
 use super::serve_args::{DaemonArgs, OnEnospc, PageCacheReads};
+use crate::control::{EventHub, ServedDisk, fds_of_control};
 use crate::disk::{Disk, DiskOptions, WhenFull};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventReporter;
@@ -22,12 +23,12 @@ use crate::units::SECTOR;
 use crate::vhost::{DiskServer, ServeOptions, Socket, fds_of_disk};
 
 /// Version of the programs, with the commit of the build.
-const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
+pub(super) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("DIFFDISK_COMMIT"), ")");
 /// Maximum time to wait for the files of a disk. A killed daemon keeps its file locks until its last I/O has completed.
 const PREDECESSOR_IO_TIMEOUT: Duration = Duration::from_secs(30);
-/// Maximum time to wait for the socket of a disk. A killed daemon keeps its socket until the kernel has removed the
+/// Maximum time to wait for a socket. A killed daemon keeps its socket until the kernel has removed the
 /// process.
-const PREDECESSOR_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const PREDECESSOR_SOCKET_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of file descriptors that belong to no disk: standard streams, signal sockets, the log, and temporary
 /// descriptors of libraries.
 const PROCESS_FDS: u64 = 32;
@@ -44,6 +45,11 @@ impl ReadyDisk {
     /// Returns the name of the disk in the log.
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Returns the disk for the registry of the control socket.
+    pub(super) fn served(&self) -> ServedDisk {
+        ServedDisk { name: self.name.clone(), disk: self.disk.clone(), server: self.server.status().clone() }
     }
 
     /// Serves the disk until `stop` is readable.
@@ -68,6 +74,7 @@ pub(super) fn start_all(
     mut handed_over: Vec<Option<Socket>>,
     host: &Arc<dyn Env>,
     stop: &UnixStream,
+    events: Option<&Arc<EventHub>>,
 ) -> Result<Option<Vec<ReadyDisk>>> {
     for (disk, socket) in disks.iter().zip(&handed_over) {
         if socket.is_none() && disk.socket.is_none() {
@@ -78,25 +85,28 @@ pub(super) fn start_all(
     }
     raise_fd_limit();
     // The lengths of the chains are not known yet, so this check assumes one file per disk.
-    check_fd_limit(disks, disks.iter().map(|_| 1))?;
+    let process_fds = PROCESS_FDS + if events.is_some() { fds_of_control() } else { 0 };
+    check_fd_limit(disks, disks.iter().map(|_| 1), process_fds)?;
     let durability = durability(args, disks, &**host)?;
     let mut ready: Vec<ReadyDisk> = Vec::new();
     for (disk, handed_over) in disks.iter().zip(&mut handed_over) {
         let access = disk.socket_access()?;
         let serve_options = serve_options(args, disk);
-        let disk_options = disk_options(args, disk, &durability);
+        let events = events.map(|hub| hub.reporter(&serve_options.name)).unwrap_or_default();
+        let disk_options = DiskOptions { events, ..disk_options(args, disk, &durability) };
+        let user = format!("disk {}", serve_options.name);
         let open = || Disk::open(host.clone(), &disk_options);
-        let Some(opened) = retry_while_busy(PREDECESSOR_IO_TIMEOUT, &serve_options.name, stop, open)? else {
+        let Some(opened) = retry_while_busy(PREDECESSOR_IO_TIMEOUT, &user, stop, open)? else {
             return Ok(None);
         };
         let depths = ready.iter().map(|r| &r.disk).chain([&opened]).map(|disk| disk.version().depth());
-        check_fd_limit(disks, depths.chain(std::iter::repeat(1)))?;
+        check_fd_limit(disks, depths.chain(std::iter::repeat(1)), process_fds)?;
         let bind = || match (handed_over.take(), &disk.socket) {
             (Some(socket), _) => Ok(socket),
             (None, Some(path)) => Socket::bind(path, access),
             (None, None) => unreachable!("refused above"),
         };
-        let Some(socket) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, &serve_options.name, stop, bind)? else {
+        let Some(socket) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, &user, stop, bind)? else {
             return Ok(None);
         };
         let place = socket.path().map_or("the connection handed over".into(), |p| p.display().to_string());
@@ -175,9 +185,9 @@ fn serve_options(args: &DaemonArgs, disk: &DiskArgs) -> ServeOptions {
 }
 
 /// Calls `take` repeatedly while it fails with `Busy`, for at most `limit`. Returns `None` if a stop signal arrives.
-fn retry_while_busy<T>(
+pub(super) fn retry_while_busy<T>(
     limit: Duration,
-    disk: &str,
+    user: &str,
     stop: &UnixStream,
     mut take: impl FnMut() -> Result<T>,
 ) -> Result<Option<T>> {
@@ -194,13 +204,13 @@ fn retry_while_busy<T>(
             Err(e) if e.kind() == ErrorKind::Busy && begun.elapsed() < limit => e,
             outcome => {
                 if has_logged && outcome.is_ok() {
-                    info!("disk {disk}: free after {} ms", begun.elapsed().as_millis());
+                    info!("{user}: free after {} ms", begun.elapsed().as_millis());
                 }
                 return outcome.map(Some);
             }
         };
         if !has_logged {
-            info!("disk {disk}: waiting up to {} s: {}", limit.as_secs(), busy.line());
+            info!("{user}: waiting up to {} s: {}", limit.as_secs(), busy.line());
             has_logged = true;
         }
     }
@@ -217,13 +227,13 @@ fn raise_fd_limit() {
 }
 
 /// Checks that the disks need no more descriptors than the process may have. `files` yields the number of files in the
-/// chain of each disk.
+/// chain of each disk, `process_fds` is the number of descriptors that belong to no disk.
 ///
 /// # Errors
 /// `Refused` if the limit is too low.
-fn check_fd_limit(disks: &[DiskArgs], files: impl Iterator<Item = usize>) -> Result<()> {
+fn check_fd_limit(disks: &[DiskArgs], files: impl Iterator<Item = usize>, process_fds: u64) -> Result<()> {
     let needed = disks.iter().zip(files).map(|(disk, files)| fds_of_disk(disk.queues(), files)).sum::<u64>();
-    let needed = needed + PROCESS_FDS;
+    let needed = needed + process_fds;
     match getrlimit(Resource::Nofile).current {
         Some(limit) if limit < needed => {
             let why = format!(

@@ -299,7 +299,7 @@ fn tag_text(bytes: [u8; 4]) -> String {
 }
 
 /// Formats Unix time in seconds as `2000-01-01T00:00:00Z`.
-fn rfc3339(unix: u64) -> String {
+pub fn rfc3339(unix: u64) -> String {
     let (days, second) = (unix / 86_400, unix % 86_400);
     // Howard Hinnant's algorithm `civil_from_days`: years begin in March, so that a leap day is the last day of a year.
     let shifted = days + 719_468;

@@ -94,6 +94,11 @@ impl Daemon {
         assert!(status.success(), "the daemon ended with {status} after SIGTERM; its log:\n{}", self.log());
     }
 
+    /// Waits until the daemon ends by itself.
+    pub fn wait_for_exit(mut self) -> ExitStatus {
+        self.wait_for_end()
+    }
+
     /// Sends SIGKILL and starts the daemon again with the same command line.
     pub fn kill_and_restart(&mut self) {
         self.kill_running();

@@ -2,6 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -125,7 +127,8 @@ fn stuck_request() -> Option<(tempfile::TempDir, Daemon, ManualGuest, FrontEnd, 
     let image = dir.path().join("image");
     super::image::make_fixed(&image, 4 * MIB);
     let stuck = StuckDisk::mount(std::fs::read(&image).unwrap())?;
-    let mut daemon = Daemon::start(dir.path(), &stuck.path(), &["--num-queues=2"]);
+    let control = format!("--control={}", dir.path().join("control").display());
+    let mut daemon = Daemon::start(dir.path(), &stuck.path(), &["--num-queues=2", &control]);
     daemon.wait_for_log("queues of", 1);
     let mut guest = ManualGuest::new(Part::Data);
     let mut front_end = FrontEnd::negotiated(daemon.connect());
@@ -151,6 +154,35 @@ fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
     assert!(begun.elapsed() < Duration::from_secs(7), "{:?}: {}", begun.elapsed(), daemon.log());
     assert!(status.is_some_and(|status| !status.success()), "what was not written is no success: {}", daemon.log());
     assert!(daemon.log().contains("the storage does not respond"), "{}", daemon.log());
+    drop(stuck);
+}
+
+/// The control socket answers what needs no file system, and its time limit ends the daemon.
+#[test]
+fn the_control_socket_does_not_wait_for_the_storage() {
+    let Some((dir, mut daemon, _guest, _front_end, stuck)) = stuck_request() else { return };
+    let mut control = BufReader::new(UnixStream::connect(dir.path().join("control")).unwrap());
+    control.get_ref().set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut request = |id: u32, method: &str, params: &str| {
+        let text = format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"{method}","params":{params}}}"#);
+        control.get_mut().write_all(format!("{text}\n").as_bytes()).unwrap();
+        if method == "disks" {
+            return;
+        }
+        let mut answer = String::new();
+        control.read_line(&mut answer).unwrap();
+        assert!(answer.contains(&format!(r#""id":{id}"#)) && answer.contains("result"), "{method}: {answer}");
+    };
+    // This request waits for the size of the file, so the answers to the later ones come first.
+    request(1, "disks", "{}");
+    request(2, "version", "{}");
+    request(3, "stats", "{}");
+    let begun = Instant::now();
+    request(4, "shutdown", r#"{"timeout_s":1}"#);
+    let status = daemon.terminate_within(Duration::from_secs(20));
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}: {}", begun.elapsed(), daemon.log());
+    assert_eq!(status.and_then(|status| status.code()), Some(1), "{}", daemon.log());
+    assert!(daemon.log().contains("not closed 1 s after the request to end"), "{}", daemon.log());
     drop(stuck);
 }
 
