@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Parser, Subcommand, ValueEnum};
 
+use super::ctl_args::CtlArgs;
+use super::log_level::LogLevel;
 use super::size::{parse_alignment, parse_block_size, parse_size};
 use super::system_config::SystemConfig;
 use crate::image::FooterChoice;
@@ -57,30 +59,6 @@ impl CommonArgs {
     }
 }
 
-/// The values of `--log-level`.
-#[derive(ValueEnum, Clone, Copy, Debug)]
-pub(super) enum LogLevel {
-    Off,
-    Error,
-    Warn,
-    Info,
-    Debug,
-    Trace,
-}
-
-impl LogLevel {
-    pub(super) fn filter(self) -> log::LevelFilter {
-        match self {
-            LogLevel::Off => log::LevelFilter::Off,
-            LogLevel::Error => log::LevelFilter::Error,
-            LogLevel::Warn => log::LevelFilter::Warn,
-            LogLevel::Info => log::LevelFilter::Info,
-            LogLevel::Debug => log::LevelFilter::Debug,
-            LogLevel::Trace => log::LevelFilter::Trace,
-        }
-    }
-}
-
 /// Sizes are numbers of bytes, or with K, M, G, T as powers of 1024.
 #[derive(Subcommand, Debug)]
 pub(super) enum Verb {
@@ -122,6 +100,8 @@ pub(super) enum Verb {
     Resize(ResizeArgs),
     /// Replay the live journal of a killed daemon into its image, without serving the image
     Settle(SettleArgs),
+    /// Ask a running daemon about its disks, watch its events, or end it
+    Ctl(CtlArgs),
 }
 
 #[derive(Group, Debug)]

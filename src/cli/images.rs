@@ -7,6 +7,7 @@ use super::args::{
     CheckArgs, ChildrenArgs, CommonArgs, CompactArgs, CompareArgs, ConvertArgs, CreateArgs, DiffArgs, FlattenArgs,
     InfoArgs, MapArgs, MergeArgs, RebaseArgs, ResizeArgs, RootKind, SourceFormatArg, TargetFormatArg, ToolArgs, Verb,
 };
+use super::ctl;
 use super::exit::{Exit, print_failure};
 use super::output::{UnbufferedStdout, is_standard_output, print_list, print_outcome, print_to_stdout};
 use super::print;
@@ -45,6 +46,7 @@ pub(super) fn run(args: ToolArgs) -> (&'static str, Result<Exit>) {
         Verb::Rebase(a) => ("rebase", rebase(&a, &common).map_err(|e| e.at_path(&a.child))),
         Verb::Compact(a) => ("compact", compact(&a, &common).map_err(|e| e.at_path(&a.path))),
         Verb::Resize(a) => ("resize", resize(&a, &common).map_err(|e| e.at_path(&a.path))),
+        Verb::Ctl(a) => ctl::run(&a, &common),
         Verb::Settle(a) => ("settle", settle::settle(&a, &common).map_err(|e| e.at_path(&a.path))),
     }
 }

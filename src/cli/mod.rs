@@ -6,20 +6,25 @@
 //! ```text
 //!   diffdisk    tool ──> images, settle ──> ops
 //!                │         │  └───────────> progress   a progress bar on a terminal
-//!               args       └──────────────> output     text by print: for people, or JSON
+//!               args       ├──────────────> output     text by print: for people, or JSON
+//!                          └─ ctl ──> control          the verb `ctl` (ctl_args, ctl_print)
 //!   diffdiskd   serve ──> start ──> vhost
 //!                │  ├───> handover       sockets of the starting process (inherited_fd, systemd)
 //!                │  └───> serve_control  the control socket
 //!               serve_args, disk_args
-//!   both        exit, signals, size, system_config, runtime_dir
+//!   both        exit, signals, size, log_level, system_config, runtime_dir
 //! ```
 
 mod args;
+mod ctl;
+mod ctl_args;
+mod ctl_print;
 mod disk_args;
 mod exit;
 mod handover;
 mod images;
 mod inherited_fd;
+mod log_level;
 mod output;
 mod print;
 mod progress;

@@ -20,7 +20,7 @@ use crate::storage::host::Host;
 pub(super) fn discard(verb: &Verb, common: &CommonArgs) -> Result<()> {
     let vhd = |path, from| (from == SourceFormatArg::Vhd).then_some(path);
     let named: Vec<Option<&PathBuf>> = match verb {
-        Verb::Create(_) | Verb::Info(_) | Verb::Children(_) => Vec::new(),
+        Verb::Create(_) | Verb::Info(_) | Verb::Children(_) | Verb::Ctl(_) => Vec::new(),
         Verb::Check(a) => vec![Some(&a.path)],
         Verb::Map(a) => vec![Some(&a.path)],
         Verb::Diff(a) => vec![Some(&a.child)],

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use super::args::{LogLevel, ToolArgs};
+use super::args::ToolArgs;
 use super::exit::{Exit, print_failure};
+use super::log_level::LogLevel;
 use super::print::escape_controls;
 use super::system_config::SystemConfig;
 use super::{images, signals};

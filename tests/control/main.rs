@@ -1,9 +1,10 @@
-//! The control socket of the real daemon: the protocol, hostile clients, events, and the socket's life.
+//! The control socket of the real daemon: the protocol, hostile clients, events, the socket's life, and `diffdisk ctl`.
 #![allow(unreachable_pub)]
 
 #[path = "../common/mod.rs"]
 mod common;
 
+mod ctl;
 mod events;
 mod hostile;
 mod protocol;

@@ -1,0 +1,130 @@
+//! The verb `ctl`: finds the control socket of a daemon, calls a method, prints the result.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::args::CommonArgs;
+use super::ctl_args::{CtlArgs, CtlVerb, StatsFormatArg};
+use super::exit::Exit;
+use super::output::{print_list, print_outcome, print_to_stdout};
+use super::{ctl_print, print, runtime_dir};
+use crate::control::ControlConnection;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Environment variable with the path of the control socket.
+const VARIABLE: &str = "DIFFDISK_CONTROL";
+/// End of the names of control sockets in the runtime folder.
+const SUFFIX: &str = ".control";
+
+/// Runs a verb of `ctl`. Returns its name and its outcome.
+pub(super) fn run(args: &CtlArgs, common: &CommonArgs) -> (&'static str, Result<Exit>) {
+    let (name, method) = match &args.verb {
+        CtlVerb::Version => ("ctl version", "version"),
+        CtlVerb::Disks => ("ctl disks", "disks"),
+        CtlVerb::Disk { .. } => ("ctl disk", "disk"),
+        CtlVerb::Stats { .. } => ("ctl stats", "stats"),
+        CtlVerb::Watch { .. } => ("ctl watch", "watch"),
+        CtlVerb::Schema => ("ctl schema", "schema"),
+        CtlVerb::Shutdown { .. } => ("ctl shutdown", "shutdown"),
+    };
+    (name, call(args, method, common))
+}
+
+fn call(args: &CtlArgs, method: &str, common: &CommonArgs) -> Result<Exit> {
+    let mut daemon = connect(args.control.as_deref(), std::env::var_os(VARIABLE), common)?;
+    let result = daemon.call(method, &params(&args.verb))?;
+    match &args.verb {
+        CtlVerb::Watch { .. } => return print_events(&mut daemon, args.json),
+        CtlVerb::Shutdown { .. } => {
+            while daemon.next_event()?.is_some() {}
+            if !args.json {
+                return print_outcome(common, "the daemon has ended");
+            }
+        }
+        _ => {}
+    }
+    let print = |out: &mut dyn Write| match &args.verb {
+        _ if args.json => print::json(out, &result),
+        CtlVerb::Version => ctl_print::version(out, &result),
+        CtlVerb::Disks => ctl_print::disks(out, &result),
+        CtlVerb::Disk { .. } => ctl_print::disk(out, &result),
+        CtlVerb::Stats { format: None, .. } => ctl_print::stats(out, &result),
+        CtlVerb::Stats { format: Some(StatsFormatArg::Prometheus), .. } => ctl_print::text(out, &result),
+        _ => print::json(out, &result),
+    };
+    print_to_stdout(print)?;
+    Ok(Exit::Done)
+}
+
+/// Returns the parameters of the method.
+fn params(verb: &CtlVerb) -> Value {
+    let mut params = Map::new();
+    let mut add = |name: &str, value: Option<Value>| params.extend(value.map(|value| (name.to_owned(), value)));
+    match verb {
+        CtlVerb::Version | CtlVerb::Disks | CtlVerb::Schema => {}
+        CtlVerb::Disk { disk } => add("disk", Some(json!(disk))),
+        CtlVerb::Stats { disk, format } => {
+            add("disk", disk.as_ref().map(|disk| json!(disk)));
+            let is_prometheus = *format == Some(StatsFormatArg::Prometheus);
+            add("format", Some(json!(if is_prometheus { "prometheus" } else { "json" })));
+        }
+        CtlVerb::Watch { events } => add("events", (!events.is_empty()).then(|| json!(events))),
+        CtlVerb::Shutdown { timeout_s } => add("timeout_s", timeout_s.map(|seconds| json!(seconds))),
+    }
+    Value::Object(params)
+}
+
+fn print_events(daemon: &mut ControlConnection, is_json: bool) -> Result<Exit> {
+    print_list(|check| {
+        let mut out = io::stdout().lock();
+        while let Some(event) = daemon.next_event()? {
+            let printed = if is_json { writeln!(out, "{event}") } else { ctl_print::event(&mut out, &event) };
+            check(printed.and_then(|()| out.flush()))?;
+        }
+        Ok(())
+    })
+}
+
+/// Connects to the daemon: to the socket `explicit`, or else to the socket `variable`, or else to the only daemon with a
+/// control socket in the runtime folder.
+fn connect(explicit: Option<&Path>, variable: Option<OsString>, common: &CommonArgs) -> Result<ControlConnection> {
+    let variable = variable.filter(|path| !path.is_empty()).map(PathBuf::from);
+    if let Some(path) = explicit.or(variable.as_deref()) {
+        return ControlConnection::open(path);
+    }
+    let folders = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
+    let sockets = folders.iter().flat_map(|folder| control_sockets(folder.path()));
+    // A killed daemon leaves its socket, to which no program can connect.
+    let mut found: Vec<(PathBuf, ControlConnection)> =
+        sockets.filter_map(|path| ControlConnection::open(&path).ok().map(|daemon| (path, daemon))).collect();
+    let choose = format!("give --control, or set {VARIABLE}");
+    match found.pop() {
+        Some((_, daemon)) if found.is_empty() => Ok(daemon),
+        None => {
+            let searched: Vec<String> = folders.iter().map(|folder| folder.path().display().to_string()).collect();
+            let searched = if searched.is_empty() { "there is none".into() } else { searched.join(", ") };
+            let why = format!("no daemon has a control socket *{SUFFIX} in the runtime folder ({searched}): {choose}");
+            Err(Error::new(ErrorKind::NotFound, why))
+        }
+        Some((last, _)) => {
+            let paths = found.into_iter().map(|(path, _)| path).chain([last]);
+            let paths: Vec<String> = paths.map(|path| path.display().to_string()).collect();
+            let why = format!("several daemons have a control socket ({}): {choose}", paths.join(", "));
+            Err(Error::new(ErrorKind::Refused, why))
+        }
+    }
+}
+
+/// Returns the control sockets in a folder, in the order of their names.
+fn control_sockets(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_socket = |path: &PathBuf| std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let named = |path: &PathBuf| path.to_string_lossy().ends_with(SUFFIX);
+    let mut sockets: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(named).filter(is_socket).collect();
+    sockets.sort();
+    sockets
+}

@@ -1,0 +1,61 @@
+//! The arguments of `diffdisk ctl`.
+
+use std::path::PathBuf;
+
+use clap::{Args as Group, Subcommand, ValueEnum};
+
+#[derive(Group, Debug)]
+pub(super) struct CtlArgs {
+    /// The control socket of the daemon [default: $DIFFDISK_CONTROL, or the only socket *.control in the runtime folder on
+    /// which a daemon listens]
+    #[arg(long, value_name = "PATH", global = true)]
+    pub(super) control: Option<PathBuf>,
+    /// The result as JSON; of `watch`, one line for each event
+    #[arg(long, global = true)]
+    pub(super) json: bool,
+    #[command(subcommand)]
+    pub(super) verb: CtlVerb,
+}
+
+#[derive(Subcommand, Debug)]
+pub(super) enum CtlVerb {
+    /// Show the version of the daemon and of the protocol
+    Version,
+    /// List the disks of the daemon
+    Disks,
+    /// Show a disk: its size, socket, front-end, state, and the files of its chain
+    Disk {
+        /// Name of the disk
+        disk: String,
+    },
+    /// Show the statistics of one disk, or of all disks
+    Stats {
+        /// Name of the disk [default: all disks]
+        disk: Option<String>,
+        /// JSON, or the text format of Prometheus [default: a table]
+        #[arg(long, value_enum)]
+        format: Option<StatsFormatArg>,
+    },
+    /// Print events of the disks until the daemon ends
+    Watch {
+        /// Kinds of events: front_end, disk_full, room_again, poisoned [default: all]
+        #[arg(value_name = "EVENT")]
+        events: Vec<String>,
+    },
+    /// Print JSON Schemas of the methods, events and errors of the protocol
+    Schema,
+    /// End the daemon as SIGTERM does, and wait until it has ended
+    Shutdown {
+        /// Time in seconds after which the daemon exits even if its disks are not closed; the next daemon then recovers the
+        /// acknowledged writes
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+        timeout_s: Option<u64>,
+    },
+}
+
+/// The values of `--format`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum StatsFormatArg {
+    Json,
+    Prometheus,
+}
