@@ -48,7 +48,8 @@ pub(super) struct Client {
 /// A message whose requests are being answered.
 struct OpenMessage {
     is_batch: bool,
-    answers: Vec<Value>,
+    /// The encoded answers, since a tree of values takes many times the memory of its text.
+    answers: Vec<String>,
     /// Number of bytes of the answers.
     bytes: usize,
     /// Number of requests without an outcome.
@@ -251,14 +252,13 @@ impl Client {
             return;
         }
         let Some(open) = self.open_messages.remove(&number) else { return };
-        let answer = match open.is_batch {
-            true => Value::Array(open.answers),
-            false => open.answers.into_iter().next().unwrap_or_default(),
-        };
         // A notification, and a batch of notifications, have no answer.
-        if !matches!(&answer, Value::Null) && answer.as_array().is_none_or(|answers| !answers.is_empty()) {
-            self.outbox.push_answer(message::line(&answer));
+        if open.answers.is_empty() {
+            return;
         }
+        let answers = open.answers.join(",");
+        let line = if open.is_batch { format!("[{answers}]\n") } else { format!("{answers}\n") };
+        self.outbox.push_answer(line.into_bytes());
     }
 }
 
@@ -266,10 +266,8 @@ impl OpenMessage {
     /// Adds the outcome of a request, unless the request is a notification (has no id).
     fn add(&mut self, id: Option<&Value>, outcome: Outcome) {
         let Some(id) = id else { return };
-        let answer = message::answer(id, outcome);
-        if self.is_batch {
-            self.bytes += answer.to_string().len();
-        }
+        let answer = message::answer(id, outcome).to_string();
+        self.bytes += answer.len();
         self.answers.push(answer);
     }
 }

@@ -95,10 +95,12 @@ fn parse_call(value: Value) -> Result<RpcCall, Rejected> {
 
 /// Creates the answer to the request with this id.
 pub(super) fn answer(id: &Value, outcome: Result<Value, RpcError>) -> Value {
+    let mut answer = json!({"jsonrpc": "2.0", "id": id});
     match outcome {
-        Ok(result) => json!({"jsonrpc": "2.0", "id": id, "result": result}),
-        Err(error) => json!({"jsonrpc": "2.0", "id": id, "error": error}),
+        Ok(result) => answer["result"] = result,
+        Err(error) => answer["error"] = json!(error),
     }
+    answer
 }
 
 /// Creates the request of a client.

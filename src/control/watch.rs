@@ -79,3 +79,34 @@ pub(super) fn event_schemas() -> Value {
         "lost": event("lost", false, &[("lost", integer())]),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::DiskEvent;
+
+    #[test]
+    fn a_client_receives_the_selected_events_after_its_subscription() {
+        let hub = EventHub::new().unwrap();
+        let reporter = hub.reporter("a");
+        let full = || reporter.report(DiskEvent::DiskFull { path: "/x.vhd".into() });
+        let room = || reporter.report(DiskEvent::RoomAgain { path: "/x.vhd".into() });
+        let mut subscription = Subscription::default();
+        full();
+        let result = subscription.replace(WatchParams { events: Some(vec![EventKind::DiskFull]) }, &hub);
+        assert_eq!(result, json!({"events": ["disk_full"], "seq": 1}));
+        room();
+        full();
+        let selects = |subscription: &Subscription| {
+            let events = hub.take().events;
+            let selected = events.iter().filter(|event| subscription.selects(event));
+            selected.map(|event| event.seq).collect::<Vec<u64>>()
+        };
+        assert_eq!(selects(&subscription), [3], "not the event before, and not the other kind");
+        assert!(subscription.may_miss(2) && !subscription.may_miss(1));
+        subscription.replace(WatchParams { events: None }, &hub);
+        room();
+        assert_eq!(selects(&subscription), [4]);
+        assert!(!Subscription::default().is_active() && !Subscription::default().may_miss(9));
+    }
+}

@@ -25,6 +25,26 @@ fn resident(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
 }
 
+/// Waits until a process uses no processor time for half a second.
+fn wait_until_idle(pid: u32) {
+    let used = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process runs");
+        let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
+        // utime and stime, the fields 14 and 15 of proc_pid_stat(5).
+        (fields[11].to_owned(), fields[12].to_owned())
+    };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let (mut last, mut since) = (used(), Instant::now());
+    while since.elapsed() < Duration::from_millis(500) {
+        assert!(Instant::now() < deadline, "the daemon does not come to rest");
+        std::thread::sleep(Duration::from_millis(50));
+        let now = used();
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+    }
+}
+
 #[test]
 fn a_message_that_is_too_long_is_skipped() {
     let served = Served::start(&[]);
@@ -163,6 +183,8 @@ fn clients_that_do_not_read_or_finish_block_no_other_and_not_the_end() {
         deaf.push(stream);
     }
     good.call("disks", &json!({}));
+    // Then the daemon has handled all that it will handle before the clients read.
+    wait_until_idle(served.daemon.pid());
     let grown = resident(served.daemon.pid()).saturating_sub(before);
     assert!(grown < 128 << 20, "20 clients that do not read take {grown} bytes");
     for rpc in &mut half {
