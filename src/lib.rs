@@ -60,7 +60,7 @@
 //! | which messages of a front-end are valid, and when a virtqueue is served | [`vhost`] |
 //! | what the verbs of the tool do | [`ops`] |
 //! | system calls, io_uring, locks, and the simulated host of the tests | [`storage`] |
-//! | what the daemon counts | [`disk::DiskCounters`] |
+//! | what the daemon counts | [`disk::statistics`] |
 //! | what programs can ask a running daemon | [`control`] |
 //!
 //! `CONTRIBUTING.md` names the file that decides each kind of failure, and the files to change for a new verb, defect,
@@ -164,6 +164,12 @@
 //! | punch, punch lock | deallocate a range of a file; the lock that admits one lane of a disk at a time |
 //! | full host | a file system without space, as writes and commits of a disk find out |
 //! | [disk event](event::DiskEvent) | a change in the state of a served disk, which clients of the control socket may watch |
+//! | [statistics](disk::statistics) | numbers about a disk, and their report |
+//! | counter, gauge | a number that is counted; a number that is computed for a report |
+//! | taken, refused | passed to the lane; completed without the lane, because it is not valid (of a request) |
+//! | histogram, step | counts of durations; a range of durations that is counted together |
+//! | timestamp | nanoseconds by the processor's counter, shared by all requests of a batch |
+//! | merge debt | space that the layers above the root take |
 //!
 //! ## Control
 //!

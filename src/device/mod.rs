@@ -14,6 +14,8 @@
 //!   used ring ◄── split_ring ◄── virtqueue (status byte, used length) ◄─── Answer ◄────┘
 //!                                 |   └─ inflight (heads in flight, in memory that survives a kill)
 //!                                queue (one batch: poll, complete, pop, submit, interrupt)
+//!                                 |
+//!                                request_times (statistics: one timestamp for a batch)
 //!
 //!   config (Device: offered features and configuration space, shared by all queues)
 //!   spec   (constants and layouts: feature bits, request types, descriptors)
@@ -28,6 +30,7 @@ pub mod parse;
 pub mod queue;
 #[cfg(test)]
 mod queue_tests;
+mod request_times;
 pub mod spec;
 pub mod split_ring;
 #[cfg(test)]

@@ -11,7 +11,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
@@ -21,6 +21,7 @@ use super::guest_memory::{AtomicMemory, GuestView, SharedMemory};
 use super::inflight::InFlightRecord;
 use super::interrupt::InterruptCoalescing;
 use super::parse::RequestRules;
+use super::request_times::RequestTimes;
 use super::spec::{MAX_QUEUE_SIZE, feature};
 use super::split_ring::{RingError, RingLayout, SplitRing};
 use super::virtqueue::{PopResult, Virtqueue};
@@ -30,8 +31,7 @@ use crate::error::Result;
 /// The state of a virtqueue as the front-end has sent it.
 pub type Vring = vhost_user_backend::VringRwLock<AtomicMemory>;
 
-/// Number of requests of a batch up to which the batch is not timed. Reading the clock costs 7 % if two requests are in
-/// flight.
+/// Number of requests of a batch up to which its time does not matter to interrupt coalescing.
 const UNTIMED_REQUESTS: u32 = 3;
 
 /// The next action of a queue's thread after a batch.
@@ -59,11 +59,13 @@ pub struct Queue {
     /// Whether a failure to send an interrupt has been logged.
     interrupt_failure_logged: bool,
     pub(super) interrupts: InterruptCoalescing,
+    request_times: RequestTimes,
 }
 
 impl Queue {
     /// Creates queue `index` of `device`, stopped.
     pub fn new(device: Arc<Device>, lane: Lane, index: usize) -> Queue {
+        let request_times = RequestTimes::new(lane.counters().clone(), index);
         Queue {
             device,
             lane,
@@ -73,6 +75,7 @@ impl Queue {
             no_capacity: false,
             interrupt_failure_logged: false,
             interrupts: InterruptCoalescing::default(),
+            request_times,
         }
     }
 
@@ -106,6 +109,7 @@ impl Queue {
                 virtqueue.chains_to_resubmit()
             );
         }
+        self.request_times.start_ring(layout.size);
         self.virtqueue = Some(virtqueue);
         self.interrupt_failure_logged = false;
         Ok(())
@@ -142,16 +146,12 @@ impl Queue {
         let virtqueue = self.virtqueue.as_mut().expect("checked above");
         let rules = request_rules(&self.device);
         virtqueue.ring().disable_kicks();
-        let lane = &mut self.lane;
-        let (mut pushed, mut begin) = (0, None);
+        let (lane, times) = (&mut self.lane, &mut self.request_times);
+        times.begin_batch();
         let room = lane.push_capacity();
         let push = |request| {
+            times.record_taken(&request);
             lane.push(request);
-            // Small batches are not timed. Most of the work of a batch follows after this point, in the submit.
-            if pushed == UNTIMED_REQUESTS {
-                begin = Some(Instant::now());
-            }
-            pushed += 1;
             lane.push_capacity()
         };
         let popped = match virtqueue.chains_to_resubmit() {
@@ -162,15 +162,17 @@ impl Queue {
                 popped => popped,
             },
         };
+        self.request_times.record_refused(std::mem::take(&mut virtqueue.refused));
+        let pushed = self.request_times.end_batch();
         self.no_capacity = popped == PopResult::NoCapacity;
         if pushed > 0 {
             self.lane.submit()?;
             self.lane.poll(&mut self.answers)?;
         }
-        match begin {
-            Some(begin) => self.interrupts.record_batch(pushed, begin.elapsed()),
-            None if popped == PopResult::BatchFull => self.interrupts.record_large_batch(),
-            None => {}
+        if pushed > UNTIMED_REQUESTS {
+            self.interrupts.record_batch(pushed, Duration::from_nanos(self.request_times.batch_nanos()));
+        } else if popped == PopResult::BatchFull {
+            self.interrupts.record_large_batch();
         }
         let completed = self.complete_answers();
         self.interrupt_if_due(vring);
@@ -228,11 +230,14 @@ impl Queue {
         while let Some(virtqueue) =
             self.virtqueue.as_mut().filter(|x| x.chains_to_resubmit() > 0 && x.broken().is_none())
         {
-            let lane = &mut self.lane;
+            let (lane, times) = (&mut self.lane, &mut self.request_times);
+            times.begin_batch();
             virtqueue.pop_resubmitted(&request_rules(&self.device), lane.push_capacity(), |request| {
+                times.record_taken(&request);
                 lane.push(request);
                 lane.push_capacity()
             });
+            times.end_batch();
             self.lane.submit()?;
             self.lane.drain(&mut self.answers)?;
             self.complete_answers();
@@ -271,6 +276,7 @@ impl Queue {
             return false;
         };
         let any = !self.answers.is_empty();
+        self.request_times.record_answers(&self.answers);
         self.answers.drain(..).for_each(|answer| virtqueue.complete(answer));
         if virtqueue.publish() {
             self.interrupts.request();

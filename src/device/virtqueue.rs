@@ -70,6 +70,8 @@ pub struct Virtqueue {
     /// Heads that were in flight when the previous daemon was killed. Their chains are resubmitted before new chains
     /// are popped.
     to_resubmit: VecDeque<u16>,
+    /// Number of chains that were refused since the caller last reset the number.
+    pub(super) refused: u64,
     /// The value of [`sigbus::loss_count`] at the last check that found no page of this queue's memory lost.
     losses_seen: u32,
 }
@@ -107,6 +109,7 @@ impl Virtqueue {
             broken: None,
             record,
             to_resubmit,
+            refused: 0,
             // The current loss count would be wrong here, since a page of this queue's memory may be lost already.
             losses_seen: 0,
         })
@@ -284,6 +287,7 @@ impl Virtqueue {
         }
         if walked.is_err() {
             // V4: the chain is returned, and the ring stays in service.
+            self.refused += 1;
             self.record_taken(head, resubmitted);
             self.return_chain(head, 0);
             return Ok(true);
@@ -307,9 +311,11 @@ impl Virtqueue {
             }
             ParsedChain::Complete { status, status_at, written } => {
                 self.record_taken(head, resubmitted);
+                self.refused += u64::from(status != Status::Ok);
                 self.complete_chain(head, status, status_at, written);
             }
             ParsedChain::Return => {
+                self.refused += 1;
                 self.record_taken(head, resubmitted);
                 self.return_chain(head, 0);
             }

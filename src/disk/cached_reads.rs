@@ -11,8 +11,10 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 
 use super::request::{Answer, Outcome};
+use super::statistics::LaneCounters;
 use crate::chain::{FrozenCacheHandle, PlanBuffer, Source, Version};
 use crate::storage::{CachedRange, File, FileSlot, GuestIovecs, MAX_COPY, PageCache};
 use crate::units::SectorRange;
@@ -21,6 +23,7 @@ use crate::units::SectorRange;
 pub(super) struct CachedReads {
     /// The page cache; `None` if every read is an operation.
     page_cache: Option<Box<dyn PageCache>>,
+    counters: Arc<LaneCounters>,
     /// Reads that are not planned yet.
     candidates: VecDeque<CachedRead>,
     /// Reads to copy, each with its number of parts.
@@ -46,11 +49,23 @@ struct CachedPart {
     len: usize,
 }
 
+impl CachedPart {
+    /// Counts the part after it was copied.
+    #[inline]
+    fn count(&self, counters: &LaneCounters) {
+        match &self.cached {
+            Some(cached) => counters.count_copy(cached.slot(), self.len),
+            None => counters.zero_filled_bytes.add(self.len as u64),
+        }
+    }
+}
+
 impl CachedReads {
-    /// Without a page cache every read becomes a task.
-    pub(super) fn new(page_cache: Option<Box<dyn PageCache>>) -> CachedReads {
+    /// Creates an empty list of reads, whose copies are counted in `counters`. Without a page cache every read becomes a
+    /// task.
+    pub(super) fn new(page_cache: Option<Box<dyn PageCache>>, counters: Arc<LaneCounters>) -> CachedReads {
         let (candidates, planned, parts, failed) = Default::default();
-        CachedReads { page_cache, candidates, planned, parts, failed, copied: 0 }
+        CachedReads { page_cache, counters, candidates, planned, parts, failed, copied: 0 }
     }
 
     /// Number of reads that may still need a task.
@@ -141,7 +156,9 @@ impl CachedReads {
     /// Makes all planned copies and appends the answers. [`CachedReads::next_failed`] returns the reads whose copy
     /// failed.
     pub(super) fn copy_all(&mut self, answers: &mut Vec<Answer>) {
-        let CachedReads { page_cache: Some(page_cache), planned, parts, failed, copied, .. } = self else { return };
+        let CachedReads { page_cache: Some(page_cache), counters, planned, parts, failed, copied, .. } = self else {
+            return;
+        };
         if planned.is_empty() {
             return;
         }
@@ -150,10 +167,11 @@ impl CachedReads {
         planned.iter().for_each(|(read, _)| read.into.prefetch_pages());
         let mut next = cached();
         next.next().into_iter().for_each(CachedRange::prefetch);
-        let mut rest = parts.iter();
-        for (read, parts) in planned.drain(..) {
+        let mut rest = parts.as_slice();
+        for (read, count) in planned.drain(..) {
+            let parts = rest.split_off(..count).expect("the parts of all planned reads");
             let (mut whole, mut at) = (true, 0);
-            for CachedPart { cached, len } in rest.by_ref().take(parts) {
+            for CachedPart { cached, len } in parts {
                 match cached {
                     Some(cached) => {
                         next.next().into_iter().for_each(CachedRange::prefetch);
@@ -165,6 +183,7 @@ impl CachedReads {
             }
             if whole {
                 *copied += 1;
+                parts.iter().for_each(|part| part.count(counters));
                 answers.push(Answer { tag: read.tag, outcome: Outcome::Done, memory: Some(read.into) });
             } else {
                 failed.push_back(read);

@@ -53,6 +53,7 @@ mod shared;
 mod slot_table;
 mod stages;
 mod stalled_writes;
+pub mod statistics;
 mod task;
 mod task_ops;
 mod task_table;

@@ -36,7 +36,8 @@ impl Disk {
         // and gets the event `Adopt`, or the version after it.
         let current = self.current_locked();
         let (engine, page_cache) = self.engine(&current, kind, depth)?;
-        let (mut ops, mut cached_reads) = (OpQueue::new(engine), CachedReads::new(page_cache));
+        let counters = self.lane_counters.add_lane();
+        let (mut ops, mut cached_reads) = (OpQueue::new(engine), CachedReads::new(page_cache, counters.clone()));
         let added = self.lanes.add(&mailbox, current.epoch(), |change| match &change.new_file {
             Some((slot, file)) => ops.register(*slot, file).and_then(|()| cached_reads.register(*slot, file)),
             None => Ok(()),
@@ -66,7 +67,7 @@ impl Disk {
             answers: Vec::with_capacity(MAX_TASKS),
             frozen_cache: FrozenCacheHandle::default(),
             plan: PlanBuffer::default(),
-            task_ops: TaskOps::default(),
+            task_ops: TaskOps::new(counters),
             completions: Vec::with_capacity(MAX_TASKS),
         })
     }

@@ -14,6 +14,7 @@ use super::punch::PunchLock;
 use super::served_version::ServedVersion;
 use super::slot_table::SlotTable;
 use super::stalled_writes::{FullHost, StalledWrites};
+use super::statistics::lane_registry::LaneRegistry;
 use crate::chain::Version;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventReporter;
@@ -42,6 +43,7 @@ pub struct Disk {
     page_cache_reads: bool,
     serial: [u8; 20],
     counters: DiskCounters,
+    pub(super) lane_counters: LaneRegistry,
     lost_names: LostNames,
 }
 
@@ -85,6 +87,7 @@ impl Disk {
             page_cache_reads: options.page_cache_reads,
             serial,
             counters: DiskCounters::default(),
+            lane_counters: LaneRegistry::default(),
             lost_names: LostNames::default(),
         }
     }

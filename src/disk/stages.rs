@@ -3,12 +3,14 @@
 //! A stage can be repeated from its beginning: look-ups have no effect, and a reservation that is repeated returns the
 //! first one.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::cached_reads::CachedRead;
 use super::lane::Lane;
 use super::readahead;
 use super::request::{Answer, Outcome, Request, Work};
+use super::statistics::LaneCounters;
 use super::task::{Task, TaskStage, Token};
 use super::task_ops::OpEffect;
 use crate::chain::{Missing, PlanBuffer};
@@ -30,6 +32,11 @@ enum StageResult {
 }
 
 impl Lane {
+    /// The counters of the lane. The owner of the lane counts the requests, and the lane the bytes of each layer.
+    pub fn counters(&self) -> &Arc<LaneCounters> {
+        &self.task_ops.counters
+    }
+
     /// Starts a request. Requires that [`Lane::push_capacity`] is not zero.
     pub(super) fn start_request(&mut self, Request { tag, work }: Request) {
         let (number, mut task) = self.tasks.start(tag, work);

@@ -108,6 +108,11 @@ impl StalledWrites {
         }
     }
 
+    /// Number of writes that wait now.
+    pub(super) fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed) as u64
+    }
+
     /// Adds `writes` to the count. Returns whether the count was zero before and no longer is.
     fn add(&self, writes: usize) -> bool {
         self.host.add(writes);

@@ -2,10 +2,12 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::op_queue::OpQueue;
 use super::request::Work;
 use super::served_version::ServedVersion;
+use super::statistics::LaneCounters;
 use super::task::{Task, TaskStage, Token};
 use crate::chain::{Extent, Source};
 use crate::storage::{Action, Buffer, Completion, FileSlot, GuestIovecs, Op, Payload};
@@ -24,13 +26,19 @@ pub(super) enum OpEffect {
 }
 
 /// Creates and evaluates the operations of tasks.
-#[derive(Default)]
 pub(super) struct TaskOps {
+    /// The counters of the lane.
+    pub(super) counters: Arc<LaneCounters>,
     /// Iovecs of completed operations, kept so that their memory is reused. They hold no reference to guest memory.
     iovec_pool: Vec<GuestIovecs>,
 }
 
 impl TaskOps {
+    /// Creates the state of a lane with these counters.
+    pub(super) fn new(counters: Arc<LaneCounters>) -> TaskOps {
+        TaskOps { counters, iovec_pool: Vec::new() }
+    }
+
     /// Pushes the operations for the extents of a plan.
     #[inline]
     pub(super) fn push(
@@ -43,6 +51,7 @@ impl TaskOps {
     ) {
         let mut at = 0;
         for extent in extents {
+            self.counters.count_extent(&task.work, extent);
             let bytes = extent.range.bytes();
             let len = usize::try_from(bytes).expect("a range on a disk of 2040 GiB");
             let token = Token::Task { task: number, detail: u32::try_from(at).unwrap_or(0) }.pack();

@@ -65,6 +65,7 @@ pub use write::allocation::Allocation;
 pub use write::commit::Commit;
 pub use write::discard_session::discard_session;
 pub use write::durability::Durability;
+pub use write::gauges::WritableGauges;
 pub use write::growth::Growth;
 pub use write::job_step::JobStep;
 pub use write::journal_layout::BYTES as JOURNAL_BYTES;

@@ -58,6 +58,9 @@ pub(super) trait FileBackend: Any + Debug + Send + Sync {
     fn kernel_readahead(&self) -> u64;
     fn start_writeback(&self, offset: u64, len: u64);
     fn lock(&self, lock: Lock) -> Result<()>;
+    fn mapped_bytes(&self) -> u64 {
+        0
+    }
     fn set_direct(&self) -> Result<Option<DirectRules>>;
 }
 

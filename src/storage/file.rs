@@ -193,6 +193,11 @@ impl File {
         self.0.start_writeback(offset, len)
     }
 
+    /// Returns the number of bytes of address space in which the file is mapped for reads from the page cache.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.0.mapped_bytes()
+    }
+
     /// Takes a lock, or changes the kind of lock that is held. The lock ends with the open file description. If a
     /// conflicting lock belongs to a process that has ended but has I/O in flight, waits up to 30 s for the end of this
     /// I/O.

@@ -25,7 +25,8 @@
 //!   -------------------------------------------------------------------------------------------
 //!   env, engine                                              interfaces
 //!   backend, file, folder, runtime_folder                    handles on trait objects
-//!   op, payload, shm, types, sigbus, notifier, prefetch      data, memory, signals
+//!   op, payload, shm, types, sigbus, notifier, prefetch,
+//!   timestamp                                                data, memory, signals, the processor's counter
 //! ```
 //!
 //! All I/O is positional: no code depends on the position of a file. With the io_uring engine, reads of resident
@@ -51,6 +52,7 @@ pub mod shm;
 pub mod sigbus;
 #[cfg(feature = "sim")]
 pub mod sim;
+pub mod timestamp;
 mod transfer;
 pub mod types;
 pub mod uring;
@@ -66,6 +68,7 @@ pub use payload::{Buffer, GuestIovecs, Payload};
 pub use prefetch::prefetch_line;
 pub use runtime_folder::RuntimeFolder;
 pub use shm::Shm;
+pub use timestamp::{Timestamp, TimestampClock};
 pub use types::{
     Access, AllocationMode, DirectRules, EngineKind, FileId, FilePresence, FileSystemSpace, Lock, LockHolder,
     ModifiedTime, NameStatus, Origin, Stat,

@@ -62,6 +62,7 @@ const UNSAFE: &[&str] = &[
     "storage/pagecache/reader.rs",
     "storage/pagecache/reader_tests.rs",
     "storage/prefetch.rs",
+    "storage/timestamp.rs",
     "vhost/inflight.rs",
     "vhost/memory.rs",
 ];

@@ -2,6 +2,9 @@
 #![allow(clippy::cast_possible_truncation, reason = "the small numbers of a test")]
 
 mod blk;
+#[path = "../common/client.rs"]
+#[allow(dead_code, reason = "a part of it is used here")]
+mod client;
 mod daemon;
 mod fds;
 #[path = "../common/fuse_file.rs"]
@@ -17,6 +20,7 @@ mod raw;
 mod rng;
 mod setup;
 mod start;
+mod statistics;
 mod stuck_storage;
 mod system;
 #[path = "../common/temp.rs"]

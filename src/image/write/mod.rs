@@ -19,6 +19,7 @@ pub mod commit;
 pub mod discard_session;
 pub mod durability;
 mod free_tail;
+pub mod gauges;
 pub mod growth;
 mod growth_error;
 mod growth_policy;

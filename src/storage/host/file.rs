@@ -310,6 +310,10 @@ impl FileBackend for HostFile {
         let _ = rustix::fs::fadvise(self, offset, std::num::NonZeroU64::new(len), Advice::DontNeed);
     }
 
+    fn mapped_bytes(&self) -> u64 {
+        self.file_map.mapped_bytes()
+    }
+
     fn set_modified(&self, time: ModifiedTime) -> Result<()> {
         HostFile::set_modified(self, time)
     }

@@ -178,6 +178,12 @@ impl FileMap {
         self.regions.get()?.get(index)?.get()
     }
 
+    /// Returns the number of bytes of all mapped regions.
+    pub(in crate::storage) fn mapped_bytes(&self) -> u64 {
+        let regions = self.regions.get().into_iter().flatten();
+        (regions.filter(|region| region.get().is_some()).count() * REGION_BYTES) as u64
+    }
+
     fn map(&self, file: impl AsFd, index: usize, size: u64) {
         let regions = self.regions.get_or_init(|| (0..FILE_REGIONS).map(|_| OnceLock::new()).collect());
         let Some(slot) = regions.get(index) else { return };

@@ -1,0 +1,90 @@
+//! Gathers the statistics of a disk: sums the counters of its lanes, and queries its gauges.
+
+use std::sync::atomic::Ordering;
+
+use super::lane_registry::{KindTotals, LayerTotals, QueueTotals};
+use super::report::{DiskGauges, DiskStatistics, KindStatistics, LayerStatistics, QueueStatistics, RequestStatistics};
+use crate::disk::shared::Disk;
+use crate::storage::File;
+use crate::units::SECTOR;
+
+impl Disk {
+    /// Returns the statistics since the disk was opened.
+    ///
+    /// Lanes that have ended keep their counts, so no count ever decreases. Counts of requests that are being answered
+    /// may be a few requests apart. For the gauges the call makes a system call for each file of the chain, which waits
+    /// if the file system does not respond.
+    pub fn statistics(&self) -> DiskStatistics {
+        let mut sum = QueueTotals::default();
+        let totals = self.lane_counters.totals();
+        totals.values().for_each(|queue| sum.add(queue));
+        let version = self.version();
+        let layers: Vec<LayerStatistics> =
+            version.files().map(|(slot, file)| layer(file, &sum.layers[slot.as_usize()])).collect();
+        let counters = self.counters();
+        DiskStatistics {
+            size_bytes: self.capacity() * SECTOR,
+            read_only: self.is_read_only(),
+            queues: totals.iter().map(|(index, queue)| queue_report(*index, queue)).collect(),
+            total: queue_report(None, &sum),
+            commits: counters.commits.load(Ordering::Relaxed),
+            syncs: counters.syncs.load(Ordering::Relaxed),
+            readahead_bytes: counters.readahead_bytes.load(Ordering::Relaxed),
+            early_writebacks: counters.early_writebacks.load(Ordering::Relaxed),
+            gauges: self.gauges(&layers),
+            layers,
+        }
+    }
+
+    fn gauges(&self, layers: &[LayerStatistics]) -> DiskGauges {
+        let above_root = &layers[..layers.len().saturating_sub(1)];
+        let gauges = DiskGauges {
+            stalled_writes: self.stalled_writes.count(),
+            mapped_bytes: layers.iter().map(|layer| layer.mapped_bytes).sum(),
+            merge_debt_bytes: above_root.iter().filter_map(|layer| layer.allocated_bytes).sum(),
+            ..DiskGauges::default()
+        };
+        let version = self.version();
+        let Some(top) = version.top() else { return gauges };
+        let image = top.image.gauges();
+        DiskGauges {
+            journal_slots_used: image.journal_slots_used,
+            journal_slots: image.journal_slots,
+            dirty_bitmap_sectors: image.dirty_bitmap_sectors,
+            reserved_bytes: image.reserved_bytes,
+            file_system_available_bytes: top.image.file().file_system_space().ok().map(|space| space.available),
+            ..gauges
+        }
+    }
+}
+
+fn layer(file: &File, totals: &LayerTotals) -> LayerStatistics {
+    LayerStatistics {
+        path: file.path().to_path_buf(),
+        reads: totals.reads,
+        read_bytes: totals.read_bytes,
+        copies: totals.copies,
+        copied_bytes: totals.copied_bytes,
+        writes: totals.writes,
+        written_bytes: totals.written_bytes,
+        zeroed_bytes: totals.zeroed_bytes,
+        allocated_bytes: file.stat().ok().map(|stat| stat.allocated),
+        mapped_bytes: file.mapped_bytes(),
+    }
+}
+
+fn queue_report(queue: Option<u32>, totals: &QueueTotals) -> QueueStatistics {
+    let [read, write, flush, discard, write_zeroes] = totals.kinds.each_ref().map(kind_report);
+    QueueStatistics {
+        queue,
+        in_flight: totals.in_flight,
+        refused: totals.refused,
+        zero_filled_bytes: totals.zero_filled_bytes,
+        requests: RequestStatistics { read, write, flush, discard, write_zeroes },
+    }
+}
+
+fn kind_report(totals: &KindTotals) -> KindStatistics {
+    let KindTotals { bytes, errors, ref latency } = *totals;
+    KindStatistics { requests: latency.count(), bytes, errors, latency: latency.clone() }
+}
