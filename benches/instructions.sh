@@ -22,13 +22,14 @@ count() {
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 printf '%-44s%14s\n' 'instructions of' 'each'
-for what in plan-3 plan-64 request request-copied; do
+for what in plan-3 plan-64 request request-single request-copied; do
     less=$(count "$what" "$few" "$out/less")
     more=$(count "$what" "$many" "$out/$what")
     case $what in
     plan-*) name="a look-up in a chain of ${what#plan-} files" ;;
     request) name='a read of 4 KiB, ring to ring' ;;
     request-copied) name='the same read, copied from the page cache' ;;
+    request-single) name='the same copied read, one at a time' ;;
     esac
     printf '%-44s%14s\n' "$name" $(((more - less) / (many - few)))
 done

@@ -87,8 +87,9 @@ fn instructions(name: &str, count: u64) {
             plan_all(&version);
             run_plans(&version, &mut PlanBuffer::default(), count);
         }
-        "request" => null::run_requests(&path, count, NullMode::Operations),
-        "request-copied" => null::run_requests(&path, count, NullMode::Copies),
+        "request" => null::run_requests(&path, count, null::BATCH, NullMode::Operations),
+        "request-single" => null::run_requests(&path, count, 1, NullMode::Copies),
+        "request-copied" => null::run_requests(&path, count, null::BATCH, NullMode::Copies),
         other => panic!("nothing is called {other}"),
     }
 }

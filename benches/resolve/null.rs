@@ -27,11 +27,11 @@ const USED: u64 = 0x5000;
 const HEADERS: u64 = 0x6000;
 const STATUS: u64 = 0x7000;
 const DATA: u64 = 0x10_0000;
-/// Number of requests in a batch.
-const BATCH: u16 = 32;
+/// Number of requests that are in flight together.
+pub const BATCH: u16 = 32;
 
-/// Serves at least `count` reads of 4 KiB in batches of [`BATCH`], through the engine `engine`.
-pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
+/// Serves at least `count` reads of 4 KiB, `batch` at a time (at most [`BATCH`]), through the engine `engine`.
+pub fn run_requests(path: &Path, count: u64, batch: u16, engine: NullMode) {
     let disk = open(Arc::new(NullEnv { idle: Some(engine) }), &make(path, 16, Fragmentation::Whole));
     plan_all(&disk.version());
     let device = Device::new(disk.clone(), 1, SIZE, true);
@@ -56,8 +56,8 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
         }
     }
     let (mut avail, mut rng) = (0u16, random_stream(0));
-    'batches: for _ in 0..count.div_ceil(u64::from(BATCH)) {
-        for i in 0..BATCH {
+    'batches: for _ in 0..count.div_ceil(u64::from(batch)) {
+        for i in 0..batch {
             put(HEADERS + u64::from(i) * 16 + 8, rng.below(BLOCKS * 512) * 8);
             let entry = AVAIL + 4 + u64::from(avail % SIZE) * 2;
             memory.write_obj((i * 3).to_le(), GuestAddress(entry)).expect("inside");
@@ -65,7 +65,7 @@ pub fn run_requests(path: &Path, count: u64, engine: NullMode) {
         }
         memory.write_obj(avail.to_le(), GuestAddress(AVAIL + 2)).expect("inside");
         // A call of `serve` serves a part of the batch, so it is repeated until the batch is complete.
-        for _ in 0..BATCH {
+        for _ in 0..batch {
             queue.serve(&vring).expect("the engine works");
             let used: u16 = memory.read_obj(GuestAddress(USED + 2)).expect("inside");
             if u16::from_le(used) == avail {

@@ -63,14 +63,29 @@ impl TakenRequest {
     #[inline]
     pub fn new(work: &Work, taken_at: Timestamp) -> TakenRequest {
         let (kind, sectors) = match work {
-            Work::Read { range, .. } | Work::Prefetch { range } => (RequestKind::Read, range.count()),
+            Work::Read { range, .. } => (RequestKind::Read, range.count()),
             Work::Write { range, .. } => (RequestKind::Write, range.count()),
             Work::Flush => (RequestKind::Flush, 0),
-            Work::Discard { ranges } => (RequestKind::Discard, ranges.iter().map(|r| r.count()).sum()),
-            Work::WriteZeroes { ranges } => (RequestKind::WriteZeroes, ranges.iter().map(|r| r.range.count()).sum()),
+            Work::Discard { .. } | Work::WriteZeroes { .. } | Work::Prefetch { .. } => ranges_of(work),
         };
-        // A request of more than 2 TiB is not offered.
-        TakenRequest { kind, sectors: u32::try_from(sectors).unwrap_or(u32::MAX), taken_at }
+        // All ranges of one request have at most 512 MiB.
+        #[expect(clippy::cast_possible_truncation)]
+        let sectors = sectors as u32;
+        TakenRequest { kind, sectors, taken_at }
+    }
+}
+
+/// Returns the kind of a request with any number of ranges, and the sectors of the ranges. A prefetch counts as a read;
+/// guests send none.
+#[cold]
+fn ranges_of(work: &Work) -> (RequestKind, u64) {
+    match work {
+        Work::Discard { ranges } => (RequestKind::Discard, ranges.iter().map(|r| r.count()).sum()),
+        Work::WriteZeroes { ranges } => (RequestKind::WriteZeroes, ranges.iter().map(|r| r.range.count()).sum()),
+        Work::Read { range, .. } | Work::Write { range, .. } | Work::Prefetch { range } => {
+            (RequestKind::Read, range.count())
+        }
+        Work::Flush => (RequestKind::Flush, 0),
     }
 }
 
@@ -118,7 +133,7 @@ pub struct LaneCounters {
     /// Bytes of reads that no layer has, so that zeros were stored.
     pub zero_filled_bytes: Counter,
     kinds: [KindCounters; RequestKind::ALL.len()],
-    layers: Box<[LayerCounters]>,
+    layers: [LayerCounters; FILE_SLOTS as usize],
 }
 
 impl LaneCounters {
@@ -130,7 +145,7 @@ impl LaneCounters {
             refused: Counter::new(),
             zero_filled_bytes: Counter::new(),
             kinds: RequestKind::ALL.map(|_| kind()),
-            layers: (0..FILE_SLOTS).map(|_| LayerCounters::default()).collect(),
+            layers: std::array::from_fn(|_| LayerCounters::default()),
         }
     }
 
