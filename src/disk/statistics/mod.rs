@@ -6,7 +6,7 @@
 //!                              (histogram, counter)              └── gauges of image and storage
 //! ```
 //!
-//! Counting must cost less than 1 % of a read from the page cache. So each lane has its own counters, which only its
+//! Counting must not slow down reads from the page cache. So each lane has its own counters, which only its
 //! thread writes, without atomic additions; a reader sums over the lanes. All requests of a batch share the timestamps
 //! of the batch. `docs/statistics.md` lists each number, its costs and its caveats.
 
