@@ -50,18 +50,23 @@ impl Chain {
             OpenMode::Read | OpenMode::Salvage => file.lock(Lock::Shared)?,
             OpenMode::Write => file.lock(Lock::Exclusive)?,
         }
-        let mut image = mode.open_image(file)?;
-        // A killed resize, rebase or merge may have left the two footers different. None of them runs on an image with
-        // a live journal, so nothing is written to such an image before its journal is checked.
+        Chain::from_image(env, mode.open_image(file)?, policy, mode)
+    }
+
+    /// If a killed resize, rebase, flatten or merge left the two footers of the youngest image different, completes the
+    /// change of the footers. The chain is open for writing, and nothing forbids a change of the image. An image with a
+    /// live journal stays as it is: these verbs never run on such an image.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`, and the errors of [`Image::open`].
+    pub fn reconcile_footers(&mut self, env: &dyn Env, policy: &Policy) -> Result<()> {
+        let image = &mut self.images[0];
         let is_difference = |d: &Defect| matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
-        if mode == OpenMode::Write
-            && image.notes().iter().any(is_difference)
-            && refuse_if_live(env, &policy.runtime, &image).is_ok()
-        {
+        if image.notes().iter().any(is_difference) && refuse_if_live(env, &policy.runtime, image).is_ok() {
             let file = image.file().clone();
-            image = SavedMtime::preserve(&file, || open_reconciled(&file))?;
+            *image = SavedMtime::preserve(&file, || open_reconciled(&file))?;
         }
-        Chain::from_image(env, image, policy, mode)
+        Ok(())
     }
 
     /// Opens the parents of an image that is already open and, unless `mode` is `Inspect`, locked.

@@ -128,6 +128,14 @@ impl Queue {
         result
     }
 
+    /// Lets the lane handle its events while there is no ring. No request is in flight then.
+    ///
+    /// # Errors
+    /// Any error of the lane's engine.
+    pub fn poll_without_ring(&mut self) -> io::Result<()> {
+        self.lane.poll(&mut self.answers)
+    }
+
     fn serve_batch(&mut self, vring: &Vring) -> io::Result<ServeResult> {
         self.lane.poll(&mut self.answers)?;
         let late = self.complete_answers();

@@ -114,6 +114,10 @@ impl GroupCommit {
         if !waiters.iter().any(|waiter| waiter.has(mailbox)) {
             waiters.push(RoundWaiter { mailbox: mailbox.clone(), urgent: false });
         }
+        if state.leaderless {
+            // The waiters of the running round may be lanes that do not respond.
+            mailbox.post(LaneEvent::Leaderless);
+        }
         JoinedRound { round, lead }
     }
 
@@ -305,12 +309,16 @@ mod tests {
     fn each_waiter_gets_one_event_per_round_and_no_round_stays_without_a_leader() {
         let mut random = Random::from_env(1);
         let rounds = GroupCommit::default();
-        let mut leader = None;
+        let (mut leader, mut held) = (None, false);
         let mut waiters = mailboxes::<4>().map(|mailbox| TestWaiter { mailbox, rounds: Vec::new() });
         for step in 0..200_000 {
             let index = random.index(waiters.len());
             // In the last forty of each hundred steps waiters only take events and end rounds.
-            let action = if step % 100 < 60 { random.below(8) } else { 6 + random.below(2) };
+            let action = match step % 100 {
+                0..60 => random.below(10),
+                60 => 9,
+                _ => 6 + random.below(2),
+            };
             let mailbox = waiters[index].mailbox.clone();
             match (action, leader) {
                 (0 | 1, _) => {
@@ -322,8 +330,17 @@ mod tests {
                         waiters[index].rounds.push(round);
                     }
                     if lead {
+                        assert!(!held, "a round begins although rounds are held");
                         assert_eq!(leader.replace(index), None, "two leaders");
                     }
+                }
+                (8, _) => {
+                    rounds.hold();
+                    held = true;
+                }
+                (9, _) => {
+                    rounds.release();
+                    held = false;
                 }
                 (2, _) => rounds.mark_urgent(&mailbox),
                 (3, Some(_)) => rounds.stall(),

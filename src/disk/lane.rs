@@ -239,7 +239,9 @@ impl Lane {
                 let number = self.punch_queue.granted();
                 self.advance(number);
             }
-            LaneEvent::Register => self.disk.lanes.register_in(self.id, &mut self.ops, &mut self.cached_reads),
+            LaneEvent::Register(change) => {
+                self.disk.lanes.register_in(change, self.id, &mut self.ops, &mut self.cached_reads);
+            }
             LaneEvent::Unregister(slot) => {
                 self.cached_reads.unregister(slot);
                 self.ops.unregister(slot);
@@ -255,12 +257,14 @@ impl Lane {
 
     /// Reports to the change in progress whether writes are held, and which versions the lane uses.
     fn report_progress(&mut self) {
-        let is_held = self.gate.take_report(&self.tasks);
+        let is_held = !self.jobs.is_running(JobKind::Growth) && self.gate.take_report(&self.tasks);
         let in_use = self.tasks.epochs().chain(self.jobs.epochs()).chain(self.early_writeback.epoch_in_flight());
         let adopted = self.versions.current().epoch();
         let oldest = in_use.fold(adopted, u32::min);
         self.versions.drop_before(oldest);
-        self.disk.lanes.report_progress(self.id, is_held, adopted, oldest);
+        if self.versions.note_report(oldest) || is_held {
+            self.disk.lanes.report_progress(self.id, is_held, adopted, oldest);
+        }
     }
 
     /// Resumes the tasks that wait for a round.
@@ -336,8 +340,10 @@ impl Lane {
         top.image.is_growing()
     }
 
-    /// Leads the commit of the running round.
+    /// Leads the commit of the running round. While a round runs, no other version is published. The lane may not have
+    /// adopted the current one yet, and a commit of an older top would not cover the writes to the new top.
     pub(super) fn lead_commit(&mut self) {
+        self.versions.adopt(self.disk.version());
         let top = self.versions.current().writable_top();
         self.start_job(Job::Commit(Commit::new(top.image.clone(), top.slot)));
     }
@@ -377,23 +383,5 @@ impl Lane {
         }
         // Without requests no other call submits. An engine that fails here fails again in the next call that reports it.
         let _ = self.submit();
-    }
-}
-
-impl Drop for Lane {
-    /// Ends the jobs and locks for which other lanes may wait.
-    fn drop(&mut self) {
-        if self.jobs.cancel(JobKind::Commit) {
-            // The abandoned commit has poisoned the image.
-            while self.disk.group_commit.finish(false).is_some() {}
-        } else if self.stalled_commit.is_stalled() {
-            self.disk.group_commit.hand_over(&self.mailbox);
-        }
-        self.disk.group_commit.leave(&self.mailbox);
-        if self.jobs.cancel(JobKind::Growth) {
-            self.disk.lanes.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
-        }
-        self.disk.punch_lock.release(&self.mailbox);
-        self.disk.lanes.remove(self.id);
     }
 }

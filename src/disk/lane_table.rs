@@ -25,6 +25,8 @@ pub(super) struct LaneTable {
 struct LaneTableState {
     lanes: Vec<LaneEntry>,
     next_id: LaneId,
+    /// Number of changes that have registered a file.
+    changes: u64,
     /// The file that a change is adding to the engines. Lanes that start now register it, too.
     new_file: Option<(FileSlot, File)>,
     /// The range that a change holds. The gates of lanes that start now are closed for it.
@@ -94,7 +96,9 @@ impl LaneTable {
     pub(super) fn register(&self, slot: FileSlot, file: &File) {
         let mut state = self.lock();
         state.new_file = Some((slot, file.clone()));
-        state.post(LaneEvent::Register, |status| status.registered = None);
+        state.changes += 1;
+        let event = LaneEvent::Register(state.changes);
+        state.post(event, |status| status.registered = None);
     }
 
     /// Lanes that start from now on register only the files of the current version.
@@ -116,30 +120,30 @@ impl LaneTable {
         state.post(LaneEvent::Open, |_| ());
     }
 
-    /// Registers the new file of a change with the engine and the page cache of a lane, and reports the result. Does
-    /// nothing if the change has ended.
-    pub(super) fn register_in(&self, id: LaneId, ops: &mut OpQueue, cached_reads: &mut CachedReads) {
-        let new_file = self.lock().new_file.clone();
-        if let Some((slot, file)) = new_file {
-            let registered = ops.register(slot, &file).and_then(|()| cached_reads.register(slot, &file));
-            let result = registered.map_err(|e| e.to_string());
-            self.report(id, |status| status.registered = Some(result));
+    /// Registers the new file of the change with the number `change` with the engine and the page cache of a lane, and
+    /// reports the result. Does nothing if the change has ended.
+    pub(super) fn register_in(&self, change: u64, id: LaneId, ops: &mut OpQueue, cached_reads: &mut CachedReads) {
+        let new_file = |state: &LaneTableState| state.new_file.clone().filter(|_| state.changes == change);
+        let found = new_file(&self.lock());
+        let Some((slot, file)) = found else { return };
+        let registered = ops.register(slot, &file).and_then(|()| cached_reads.register(slot, &file));
+        let result = registered.map_err(|e| e.to_string());
+        let mut state = self.lock();
+        // The change may have been given up meanwhile, and another begun.
+        let is_awaited = new_file(&state).is_some();
+        if let Some(lane) = state.lanes.iter_mut().find(|lane| lane.id == id && is_awaited) {
+            lane.status.registered = Some(result);
         }
+        drop(state);
+        self.reported.notify_all();
     }
 
     /// Records whether a lane holds the writes (`is_held`, true once), the version with which it plans (`adopted`), and
     /// the oldest version that its operations in flight use.
     pub(super) fn report_progress(&self, id: LaneId, is_held: bool, adopted: u32, oldest: u32) {
-        self.report(id, |status| {
-            status.is_held |= is_held;
-            (status.adopted, status.oldest) = (adopted, oldest);
-        });
-    }
-
-    /// Changes what is known of a lane.
-    fn report(&self, id: LaneId, change: impl FnOnce(&mut LaneStatus)) {
         if let Some(lane) = self.lock().lanes.iter_mut().find(|lane| lane.id == id) {
-            change(&mut lane.status);
+            lane.status.is_held |= is_held;
+            (lane.status.adopted, lane.status.oldest) = (adopted, oldest);
         }
         self.reported.notify_all();
     }

@@ -9,11 +9,14 @@ pub(super) struct LaneVersions {
     current: Arc<ServedVersion>,
     /// Older versions, oldest first. Usually there are none.
     old: Vec<Arc<ServedVersion>>,
+    /// The current version, and the oldest one in use, as the lane reported them last.
+    reported: (u32, u32),
 }
 
 impl LaneVersions {
     pub(super) fn new(current: Arc<ServedVersion>) -> LaneVersions {
-        LaneVersions { current, old: Vec::new() }
+        let reported = (current.epoch(), current.epoch());
+        LaneVersions { current, old: Vec::new(), reported }
     }
 
     /// The version with which new requests are planned.
@@ -33,6 +36,7 @@ impl LaneVersions {
 
     /// Plans with another version from now on. The version before it is kept until [`LaneVersions::drop_before`].
     pub(super) fn adopt(&mut self, new: Arc<ServedVersion>) {
+        debug_assert!(new.epoch() >= self.current.epoch(), "versions are published in order");
         if new.epoch() != self.current.epoch() {
             self.old.push(std::mem::replace(&mut self.current, new));
         }
@@ -42,6 +46,13 @@ impl LaneVersions {
     #[inline]
     pub(super) fn has_old(&self) -> bool {
         !self.old.is_empty()
+    }
+
+    /// Records a report of the current version and the oldest one in use. Returns whether the report differs from the
+    /// last one.
+    pub(super) fn note_report(&mut self, oldest: u32) -> bool {
+        let report = (self.current.epoch(), oldest);
+        std::mem::replace(&mut self.reported, report) != report
     }
 
     /// Drops the versions that are older than `oldest`. No operation in flight uses them.

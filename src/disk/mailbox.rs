@@ -29,8 +29,8 @@ pub enum LaneEvent {
     GrowthEnded(GrowthResult),
     /// The lane holds the punch lock of the disk.
     PunchLockGranted,
-    /// Register the new file of a change with the engine.
-    Register,
+    /// Register the new file of the change with this number with the engine.
+    Register(u64),
     /// Remove the file in a slot from the engine. No operation uses the slot.
     Unregister(FileSlot),
     /// Hold the writes of a range of the disk until the gate opens.

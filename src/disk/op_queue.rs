@@ -35,6 +35,17 @@ impl OpQueue {
         }
     }
 
+    /// Drops the backlog, and waits for the operations in flight, without evaluating them. The engine may fail
+    /// meanwhile; then its drop deals with the rest.
+    pub(super) fn finish(&mut self) {
+        self.backlog.clear();
+        let mut completed = Vec::new();
+        while self.engine.outstanding() > 0 && self.engine.wait().is_ok() {
+            self.engine.reap(&mut completed);
+            completed.clear();
+        }
+    }
+
     /// Registers a file with the engine.
     ///
     /// # Errors

@@ -29,7 +29,7 @@ impl Disk {
             image::discard_session(&*env, &policy.runtime, &options.path)?;
         }
         let open = || Chain::open(&*env, &options.path, &policy, how);
-        let chain = match open() {
+        let mut chain = match open() {
             Err(e) if how == OpenMode::Write && e.kind() == ErrorKind::Refused => {
                 match settle_parents(&*env, &options.path, &policy) {
                     Ok(settled) if settled > 0 => open()?,
@@ -44,6 +44,7 @@ impl Disk {
             if !options.allow_writable_parent {
                 refuse_if_parent(&*env, chain.youngest())?;
             }
+            chain.reconcile_footers(&*env, &policy)?;
         }
         let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
         let version = match how {

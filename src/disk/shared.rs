@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::file_table::FileTable;
 use super::group_commit::GroupCommit;
@@ -22,6 +24,9 @@ use crate::image::{self, Commit};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Env, FileSlot};
 
+/// Time for which [`Disk::close`] waits for a change in progress.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A chain that is being served.
 pub struct Disk {
     env: Arc<dyn Env>,
@@ -33,6 +38,8 @@ pub struct Disk {
     pub(super) lanes: LaneTable,
     /// Whether a change of the version is in progress.
     pub(super) is_changing: AtomicBool,
+    /// Whether [`Disk::close`] was called. No change begins after it.
+    is_closed: AtomicBool,
     pub(super) group_commit: GroupCommit,
     pub(super) punch_lock: PunchLock,
     pub(super) full_host: Arc<FullHost>,
@@ -77,6 +84,7 @@ impl Disk {
             current: Mutex::new(Arc::new(ServedVersion::new(0, version, files))),
             lanes: LaneTable::default(),
             is_changing: AtomicBool::new(false),
+            is_closed: AtomicBool::new(false),
             group_commit: GroupCommit::default(),
             punch_lock: PunchLock::default(),
             stalled_writes: StalledWrites::new(full_host.clone()),
@@ -126,6 +134,7 @@ impl Disk {
     pub(super) fn publish(&self, version: Arc<ServedVersion>) {
         let mut current = self.current_locked();
         self.capacity.store(version.sectors(), Ordering::Relaxed);
+        assert_eq!(version.epoch(), current.epoch() + 1, "changes are serial");
         *current = version;
         self.lanes.end_registration();
         self.lanes.broadcast(LaneEvent::Adopt);
@@ -272,6 +281,12 @@ impl Disk {
     /// # Errors
     /// Those of [`Disk::commit`], and of cutting the file; the next open then recovers the image.
     pub fn close(&self) -> Result<()> {
+        // No change begins from here on. One that is in progress ends soon, since there are no lanes.
+        let deadline = Instant::now() + CHANGE_TIMEOUT;
+        let was_closed = self.is_closed.swap(true, Ordering::SeqCst);
+        while !was_closed && self.is_changing.swap(true, Ordering::SeqCst) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
         let version = self.version();
         let Some(top) = version.top() else { return Ok(()) };
         if mutant::enabled(Mutant::TrimFirst) {

@@ -199,6 +199,10 @@ impl Lane {
         }
         let mut plan = std::mem::take(&mut self.plan);
         let version = self.versions.current();
+        if task.epoch != version.epoch() {
+            // Pins belong to the top of the version of the last plan.
+            task.pins.release();
+        }
         let reserved = match &task.work {
             Work::Read { range, .. } => {
                 version.plan_read(*range, &mut self.frozen_cache, &mut plan);

@@ -71,6 +71,31 @@ pub struct VersionChange {
     /// When the gates were closed.
     held_at: Option<Instant>,
     pause: Duration,
+    // Dropped last: the next change may begin then.
+    _turn: ChangeTurn,
+}
+
+/// The right to change a disk. One change at a time has it.
+pub(super) struct ChangeTurn(Arc<Disk>);
+
+impl ChangeTurn {
+    /// Takes the right.
+    ///
+    /// # Errors
+    /// `Busy` if another change of the disk is in progress, or the disk is closed.
+    pub(super) fn take(disk: &Arc<Disk>) -> Result<ChangeTurn> {
+        if disk.is_changing.swap(true, Ordering::SeqCst) {
+            let what = "another change of the disk is in progress, or the disk is being closed";
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        Ok(ChangeTurn(disk.clone()))
+    }
+}
+
+impl Drop for ChangeTurn {
+    fn drop(&mut self) {
+        self.0.is_changing.store(false, Ordering::SeqCst);
+    }
 }
 
 impl VersionChange {
@@ -79,22 +104,22 @@ impl VersionChange {
     /// # Errors
     /// - `Busy` if another change of the disk is in progress.
     /// - `Refused` if the disk is read-only, or all slots are in use.
+    /// - `Poisoned` if a sync failed.
     pub fn move_top(disk: &Arc<Disk>) -> Result<VersionChange> {
+        // Changes are serial, so the current version stays the current one from here on.
+        let turn = ChangeTurn::take(disk)?;
         let current = disk.version();
         let Some(top) = current.top() else {
             return Err(Error::new(ErrorKind::Refused, "a read-only disk has no writable layer"));
         };
-        let (old_slot, path) = (top.slot, top.image.path());
-        if disk.is_changing.swap(true, Ordering::SeqCst) {
-            return Err(Error::new(ErrorKind::Busy, "another change of the disk is in progress").at_path(path));
-        }
+        top.image.check_poison()?;
         let Some(new_slot) = disk.take_slot() else {
-            disk.is_changing.store(false, Ordering::SeqCst);
-            return Err(Error::new(ErrorKind::Refused, "all file slots of the disk are in use").at_path(path));
+            let what = "all file slots of the disk are in use";
+            return Err(Error::new(ErrorKind::Refused, what).at_path(top.image.path()));
         };
         let new = Arc::new(current.with_top_slot(new_slot));
         let (phase, held_at, pause) = (ChangePhase::Begin, None, Duration::ZERO);
-        Ok(VersionChange { disk: disk.clone(), phase, new, new_slot, old_slot, held_at, pause })
+        Ok(VersionChange { disk: disk.clone(), phase, new, new_slot, old_slot: top.slot, held_at, pause, _turn: turn })
     }
 
     /// Takes the next step if the lanes have reported what it needs.
@@ -219,7 +244,8 @@ impl Drop for VersionChange {
                 // No operation uses the new slot.
                 self.disk.free_slot(self.new_slot);
             }
-            // A lane adopts the new version before it plans another write, since it takes its events in order.
+            // A lane adopts the new version before it plans another write, since it takes its events in order, and before
+            // it leads a commit.
             ChangePhase::Adopt => {
                 self.release();
                 self.disk.retire_slot(self.old_slot, self.new.epoch());
@@ -227,6 +253,5 @@ impl Drop for VersionChange {
             ChangePhase::Retire => self.disk.retire_slot(self.old_slot, self.new.epoch()),
             ChangePhase::Done => {}
         }
-        self.disk.is_changing.store(false, Ordering::SeqCst);
     }
 }

@@ -175,6 +175,7 @@ impl QueueThread {
     /// Serves one batch of the ring, if there is a ring that runs or is broken.
     fn serve(&mut self) -> ServeResult {
         let (QueueState::Running | QueueState::Broken, Some(ring)) = (self.state, self.ring.as_ref()) else {
+            self.poll_without_ring();
             return ServeResult::Idle;
         };
         let result = match catch_unwind(AssertUnwindSafe(|| self.queue.serve(&ring.vring))) {
@@ -185,7 +186,7 @@ impl QueueThread {
             }
             Err(_) => {
                 error!("{}: panic while serving; the queue is out of service", self.name);
-                self.state = QueueState::Failed;
+                self.fail();
                 self.report_broken();
                 return ServeResult::Broken;
             }
@@ -200,6 +201,25 @@ impl QueueThread {
             self.report_broken();
         }
         result
+    }
+
+    /// Lets the lane of a queue without a ring handle its events: a change of the disk's version waits for all lanes.
+    fn poll_without_ring(&mut self) {
+        if self.state == QueueState::Stopped {
+            let polled = catch_unwind(AssertUnwindSafe(|| self.queue.poll_without_ring()));
+            if !matches!(polled, Ok(Ok(()))) {
+                error!("{}: the I/O engine failed; the queue is out of service", self.name);
+                self.fail();
+            }
+        }
+    }
+
+    /// Takes the queue out of service. Other queues, commits and changes of the disk do not wait for it any more.
+    fn fail(&mut self) {
+        self.state = QueueState::Failed;
+        if catch_unwind(AssertUnwindSafe(|| self.queue.lane().retire())).is_err() {
+            error!("{}: panic while the queue is taken out of service", self.name);
+        }
     }
 
     /// Removes the kick from epoll, and writes the error eventfd if there is one.
@@ -284,7 +304,7 @@ impl QueueThread {
             }
             Err(_) => {
                 error!("{}: panic while stopping; the queue is out of service", self.name);
-                self.state = QueueState::Failed;
+                self.fail();
                 ring.base
             }
         }

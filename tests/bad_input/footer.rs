@@ -145,7 +145,8 @@ fn copies() -> Vec<Case> {
             vhd.put(0, &[0; 512]);
             vhd.set_len(vhd.footer_at).path.clone()
         }),
-        Case::new("O3 valid footers of different size", Expected::ReadOnly, |dir| {
+        // An interrupted resize leaves such footers. The next open for writing completes the resize.
+        Case::new("O3 valid footers of different size", Expected::Readable, |dir| {
             let vhd = dynamic(dir);
             vhd.set_footer(0, footer::SIZE, &(SIZE - 512).to_be_bytes()).path.clone()
         }),

@@ -27,6 +27,7 @@ mod system;
 #[allow(dead_code, reason = "a part of it is used here")]
 mod temp;
 mod unusual_front_ends;
+mod version_change;
 
 use std::fs::File;
 use std::os::fd::AsFd;

@@ -32,14 +32,14 @@ const QUEUES: usize = 2;
 const DEPTH: usize = 24;
 
 /// A disk that a thread of this process serves.
-struct Served {
-    disk: Arc<Disk>,
+pub(super) struct Served {
+    pub(super) disk: Arc<Disk>,
     stop: UnixStream,
     server: JoinHandle<()>,
 }
 
 impl Served {
-    fn start(image: &Path, socket: &Path, change: impl FnOnce(&mut DiskOptions)) -> Served {
+    pub(super) fn start(image: &Path, socket: &Path, change: impl FnOnce(&mut DiskOptions)) -> Served {
         let mut options = DiskOptions::new(image);
         change(&mut options);
         let disk = Disk::open(Arc::new(Host), &options).unwrap_or_else(|e| panic!("{}", e.line()));
@@ -58,12 +58,12 @@ impl Served {
         Served { disk, stop, server }
     }
 
-    fn connect(&self, socket: &Path) -> Client {
+    pub(super) fn connect(&self, socket: &Path) -> Client {
         Client::connect_with(socket, &Options { queues: QUEUES, depth: DEPTH, ..Options::default() }).unwrap()
     }
 
     /// Ends the server and its lanes. The disk, and its statistics, remain.
-    fn end(self) -> Arc<Disk> {
+    pub(super) fn end(self) -> Arc<Disk> {
         drop(self.stop);
         self.server.join().unwrap();
         self.disk

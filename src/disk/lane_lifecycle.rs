@@ -1,14 +1,14 @@
-//! Creates the lane of a queue.
+//! The begin and the end of a lane.
 
 use std::sync::Arc;
 
 use super::cached_reads::CachedReads;
 use super::early_writeback::EarlyWriteback;
-use super::job::Jobs;
+use super::job::{JobKind, Jobs};
 use super::lane::Lane;
 use super::lane_gate::LaneGate;
 use super::lane_versions::LaneVersions;
-use super::mailbox::Mailbox;
+use super::mailbox::{GrowthResult, LaneEvent, Mailbox};
 use super::op_queue::OpQueue;
 use super::punch::PunchQueue;
 use super::readahead::Readahead;
@@ -32,10 +32,16 @@ impl Disk {
     /// - `Unsupported` if the kernel has no io_uring and `kind` requires it.
     pub fn lane(self: &Arc<Self>, kind: EngineKind, depth: usize) -> Result<Lane> {
         let mailbox = Arc::new(Mailbox::new()?);
-        // A version that is published while the lane is added waits for this lock. So the lane has either this version
-        // and gets the event `Adopt`, or the version after it.
-        let current = self.current_locked();
-        let (engine, page_cache) = self.engine(&current, kind, depth)?;
+        let (current, version, (engine, page_cache)) = loop {
+            let version = self.version();
+            let engine = self.engine(&version, kind, depth)?;
+            // A version that is published while the lane is added waits for this lock. So the lane begins with the
+            // version of its engine, and gets the event `Adopt` for each later one.
+            let current = self.current_locked();
+            if current.epoch() == version.epoch() {
+                break (current, version, engine);
+            }
+        };
         let counters = self.lane_counters.add_lane();
         let (mut ops, mut cached_reads) = (OpQueue::new(engine), CachedReads::new(page_cache, counters.clone()));
         let added = self.lanes.add(&mailbox, current.epoch(), |change| match &change.new_file {
@@ -43,8 +49,8 @@ impl Disk {
             None => Ok(()),
         });
         let (id, held) = added.map_err(|e| Error::io("cannot register a file with the I/O engine", e))?;
-        let versions = LaneVersions::new(current.clone());
         drop(current);
+        let versions = LaneVersions::new(version);
         Ok(Lane {
             ops,
             disk: self.clone(),
@@ -86,5 +92,32 @@ impl Disk {
                 .map_err(|e| Error::io("cannot register the file with the I/O engine", e).at_path(file.path()))?;
         }
         Ok((engine, page_cache))
+    }
+}
+
+impl Lane {
+    /// Takes the lane out of service: waits for its operations, and ends the jobs and locks for which other lanes may
+    /// wait. Requests in flight are not answered.
+    pub fn retire(&mut self) {
+        // An operation that is still in flight must not reach a file that a change has taken out of use.
+        self.ops.finish();
+        if self.jobs.cancel(JobKind::Commit) {
+            // The abandoned commit has poisoned the image.
+            while self.disk.group_commit.finish(false).is_some() {}
+        } else if self.stalled_commit.is_stalled() {
+            self.disk.group_commit.hand_over(&self.mailbox);
+        }
+        self.disk.group_commit.leave(&self.mailbox);
+        if self.jobs.cancel(JobKind::Growth) {
+            self.disk.lanes.broadcast(LaneEvent::GrowthEnded(GrowthResult::Failed));
+        }
+        self.disk.punch_lock.release(&self.mailbox);
+        self.disk.lanes.remove(self.id);
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.retire();
     }
 }
