@@ -116,6 +116,7 @@
 //! | poison | the state after a failed sync: nothing more is written, since the contents of the medium are unknown |
 //! | growth, free tail | moving the trailing footer to a new end; the zeros between the last block and that footer |
 //! | live journal, slot | a file on tmpfs with the marks since the last commit; an entry of it, for one bitmap sector |
+//! | journal epoch | a number that each commit increments; a slot is valid if its epoch is after the last commit's |
 //! | session | the time during which an image has a live journal |
 //! | session stamp | the sector before the trailing footer that names the live journal |
 //! | generation | a random number in the session stamp and the live journal, which distinguishes copies of an image |

@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -124,7 +125,9 @@ fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
     let fds: Vec<_> = opened.iter().map(AsRawFd::as_raw_fd).collect();
     let mut ring = IoUring::new(DEPTH as u32).expect("the host has io_uring");
     ring.submitter().register_files(&fds).expect("files can be registered");
-    let mut memory = MmapMut::map_anon(DEPTH * piece as usize).expect("memory");
+    // A panic leaks the buffers, because reads may still be in flight then.
+    let mut memory = ManuallyDrop::new(MmapMut::map_anon(DEPTH * piece as usize).expect("memory"));
+    let buffers = memory.as_mut_ptr();
     let mut free: Vec<usize> = (0..DEPTH).collect();
     let (count, start) = ((size / piece) as usize, Instant::now());
     let (mut next, mut over) = (0, 0);
@@ -133,14 +136,16 @@ fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
             && let Some(slot) = free.pop()
         {
             let (file, number) = (next % files.len(), next / files.len());
-            let buffer = &mut memory[slot * piece as usize..][..piece as usize];
-            let read = opcode::Read::new(types::Fixed(file as u32), buffer.as_mut_ptr(), piece as u32)
+            let buffer = buffers.wrapping_add(slot * piece as usize);
+            let read = opcode::Read::new(types::Fixed(file as u32), buffer, piece as u32)
                 .offset(offsets[file][number])
                 .build()
                 .user_data(slot as u64);
-            // SAFETY: the buffer must be valid and unused until the read completes. `memory` lives until the function
-            // returns, and the outer loop ends only when all reads have completed. A slot has one read at a time,
-            // because it returns to `free` only when its read has completed. No code accesses the contents of `memory`.
+            // SAFETY: the buffer must be valid and unused until the read completes. It is valid: `slot` is less than
+            // DEPTH, so the buffer lies in `memory`, which is unmapped only after the outer loop, when all reads have
+            // completed. After a panic `memory` is never unmapped. The buffer is unused: a slot has one read at a time,
+            // because it returns to `free` only when its read has completed, and no code accesses the contents of
+            // `memory`.
             unsafe { ring.submission().push(&read).expect("there is room for all at once") };
             next += 1;
         }
@@ -151,7 +156,9 @@ fn pieces(files: &[PathBuf], piece: u64, size: u64, block: usize) -> Sample {
             over += 1;
         }
     }
-    per_request(start.elapsed(), size, block)
+    let taken = start.elapsed();
+    drop(ManuallyDrop::into_inner(memory));
+    per_request(taken, size, block)
 }
 
 /// Returns the sample of a run that took the time `taken` for `size` bytes. Counts each `block` bytes as a request.

@@ -2,8 +2,8 @@
 //!
 //! The disk is divided into *cells* of 2 MiB, regardless of the block sizes of the layers. The first look-up of a cell
 //! walks the layers once, youngest first, and caches the result: zeros, one run of one file, or a list of runs. Later
-//! look-ups take an index into a table and, for a cell of many runs, a binary search (`frozen_cache.rs`, which also
-//! limits the memory).
+//! look-ups take an index into a table. In a cell of many runs they guess the run, and take a binary search if the
+//! guess is wrong (`frozen_cache.rs`, which also limits the memory).
 //!
 //! Rules (format 6): a sector after the end of a layer is zero, and the layers below it are not looked up; a set bit
 //! means that the layer holds the sector; for a clear bit, or in a block without a place, the sector is the parent's,
@@ -91,7 +91,8 @@ impl Frozen {
         plan.push(beyond, Source::Zero);
     }
 
-    /// Prefetches the list of runs of the cell of a sector into the processor's cache, if the cell has such a list.
+    /// Prefetches, into the processor's cache, the run that a look-up of `sector` tries first. Does nothing if the
+    /// sector's cell is not cached as a list of runs.
     #[inline]
     pub fn prefetch(&self, sector: u64, cache: &mut FrozenCacheHandle) {
         if sector < self.sectors {

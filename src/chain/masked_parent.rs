@@ -85,8 +85,8 @@ struct MaskScan<'a> {
 }
 
 impl MaskScan<'_> {
-    /// The first sector of a block that is zero over data of the parents. A block that is zero as a whole counts only
-    /// if `all` is set: QEMU places a block only to write data to it.
+    /// Returns the first sector of a block that is zero over data of the parents. A block that is zero as a whole
+    /// counts only if `all` is set: QEMU places a block only to write data to it.
     fn first_masked_sector(&mut self, block: BlockIndex, place: BlockPlace, all: bool) -> Result<Option<u64>> {
         let block_size = self.child.block_size().expect("an image with suspects has blocks");
         let range = block_size.sectors_of(block);
@@ -108,7 +108,8 @@ impl MaskScan<'_> {
         Ok(hides.filter(|_| any))
     }
 
-    /// The runs of zero sectors in a piece of the child's disk. The data of the piece is at byte `at`.
+    /// Returns the runs of zero sectors in `piece`, a range of the child's disk. The data of the range is at byte `at`
+    /// of the child's file.
     fn zero_runs(&mut self, piece: SectorRange, at: u64) -> Result<Vec<SectorRange>> {
         let bytes = &mut self.bytes[..usize::try_from(piece.bytes()).expect("a chunk")];
         bytes.fill(0);
@@ -125,7 +126,7 @@ impl MaskScan<'_> {
         Ok(runs)
     }
 
-    /// The first sector of a run that is not zero in the parents.
+    /// Returns the first sector of a run that is not zero in the parents.
     fn first_data(&mut self, run: SectorRange) -> Result<Option<u64>> {
         self.parents.plan_read_now(run, &mut self.plan)?;
         for extent in &self.plan.extents {

@@ -147,7 +147,8 @@ impl Chain {
         Ok((Chain { images, outdated }, missing))
     }
 
-    /// The images, youngest first, whose parent was written to after they recorded its time, each with that parent.
+    /// The images, youngest first, that record an earlier modification time than their parent has, each with that
+    /// parent.
     /// Writes by an unfinished merge of a younger image do not count.
     pub fn outdated(&self) -> impl Iterator<Item = (&Image, &Image)> {
         self.outdated.iter().map(|&number| (&self.images[number], &self.images[number + 1]))

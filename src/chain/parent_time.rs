@@ -21,13 +21,14 @@ pub(super) fn changed(child: &Image, parent: &Image) -> Result<Option<Defect>> {
     Ok((recorded != 0 && found > recorded).then_some(Defect::ParentChanged { recorded, found }))
 }
 
-/// Logs a warning that a parent was written to.
+/// Logs a warning that a parent was written to. `defect` is the result of [`changed`].
 pub(super) fn warn(child: &Image, parent: &Image, defect: &Defect) {
     let Defect::ParentChanged { recorded, found } = defect else { return };
     let (child, parent) = (child.file().path().display(), parent.file().path().display());
     let later = time_to_unix(*found) - time_to_unix(*recorded);
     warning::once(format!(
-        "{parent}: it was written to {later} s after {child} recorded its time, so the disk of {child} may have changed; \
-         if its contents are right, run `diffdisk rebase {child} --unsafe --parent {parent}` to record the time again"
+        "{parent}: it was written to {later} s after the modification time that {child} records, so the disk of \
+         {child} may have changed; if the contents of that disk are right, run `diffdisk rebase {child} --unsafe \
+         --parent {parent}` to record the time again"
     ));
 }

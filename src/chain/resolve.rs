@@ -80,7 +80,9 @@ impl Version {
         }
     }
 
-    /// Prefetches into the processor's cache the memory that a look-up of the first sector of `range` reads.
+    /// Prefetches, into the processor's cache, the run that a look-up of the first sector of `range` in the frozen
+    /// cache tries first. Does nothing if the sector's cell is not cached as a list of runs. Memory of the top is not
+    /// prefetched.
     #[inline]
     pub fn prefetch(&self, range: SectorRange, cache: &mut FrozenCacheHandle) {
         self.frozen().prefetch(range.start(), cache);

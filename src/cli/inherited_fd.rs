@@ -7,7 +7,8 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 
-/// Descriptor numbers that are probed if /proc is not available. `LISTEN_FDS` has at most 4096 descriptors.
+/// Descriptor numbers that are probed if /proc is not available: enough for the sockets of systemd, of which
+/// `systemd.rs` accepts at most 4096, and for as many other descriptors.
 const PROBED_FDS: std::ops::RangeInclusive<RawFd> = libc::STDERR_FILENO + 1..=8191;
 
 /// The inherited descriptors that nothing in this process owns yet.

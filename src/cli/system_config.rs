@@ -1,7 +1,7 @@
 //! The system configuration `/etc/diffdisk/diffdisk.toml`, which both programs read: default values of options.
 //!
-//! The file determines the folders in which parents are accepted. For this reason the file is refused unless it belongs
-//! to root or to the user of the process, and only its owner may write to it.
+//! The file determines the folders in which parents are accepted. For this reason the file is refused if it belongs to
+//! another user than root and the user of the process, or if other users than its owner may write to it.
 
 use std::fs::File;
 use std::io::{ErrorKind as IoKind, Read};

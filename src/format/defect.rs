@@ -148,7 +148,8 @@ pub enum Defect {
     BlockInMetadata { block: BlockIndex, entry: BlockPlace, part: MetadataPart }
         ["block-in-metadata", O12, Corruption, NotReadable, false, Invalid, entry.sector().byte_offset()]
         "block {block} overlaps the {part}";
-    /// A block ends after the end of the data, and its bitmap marks no sector there as present.
+    /// A block ends after the end of the data although a footer follows the data, and its bitmap marks no sector there
+    /// as present.
     BlockBeyondEnd { block: BlockIndex, entry: BlockPlace, end: u64, limit: u64 }
         ["block-beyond-end", O12, Corruption, NotWritable, false, Invalid, entry.sector().byte_offset()]
         "block {block} ends at byte {end}, after the end of the data at byte {limit}";

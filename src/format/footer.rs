@@ -130,7 +130,7 @@ pub struct Footer {
     pub uuid: Uuid,
     /// Nonzero while a virtual machine is suspended on the disk.
     pub saved_state: u8,
-    /// The other bytes, kept as they are. The first one is XenServer's `hidden`.
+    /// The remaining bytes, which decoding and encoding preserve. The first one is XenServer's `hidden`.
     pub reserved: [u8; 427],
 }
 

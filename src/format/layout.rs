@@ -150,7 +150,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
     const HALF_MIB: u32 = 512 << 10;
 
-    /// Returns the entry of `next_place`.
+    /// Returns the BAT entry of the place that [`next_place`] returns. `end` is a file sector.
     fn next_entry(end: u64, block_size: BlockSize, unplaced: u64) -> Result<u32, Defect> {
         next_place(FileSector::new(end), block_size, unplaced).map(BlockPlace::entry)
     }

@@ -12,6 +12,8 @@ use crate::storage::File;
 pub struct ImageIdentity {
     /// The image's UUID.
     pub uuid: Uuid,
+    /// The size of the disk in bytes.
+    pub size: u64,
     /// The parent's UUID; `None` for a root.
     pub parent: Option<Uuid>,
 }
@@ -25,9 +27,10 @@ impl ImageIdentity {
     pub fn peek(file: &File) -> Result<Option<ImageIdentity>> {
         let len = file.stat()?.len;
         let Ok(chosen) = read_footers(file, len)? else { return Ok(None) };
-        let (uuid, footer) = (chosen.footer.uuid, chosen.footer);
+        let footer = chosen.footer;
+        let (uuid, size) = (footer.uuid, footer.current_size);
         if footer.disk_type != DiskType::Differencing {
-            return Ok(Some(ImageIdentity { uuid, parent: None }));
+            return Ok(Some(ImageIdentity { uuid, size, parent: None }));
         }
         if check_header_place(&footer, len).is_err() {
             return Ok(None);
@@ -35,7 +38,7 @@ impl ImageIdentity {
         let mut bytes = [0; 1024];
         file.read_at(&mut bytes, footer.data_offset)?;
         let header = DynamicHeader::decode(&bytes);
-        Ok(header.ok().map(|header| ImageIdentity { uuid, parent: Some(header.parent_uuid) }))
+        Ok(header.ok().map(|header| ImageIdentity { uuid, size, parent: Some(header.parent_uuid) }))
     }
 }
 

@@ -15,7 +15,7 @@ use crate::format::{Defect, DynamicHeader, PlacedBlocks, bitmap};
 use crate::storage::File;
 use crate::units::{BlockSize, SECTOR, SECTOR_BYTES, SectorRange};
 
-/// The blocks of an image that end after its data does.
+/// The blocks of an image that end after the end of the image's data.
 pub(super) struct TruncatedBlocks<'a> {
     pub(super) file: &'a File,
     pub(super) header: &'a DynamicHeader,
@@ -68,15 +68,15 @@ impl TruncatedBlocks<'_> {
 
     /// Returns the runs of lost sectors of a block.
     fn lost_runs(&self, place: BlockPlace, range: SectorRange) -> Result<Vec<SectorRange>> {
-        let behind = self.beyond_end(place, range);
+        let beyond = self.beyond_end(place, range);
         let at = place.sector().byte_offset();
         // Bitmap sectors that are completely in the file; the bits of the others count as set.
         let held = (self.data_end.saturating_sub(at) / SECTOR).min(self.header.block_size.bitmap_sectors().into());
         if held == 0 {
-            return Ok(vec![behind]);
+            return Ok(vec![beyond]);
         }
         let words = self.words(at, held)?;
-        let mut rest = behind;
+        let mut rest = beyond;
         let mut runs = Vec::new();
         while !rest.is_empty() {
             let from = self.header.block_size.sector_in_block(rest.start());

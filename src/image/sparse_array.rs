@@ -18,10 +18,10 @@ pub struct SparseArray<T> {
 }
 
 impl<T> SparseArray<T> {
-    /// Creates an array of `len` elements. `fresh` makes each element when its page is initialized.
-    pub fn new(len: usize, fresh: fn() -> T) -> SparseArray<T> {
+    /// Creates an array of `len` elements. `init` makes each element when its page is initialized.
+    pub fn new(len: usize, init: fn() -> T) -> SparseArray<T> {
         let pages = std::iter::repeat_with(OnceLock::new).take(len.div_ceil(PAGE)).collect();
-        SparseArray { pages, len, init: fresh }
+        SparseArray { pages, len, init }
     }
 
     /// Returns the number of elements.
@@ -37,13 +37,13 @@ impl<T> SparseArray<T> {
     /// Returns element `at`, which is less than `len`; `None` if its page is not initialized.
     #[inline]
     pub fn get(&self, at: usize) -> Option<&T> {
-        debug_assert!(at < self.len, "an index inside the table");
+        debug_assert!(at < self.len, "an index inside the array");
         Some(&self.pages[at / PAGE].get()?[at % PAGE])
     }
 
     /// Returns element `at`, which is less than `len`, after initializing its page if needed.
     pub fn get_or_init(&self, at: usize) -> &T {
-        assert!(at < self.len, "an index inside the table");
+        assert!(at < self.len, "an index inside the array");
         let page = self.pages[at / PAGE].get_or_init(|| std::iter::repeat_with(self.init).take(PAGE).collect());
         &page[at % PAGE]
     }

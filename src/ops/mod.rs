@@ -1,4 +1,4 @@
-//! Floor 4: the verbs of `diffdisk`, on images that no daemon serves.
+//! Floor 4: the verbs of `diffdisk`. Most of them refuse images that a daemon has open for writing.
 //!
 //! This floor contains each verb as a function that returns a value. Other floors contain arguments, printing and exit
 //! codes (`cli`), requests of guests (`device`), and the order of writes to one image (`image`).
@@ -13,11 +13,16 @@
 //!   compact  resize  ────────────────────────────────────────────────────────────> image::Offline
 //! ```
 //!
-//! A verb that changes an image locks the image exclusively and locks its parents against writers (`open_exclusive`).
-//! The image is valid at every moment. If a verb is interrupted, the same call completes the work.
+//! `compact`, `resize`, `flatten` and `rebase` lock the image exclusively (`open_exclusive`), and lock against writers
+//! the parents that they read. `merge` locks the merged layers against writers, and the children of CHILD and (while
+//! data is copied) the receiver exclusively. `settle` and `check --repair` lock only the file that they change,
+//! exclusively; `check --undo` also locks the undo file. An interrupted verb leaves a valid image valid, except for
+//! `check --undo`, which restores defects. The same call completes the work.
 //!
-//! A verb that reads data takes shared locks, so the verb is refused while a daemon has the image open for writing.
-//! `info` and `children` take no lock. The serialized field names of reports are the documented keys of `--json`.
+//! A verb that only reads data takes shared locks, so the verb is refused while a daemon has the image open for
+//! writing. `create` takes shared locks on the parents of a new child, and `convert` locks a file that it replaces
+//! exclusively. `info` and `children` take no lock. The serialized field names of reports are the documented keys of
+//! `--json`.
 
 // The verbs.
 pub mod check;

@@ -52,8 +52,9 @@ pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image, fal
     parent_link(env, folder_of(child.file().path()), parent, locators)
 }
 
-/// Opens the chain of a new parent for the image at `child`, and locks the chain against writers. Parents are accepted
-/// in the folder of the child and in the allowed folders.
+/// Opens the chain of the image at `parent`, the new parent of the image at `child`, and locks the files of this chain
+/// against writers. The file at `parent` may lie in any folder. Parents of `parent` are accepted in and below the
+/// folder of `parent`, the folder of `child`, and the allowed folders.
 ///
 /// # Errors
 /// - `Refused` if the child's chain would be too deep

@@ -23,8 +23,8 @@ pub struct Resized {
 /// Changes the size of the disk at `path`. Added sectors read as zeros, and only zeros may be cut off.
 ///
 /// Children keep their own sizes and contents, since only zeros are added or cut off. A warning is logged for each
-/// child in the folder of the image, because other programs require equal sizes. The same call completes an interrupted
-/// call.
+/// child in the folder of the image if the sizes of child and image then differ, because other programs require equal
+/// sizes. The same call completes an interrupted call.
 ///
 /// # Errors
 /// After any error the disk has its old or its new size.
@@ -63,7 +63,7 @@ fn resize_locked(
         let (image, beneath) = chain.into_parts();
         let mut plan = PlanBuffer::default();
         Offline::new(&image)?.grow(size, &mut |range| exposed_ranges(&beneath, range, &mut plan))?;
-        warn_of_children(env, &image);
+        warn_of_children(env, &image, size);
         return Ok(done);
     }
     if size < from && !shrink {
@@ -84,15 +84,16 @@ fn resize_locked(
         offline.truncate_after_blocks()?
     }
     if size < from {
-        warn_of_children(env, &image);
+        warn_of_children(env, &image, size);
     }
     Ok(done)
 }
 
-/// Logs a warning for each child of `parent` in the same folder, because the sizes of parent and child now differ.
-fn warn_of_children(env: &dyn Env, parent: &Image) {
+/// Logs a warning for each child in the folder of `parent` that does not have `size`, the new size of `parent`. Logs
+/// nothing if the folder cannot be searched.
+fn warn_of_children(env: &dyn Env, parent: &Image, size: u64) {
     for image in folder_scan::scan(env, &[parent.file().folder()]).unwrap_or_default() {
-        if image.identity.parent == Some(parent.uuid()) {
+        if image.identity.parent == Some(parent.uuid()) && image.identity.size != size {
             let path = image.path.display();
             log::warn!("{path}: a child of the resized image keeps its own size, but Hyper-V requires equal sizes");
         }

@@ -75,7 +75,7 @@ impl RuntimeFolder {
         self.0.remove(name)
     }
 
-    /// Returns all names in the folder.
+    /// Returns the names in the folder that are UTF-8, in any order. The result may include `.` and `..`.
     ///
     /// # Errors
     /// `Io`.

@@ -300,7 +300,8 @@ impl DiskServer {
     }
 
     /// Warns if the front-end seems to have disconnected because it uses more queues than are offered. Such a front-end
-    /// disconnects right after GET_QUEUE_NUM. It may connect again and again, so the warning is logged once.
+    /// disconnects right after GET_QUEUE_NUM. It may connect again and again, so the warning is not repeated until a
+    /// front-end disconnects at another point.
     fn warn_of_queue_shortage(&self, connection: &Connection<'_>) {
         let offered = self.workers.len();
         let has_rings = connection.handler.lock().unwrap_or_else(PoisonError::into_inner).has_rings();

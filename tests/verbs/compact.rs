@@ -296,7 +296,8 @@ fn alignment_gaps_are_no_leaks_and_take_no_space() {
     assert_eq!(fixture.defects("i.vhd"), [""; 0]);
     assert_eq!(compacted(&host, &fixture.folder).expect("it works").freed_blocks, 0);
     assert_eq!(places(&host, &path, 5), before, "a block has moved");
-    // The file contains, for each block, its data and a page with its bitmap, then header and BAT, and the footer.
+    // The sum of the data and a page with the bitmap for each block, the pages of header and BAT, and the footer's
+    // page.
     assert_eq!(allocated(), 5 * (u64::from(LARGE) + 4096) + 8192 + 4096);
     // An unreferenced block is still a leak.
     file.write_at(&[0xFF; 4], block_table(&host, &path) + 2 * 4).expect("no entry");

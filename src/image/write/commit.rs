@@ -65,7 +65,8 @@ pub struct Commit {
     phase: CommitPhase,
     snapshots: Vec<SectorSnapshot>,
     barriers: u32,
-    /// Epoch of the live journal that this commit ends.
+    /// Journal epoch of this commit. If the commit succeeds, the journal slots of this epoch and of earlier epochs end,
+    /// except slots whose bitmap sector is not in the snapshot. 0 without a live journal.
     epoch: u64,
 }
 
@@ -260,7 +261,8 @@ impl Writable {
         Some((self.image().table_offset()? + u64::from(sector) * SECTOR, bytes))
     }
 
-    /// Begins a commit of bitmap sectors in the live journal, and returns its epoch.
+    /// Begins a commit of bitmap sectors in the live journal, and returns the journal epoch of the commit; 0 without a
+    /// live journal.
     fn begin_commit(&self, indices: &[BitmapSectorIndex]) -> u64 {
         let (Some(sparse), Some(journal)) = (&self.sparse, self.journal()) else { return 0 };
         let tail = self.free_tail();

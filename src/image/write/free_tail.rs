@@ -31,7 +31,7 @@ pub struct FreeTail {
     pub syncing: bool,
     /// Number of steps that extended the file, since the image was opened or the file system was last full.
     pub steps: u32,
-    /// Number of steps that reserved space, since the image was opened or the file system was last full.
+    /// Number of all completed steps, since the image was opened or the file system was last full.
     pub reservations: u32,
     /// The block that got a place last.
     pub last_placed: BlockIndex,

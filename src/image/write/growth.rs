@@ -19,14 +19,16 @@
 //! 5. Make the zeros durable.
 //! 6. Use the new space.
 //!
-//! If 1 or 2 fails, the file is truncated to its old end. If 4 fails, the old stamp is already out of date: the file
-//! keeps its new end, and the next step of growth skips 2 and 3. If 3 or 5 fails, the image is poisoned.
+//! If 1 fails, the file keeps its old end. If 2 fails, the file is truncated to its old end. If 4 fails, the old stamp
+//! is already out of date: the file keeps its new end, and the next step of growth skips 2 and 3. If 3 or 5 fails, the
+//! image is poisoned.
 //!
-//! 3 and 5 repeat the write as a write-through. A sync would also wait for all data that the guest has written meanwhile
-//! (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space between the two ends was never written,
-//! so it reads as zeros without a sync. On two kinds of file systems, 3 and 5 are syncs. With copy on write, a
-//! write-through that fails for lack of space would look like a failed sync, which poisons the image. If other machines
-//! use the file system, the stamp must be durable as well, and the write-through of 3 contains only the footer.
+//! 3 and 5 repeat the write as a write-through. A sync would also wait for all data that the guest has written
+//! meanwhile (p99 of 68 ms with sequential writes of 1 MiB into an empty child). The space between the two ends was
+//! never written, so it reads as zeros without a sync. On two kinds of file systems, 3 and 5 are syncs. With copy on
+//! write, a write-through that fails for lack of space would look like a failed sync, which poisons the image. If other
+//! machines use the file system, the stamp must be durable as well, and the write-through of 3 contains only the
+//! footer.
 //!
 //! A crash between 2 and 5 leaves the new footer, or the old one, or both. On ext4 it may also leave a length without
 //! the new footer, as ext4 updates the length while it writes back. The next open then uses the footer at the start,
@@ -150,8 +152,8 @@ impl Growth {
     /// Runs the next step of the job. `failed` is the first failure among the operations of the previous step.
     ///
     /// # Errors
-    /// - `NoSpace` if there is no space for the blocks that the step must place, `Io` if a write failed: the file is
-    ///   valid, and growth may be tried again;
+    /// - `NoSpace` if there is no space for the blocks that the step must place, `Io` if a write failed or no BAT entry
+    ///   can refer to the new space: the file is valid, and growth may be tried again;
     /// - `Poisoned` if a sync failed.
     pub fn next(&mut self, failed: Option<io::Error>, ops: &mut Vec<Op>) -> Result<JobStep> {
         let step = self.advance(failed, ops);

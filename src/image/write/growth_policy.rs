@@ -52,8 +52,8 @@ impl Writable {
     /// Number of blocks by which the next step extends the file.
     ///
     /// The first step is an eighth of the disk, but at most 256 MiB; at least 1 % of the disk, and at least sixteen
-    /// blocks. Each step is four times as large as the one before, up to 1 GiB: a guest that fills its disk waits
-    /// milliseconds for each.
+    /// blocks. Each step is four times as large as the one before. No step is larger than 1 GiB (or sixteen blocks): a
+    /// guest that fills its disk waits milliseconds for each.
     pub(super) fn step_blocks(&self, tail: &FreeTail) -> u64 {
         let Some(block_size) = self.image().block_size() else { return 0 };
         let bytes = u64::from(block_size.bytes());

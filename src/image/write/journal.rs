@@ -81,13 +81,14 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Opens and locks the journal of a session. Its contents are not validated yet.
+    /// Opens and locks the journal of a session. The contents of the journal are not validated yet.
     ///
     /// # Errors
-    /// - `NotFound`;
-    /// - `Busy` if a process has it open;
-    /// - `Refused` if the file cannot be a journal of this user;
-    /// - `Io`.
+    /// - `NotFound`
+    /// - `Busy` if another process has the journal open
+    /// - `Refused` if the file cannot be a journal of this user
+    /// - `Unsupported` if the SIGBUS handler cannot be installed
+    /// - `Io`
     pub(super) fn open(runtime: &RuntimeFolder, name: &str) -> Result<Journal> {
         let shm = runtime.open(name, JOURNAL_WORDS)?;
         Ok(Journal::from_shm(shm, runtime, name.to_owned()))
@@ -298,8 +299,8 @@ impl Journal {
     /// place).
     ///
     /// A slot stays if its bitmap sector is not in the snapshot, so that the frame still refers to the slot.
-    /// `keep(slot, bitmap sector, renew)` returns whether the frame does; if so, it has called `renew` under the lock
-    /// of the frame.
+    /// `keep(slot, bitmap sector, renew)` returns whether the frame still refers to the slot. In this case `keep` has
+    /// called `renew` under the lock of the frame.
     pub(super) fn finish_commit(
         &self,
         epoch: u64,

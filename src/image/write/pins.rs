@@ -17,10 +17,12 @@ pub struct Pins {
 }
 
 impl Pins {
-    /// Inserts a bitmap sector that was read from the file into the cache of `image`, and pins it. If it is in memory
-    /// already, only pins it.
+    /// Inserts a bitmap sector that was read from the file into the cache of `image`, and pins it. A bitmap sector
+    /// whose bits are all set is not pinned, because it has no frame that could be evicted. A bitmap sector that was
+    /// inserted and evicted during the read is neither inserted nor pinned, and must be read again.
     ///
-    /// `read` contains the result of `Bitmaps::eviction_count` from before the read, and the sector. `None` only pins.
+    /// `read` contains the result of `Bitmaps::eviction_count` from before the read, and the sector. If `read` is
+    /// `None`, the bitmap sector is pinned if it has a frame.
     pub fn insert(&mut self, image: &Arc<Writable>, index: BitmapSectorIndex, read: Option<(u32, &[u8])>) {
         let bitmaps = image.bitmaps().expect("only images with bitmaps are asked for them");
         let pinned = match read {

@@ -105,8 +105,9 @@ impl LayerStack {
         Ok(is_needed.iter().filter(|needed| **needed).count() as u64)
     }
 
-    /// Copies the sectors of the layers at and after sector `from` into the image of `writer`. Returns the number of
-    /// bytes of data that were written.
+    /// Copies the sectors of the layers at and after sector `from` into the image of `writer`. Sectors that the layers
+    /// hide because a layer or CHILD ends before them become zeros. Returns the number of bytes of data that were
+    /// written.
     ///
     /// # Errors
     /// `Io`, `NoSpace`, `Poisoned`; errors of `on_copied`.

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! The *layers* are CHILD and the images between CHILD and the ancestor. The file of the ancestor receives the data of
-//! the layers and keeps its name. The layers are removed, and the children of CHILD are linked to the ancestor. During
-//! the merge, the ancestor and the children are locked exclusively, and the layers are locked against writers.
+//! the layers and keeps its name. The layers are removed, and the children of CHILD are linked to the ancestor. A run
+//! that copies data locks the ancestor and the children exclusively, and the layers against writers. A run that finds
+//! everything copied locks the ancestor against writers, and each other file when it changes or removes the file.
 //!
 //! Each step is durable before the next:
 //!

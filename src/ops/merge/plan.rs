@@ -1,4 +1,5 @@
-//! Selection of the files of a merge, their locks, and the checks that the merge is allowed. No file is changed.
+//! Selection of the files of a merge, the locks on all of them except the ancestor, and the checks that the merge is
+//! allowed. No file is changed.
 
 use std::path::Path;
 
@@ -12,7 +13,8 @@ use crate::ops::folder_scan::{self, ScannedImage};
 use crate::ops::parent_link::{Locators, replacement_link};
 use crate::storage::{Access, Env, File, FileId, Folder, Lock};
 
-/// The files of a merge, with their locks: shared locks on the layers, exclusive locks on the children of CHILD.
+/// The files of a merge, with their locks: shared locks on the layers, exclusive locks on the children of CHILD, and no
+/// lock on the ancestor.
 pub(super) struct MergePlan {
     /// CHILD and the images between CHILD and the ancestor, youngest first.
     pub(super) layers: LayerStack,
@@ -20,7 +22,7 @@ pub(super) struct MergePlan {
     pub(super) merged_layers: Vec<MergedLayer>,
     /// The folder of each layer.
     pub(super) layer_folders: Vec<Folder>,
-    /// The image that receives the data, open for reading.
+    /// The image that receives the data, open for reading and not locked.
     pub(super) ancestor: Image,
     /// The children of CHILD, locked.
     pub(super) children: Vec<(FileId, File)>,
@@ -28,16 +30,18 @@ pub(super) struct MergePlan {
     pub(super) child_folders: Vec<Folder>,
 }
 
-/// Opens the chain of `child` down to `into` (by default the parent of `child`), searches for children of these images,
-/// and locks the files.
+/// Opens the chain of `child`, selects the files of the merge into `into` (by default the parent of `child`), and
+/// checks that the merge is allowed. Locks the merged layers against writers, and the children of CHILD exclusively.
+/// Does not lock the ancestor: `run.rs` locks the ancestor before the copy, and checks the ancestor again.
 ///
 /// # Errors
 /// - `Busy` if another process holds a conflicting lock on a file, or changed the chain meanwhile
-/// - `Refused` if `into` is no ancestor, if the disk of another child would change, if the sizes do not allow the
-///   merge, if an unfinished merge forbids the change, if a live journal has writes that a file lacks, or (without
-///   `changed_parent`) if a parent was written to after its child recorded its modification time
+/// - `Refused` if `child` is a root, if `into` is no ancestor, if the disk of another child would change, if the sizes
+///   do not allow the merge, if an unfinished merge forbids the change, if a live journal has writes that a file lacks,
+///   or (without `changed_parent`) if a parent has a later modification time than its child records
+/// - `Invalid` if a merged layer was truncated inside a block
 /// - `Unsupported` if the path of the ancestor cannot be recorded in a child of CHILD
-/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain or a child of CHILD
 pub(super) fn plan_merge(
     env: &dyn Env,
     child: &Path,
@@ -86,15 +90,15 @@ pub(super) fn plan_merge(
     Ok(MergePlan { layers: LayerStack::new(images), merged_layers, layer_folders, ancestor, children, child_folders })
 }
 
-/// Refuses the merge if the parent of one of the first `depth` images was written to after the child recorded the
-/// parent's modification time.
+/// Refuses the merge if the parent of one of the first `depth` images has a later modification time than the image
+/// records.
 fn refuse_changed_parent(chain: &Chain, depth: usize) -> Result<()> {
     let layers = &chain.images()[..depth];
     let outdated = chain.outdated().find(|(child, _)| layers.iter().any(|image| image.uuid() == child.uuid()));
     let Some((child, parent)) = outdated else { return Ok(()) };
     let what = format!(
-        "it was written to after {} recorded its time, so the child's disk may be damaged; if the child's disk is right, run \
-         the same command with --changed-parent",
+        "it was written to after the modification time that its child {} records, so the child's disk may be damaged; \
+         if the child's disk is right, run the same command with --changed-parent",
         child.file().path().display()
     );
     Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()))

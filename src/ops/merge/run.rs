@@ -1,4 +1,4 @@
-//! The steps of a merge: [`PreparedMerge::prepare`] opens and locks the files, [`PreparedMerge::run`] does the work.
+//! The steps of a merge: [`PreparedMerge::prepare`] opens and checks the files, [`PreparedMerge::run`] does the work.
 
 use std::path::{Path, PathBuf};
 
@@ -36,7 +36,9 @@ pub struct Merged {
     pub removed: Vec<PathBuf>,
 }
 
-/// A merge whose files are checked and locked. No file is changed yet.
+/// A merge whose files are checked. No file is changed yet. While data remains to be copied, the merged layers are
+/// locked against writers, and the children of CHILD exclusively. The ancestor is not locked yet. If everything is
+/// copied already, no file is locked: the run locks each file when it uses the file.
 pub struct PreparedMerge<'a> {
     env: &'a dyn Env,
     policy: Policy,
@@ -55,18 +57,20 @@ pub struct PreparedMerge<'a> {
 }
 
 impl<'a> PreparedMerge<'a> {
-    /// Opens and locks the files of a merge of the image at `child`, into its parent or into `into`, and checks that
-    /// the merge is possible. If an earlier run was interrupted, this run continues its merge, even if the earlier run
-    /// has removed CHILD. `changed_parent` allows a parent that was written to after its child recorded its
-    /// modification time.
+    /// Opens the files of a merge of the image at `child` into `into` (by default the parent of `child`), and checks
+    /// that the merge is possible. If an earlier run was interrupted, this run continues the merge of the earlier run,
+    /// even if CHILD is already removed. `changed_parent` allows a parent with a later modification time than its child
+    /// records.
     ///
     /// # Errors
-    /// - `Busy` if another process holds a conflicting lock on a file
-    /// - `Refused` if `into` is no ancestor, if the disk of another child would change, if the sizes do not allow the
-    ///   merge, if an unfinished merge has another ancestor, if a live journal has writes that a file lacks, or
-    ///   (without `changed_parent`) if a parent was written to after its child recorded its modification time
+    /// - `Busy` if another process holds a conflicting lock on a file, or changed the chain meanwhile
+    /// - `Refused` if `child` is a root, if `into` is no ancestor, if the disk of another child would change, if the
+    ///   sizes do not allow the merge, if an unfinished merge has another ancestor or forbids the change, if a live
+    ///   journal has writes that a file lacks, or (without `changed_parent`) if a parent has a later modification time
+    ///   than its child records
+    /// - `Refused` if the ancestor was changed after everything was copied, and CHILD no longer exists
     /// - `Unsupported` if the path of the ancestor cannot be recorded in a child of CHILD
-    /// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+    /// - `Invalid`, `Refused`, `NotFound`, `Io` for the merge record, a file of the chain, or a child of CHILD
     pub fn prepare(
         env: &'a dyn Env,
         child: &Path,
@@ -145,8 +149,10 @@ impl<'a> PreparedMerge<'a> {
     /// # Errors
     /// After any error all images are valid, the contents of the disk are unchanged, and the same command continues the
     /// merge.
-    /// - `NoSpace`, `Io`, `Poisoned`, `Busy`
-    /// - `Refused` if a file was replaced or changed since [`PreparedMerge::prepare`]
+    /// - `Busy` if another process holds a conflicting lock on a file
+    /// - `Busy`, `Refused` if a file was replaced or changed since [`PreparedMerge::prepare`]
+    /// - `Invalid`, `Refused`, `NotFound` for the ancestor, a parent of the ancestor, or a child of CHILD
+    /// - `NoSpace`, `Io`, `Poisoned`
     /// - errors of `progress`
     pub fn run(mut self, progress: &mut Progress<'_>) -> Result<Merged> {
         let done = self.run_steps(progress);

@@ -28,8 +28,10 @@ pub(super) fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rusti
     }
 }
 
-/// Converts an error of opening a file. Sockets and FIFOs without a reader (ENXIO), folders (EISDIR) and devices
-/// without a driver (ENODEV) fail already when they are opened.
+/// Converts an error of opening a file: to `Refused` if the error shows that the path does not lead to a regular file,
+/// else as [`Error::io`] does. The open itself fails for a socket (ENXIO), for a device without a driver (ENXIO or
+/// ENODEV), and for a folder that is opened for writing (EISDIR). Other files that are not regular are opened, and
+/// `HostFile::new` refuses them.
 pub(super) fn open_error(e: Errno) -> Error {
     match e {
         Errno::NXIO | Errno::ISDIR | Errno::NODEV => {

@@ -49,6 +49,11 @@ impl Env for Host {
                 let what = "the block device is in use: it is mounted, or used by LVM, RAID, swap or another program";
                 Error::new(ErrorKind::Busy, what).at_path(path)
             }
+            // A file that `open` refuses for this error may be a block device here.
+            Errno::NXIO | Errno::NODEV => {
+                let what = "neither a regular file nor a block device with a driver";
+                Error::new(ErrorKind::Refused, what).caused_by(std::io::Error::from(e)).at_path(path)
+            }
             e => open_error(e).at_path(path),
         })?;
         HostFile::new_disk(fd, path, access, Folder::new(folder)).map(File::new)

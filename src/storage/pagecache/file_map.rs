@@ -86,7 +86,8 @@ pub(in crate::storage) enum Residency {
     Resident(NonNull<u8>),
     /// A query ([`FileMap::query`]) about this offset and length, a part of the range, is worthwhile.
     Query(u64, usize),
-    /// Nothing is known, and a query is not worthwhile yet.
+    /// The range cannot be copied, and a query is not worthwhile: too few reads have missed in the window so far, long
+    /// reads have not read the region repeatedly, or the range cannot be mapped.
     Unknown,
 }
 

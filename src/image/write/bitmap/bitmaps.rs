@@ -161,7 +161,7 @@ impl Bitmaps {
         }
     }
 
-    /// Number of evictions of an absent bitmap sector; `None` if the bitmap sector is full or in memory.
+    /// Number of evictions of an absent bitmap sector; `None` if the bitmap sector is full or has a frame.
     /// [`Pins::insert`](crate::image::Pins::insert) requires the number from before the file was read.
     pub fn eviction_count(&self, index: BitmapSectorIndex) -> Option<u32> {
         match self.table.get(index) {
@@ -170,11 +170,13 @@ impl Bitmaps {
         }
     }
 
-    /// Inserts and pins a bitmap sector as it was read from the file. `evictions` is the result of `eviction_count`
-    /// from before the read.
+    /// Inserts a bitmap sector as it was read from the file, and pins it. `evictions` is the result of
+    /// `eviction_count` from before the read. Returns whether the bitmap sector is pinned.
     ///
-    /// If the bitmap sector is in memory by now, its bits in memory do not change, and it is pinned. If it was inserted
-    /// and evicted since, `sector` is out of date and is ignored. Returns whether the bitmap sector is pinned.
+    /// - If the bitmap sector has a frame by now, its bits in memory do not change, and it is pinned.
+    /// - If it was inserted and evicted since, `sector` is out of date and is ignored. It is not pinned.
+    /// - If all bits of `sector` are set, only the table records this. Such a bitmap sector has no frame and needs no
+    ///   pin.
     pub(in crate::image::write) fn insert(&self, index: BitmapSectorIndex, evictions: u32, sector: &[u8]) -> bool {
         let mut words = [0; SECTOR_BYTES / 8];
         bitmap::decode(sector, &mut words);
