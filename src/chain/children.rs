@@ -1,4 +1,4 @@
-//! Finds the children of an image. Writing to the image changes their disks.
+//! Finds the children of an image. Writing to the image changes the disks of its children.
 //!
 //! Children are found in two ways, and neither is complete:
 //!
@@ -9,7 +9,8 @@
 //! - by the headers of the files in the parent's folder: of at most [`MAX_FILES`] files, and for at most
 //!   [`MAX_SEARCH_TIME`].
 //!
-//! A file is a child if its header has the parent's UUID and its paths lead to this file, not to a copy of it.
+//! A file counts as a child if its header has the parent's UUID, unless its paths lead to another image with that UUID:
+//! a copy of the parent. If the paths lead to no such image, or the file cannot be opened as an image, it also counts.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -35,7 +36,7 @@ const MAX_ATTRIBUTE_BYTES: usize = 2048;
 /// Maximum number of children that an error names.
 const MAX_NAMED: usize = 3;
 
-/// Fails if `parent`, which is about to be written to, has children.
+/// Fails if `parent`, which is about to be written to, has children that can be found.
 ///
 /// # Errors
 /// - `Refused`, with the names of children
@@ -57,10 +58,12 @@ pub fn refuse_if_parent(env: &dyn Env, parent: &Image) -> Result<()> {
     Err(Error::new(ErrorKind::Refused, what).at_path(parent.file().path()))
 }
 
-/// Returns the paths of the children of `parent` that can be found. Removes stale lines of the attribute.
+/// Returns the paths of the children of `parent` that can be found. Removes stale lines of the attribute if this
+/// process may change the attribute.
 ///
 /// # Errors
-/// `Io`.
+/// - `NotFound` if the folder of `parent` no longer exists
+/// - `Io`
 pub fn children_of(env: &dyn Env, parent: &Image) -> Result<Vec<PathBuf>> {
     let folder = env.canonical(folder_of(parent.file().path()))?;
     let mut search = ChildSearch { env, parent, id: parent.file().stat()?.id, found: Vec::new() };

@@ -9,7 +9,8 @@ use crate::image::ImageIdentity;
 use crate::storage::{Access, Env, File, ModifiedTime};
 
 /// Inode, length and time of last change. Two equal stamps show that a file is the same, and was not written to in
-/// between.
+/// between. A write is missed only if it follows another write within one tick of the kernel's clock, a few
+/// milliseconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileStamp {
     /// The inode number.

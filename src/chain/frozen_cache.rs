@@ -112,7 +112,8 @@ fn guess_run(runs: &[PackedRun], at: u64) -> usize {
 }
 
 /// Finds the run that holds sector `at` of the cell. If runs have similar lengths, such as the clusters of a guest's
-/// file system, the first guess is right, and only one cache line of the list is read.
+/// file system, the first guess is usually right. Then one cache line of the list is read, or two if the run is the
+/// first of its line.
 fn find_run(runs: &[PackedRun], at: u64) -> usize {
     let guess = guess_run(runs, at);
     let right = at < runs[guess].end() && start_of(runs, guess) <= at;

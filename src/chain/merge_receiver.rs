@@ -1,6 +1,7 @@
 //! The mark on the receiver of a merge: an extended attribute that is durable before the first byte is copied.
 //!
-//! Its value is `<uuid of CHILD> <path of CHILD>`. It exists while the receiver is partly overwritten.
+//! Its value is `<uuid of CHILD> <path of CHILD>`. It exists while the receiver is partly overwritten, unless the file
+//! system has no extended attributes.
 
 use std::path::{Path, PathBuf};
 
@@ -12,11 +13,11 @@ use crate::storage::File;
 
 const MERGE_ATTRIBUTE: &str = "user.diffdisk.merge";
 
-/// Marks the image in `receiver` as partly overwritten by CHILD, and syncs it.
+/// Marks the image in `receiver` as partly overwritten by CHILD, and syncs the file.
 ///
 /// # Errors
 /// - `Unsupported` if the file system has no extended attributes
-/// - `NoSpace` if it has no space for the attribute
+/// - `NoSpace` if the file system has no space for the attribute
 /// - `Io`
 pub fn mark_receiver(receiver: &File, child: Uuid, path: &Path) -> Result<()> {
     receiver.set_attribute(MERGE_ATTRIBUTE, Some(format!("{child} {}", percent_encode(path)).as_bytes()))?;
@@ -35,7 +36,8 @@ pub fn unmark_receiver(receiver: &File) -> Result<()> {
     receiver.sync_all()
 }
 
-/// Returns the UUID and path of CHILD if the image in `receiver` has the mark of [`mark_receiver`].
+/// Returns the UUID and path of CHILD if the image in `receiver` has the mark of [`mark_receiver`]. A malformed mark
+/// counts as none.
 ///
 /// # Errors
 /// `Io`.

@@ -1,7 +1,7 @@
 //! The record of a merge: its images and its progress. It survives a crash of the process and of the system.
 //!
-//! Its file is `.<uuid of CHILD>.merge` in the folder of CHILD (`merge_record_file`): lines of ASCII with a checksum at
-//! the end.
+//! The file of the record is `.<uuid of CHILD>.merge` in the folder of CHILD (`merge_record_file`): lines of ASCII with
+//! a checksum at the end.
 //!
 //! ```text
 //! diffdisk merge 3

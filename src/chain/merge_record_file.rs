@@ -32,7 +32,8 @@ impl MergeRecord {
     /// `child` now; `None` if there is no image.
     ///
     /// # Errors
-    /// - `Refused` if the image at `child` is not the one that was there when the merge was begun
+    /// - `Refused` if the image at `child` is not the one that was there when the merge was begun, or if the name of a
+    /// record leads to no regular file
     /// - `Invalid` if no image is at `child`, and a record in the folder is damaged
     /// - `NotFound` if the folder of `child` does not exist
     /// - `Io`
@@ -124,7 +125,7 @@ impl MergeRecord {
     /// Replaces the record on disk durably. `home` is its folder.
     ///
     /// # Errors
-    /// `NoSpace`, `Io`: the old or the new record is in place.
+    /// `NoSpace`, `Io`: the old record, if there was one, or the new record is in place.
     pub fn save(&self, home: &Folder) -> Result<()> {
         let temporary = self.temporary_name();
         let saved = self.write(home, &temporary).and_then(|()| {

@@ -10,7 +10,7 @@
 //! grandparent ├> Frozen   all other layers, merged into one map that never changes
 //!       root ─┘
 //!
-//!   Version = Top over Frozen.  A read looks up Top, then Frozen: two look-ups at any depth.
+//!   Version = Top over Frozen.  A read looks up Top, then Frozen: at most two look-ups at any depth.
 //! ```
 
 mod case_insensitive;

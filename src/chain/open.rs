@@ -38,6 +38,7 @@ impl Chain {
     /// - `Refused` if the chain has too many files, or block tables of more than 128 MiB
     /// - `Refused` if a parent lies outside the allowed folders, or if two files match its name and UUID
     /// - `Busy` if another process holds a conflicting lock on any file of the chain
+    /// - `Unsupported` if a recorded path must be looked up in a subfolder and the kernel has no openat2
     /// - `Refused`, except in mode `Inspect`, if a file that is not opened for writing has a live journal, since its
     ///   daemon was killed or runs on another machine
     /// - `Refused`, except in mode `Inspect`, if an unfinished merge has partly overwritten an image, and the chain
@@ -72,7 +73,7 @@ impl Chain {
     /// Opens the parents of an image that is already open and, unless `mode` is `Inspect`, locked.
     ///
     /// # Errors
-    /// `Invalid`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`].
+    /// `Invalid`, `Unsupported`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`].
     pub fn from_image(env: &dyn Env, youngest: Image, policy: &Policy, mode: OpenMode) -> Result<Chain> {
         match Chain::until_missing(env, youngest, policy, mode)? {
             (chain, None) => Ok(chain),
@@ -84,8 +85,8 @@ impl Chain {
     /// Returns the images above that parent, and the error of that parent; or the whole chain and `None`.
     ///
     /// # Errors
-    /// `Invalid`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`]. The error of a parent
-    /// that is missing or may not be opened is in the returned pair instead.
+    /// `Invalid`, `Unsupported`, `NotFound`, `Refused`, `Busy`, `Io`, for the reasons listed at [`Chain::open`]. The
+    /// error of a parent that is missing or may not be opened is in the returned pair instead.
     pub fn until_missing(
         env: &dyn Env,
         youngest: Image,

@@ -3,7 +3,8 @@
 //! 1. Each recorded path, in order. A file below an allowed folder is opened; it is the parent if it has the recorded
 //!    UUID. For a path outside the allowed folders, only its existence is checked
 //!    ([`Env::file_presence`](crate::storage::Env::file_presence)). If a file is there, the search fails: that file may
-//!    be the parent, and any other match a diverged copy of it.
+//!    be the parent, and any other match a diverged copy of it. If it is unknown whether a file is there, the search
+//!    fails after the last path, unless another path leads to the parent.
 //! 2. Each recorded file name, in the folder of the child and in the folders that the operator has allowed. If two
 //!    files match, the search fails, since choosing one would be a guess.
 
@@ -37,7 +38,7 @@ pub(super) enum ParentLookup {
 struct Candidates {
     /// Files with the recorded UUID.
     matching: Vec<Image>,
-    /// The result of the first candidate that exists and is not the parent.
+    /// The result of the first candidate that exists, or may exist, and is not the parent.
     first_failure: Option<Result<ParentLookup>>,
     /// Paths without a file, with the reason.
     absent: Vec<(PathBuf, String)>,
@@ -113,7 +114,8 @@ impl ParentSearch<'_> {
         }
     }
 
-    /// Locks and opens a candidate. The inner error means that the candidate has another UUID.
+    /// Opens a candidate, and locks it except in mode `Inspect`. The inner error means that the candidate has another
+    /// UUID.
     fn open_candidate(&self, file: &File, wanted: Uuid) -> Result<Result<Image, Defect>> {
         // A file that was visited is already locked. `visit` reports the cycle.
         if self.mode() != OpenMode::Inspect && !self.has_visited(file.stat()?.id) {

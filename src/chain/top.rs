@@ -44,7 +44,8 @@ impl Top {
         }
     }
 
-    /// Appends the extents of a write of `range` to `plan`, and reserves places for blocks that have none.
+    /// Appends the extents of a write of `range` to `plan`, and reserves places for blocks that have none. If bitmaps
+    /// are missing, only adds these to `plan`.
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for a block. The call may be repeated after the file has grown.
@@ -74,8 +75,9 @@ impl Top {
 
     /// Appends to `plan` the changes that make `range` read as zeros: extents to zero in the file, and ranges to mark.
     ///
-    /// A block without a place gets one only if data of a lower layer would be exposed. The space of such a block is
-    /// durably zero, so its sectors need only be marked.
+    /// A block without a place gets one only if a lower layer has data in the range. The space of such a block is
+    /// durably zero, so its sectors need only be marked. If bitmaps are missing, adds these to `plan` and reserves
+    /// nothing.
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for a block. The call may be repeated after the file has grown.
@@ -120,7 +122,7 @@ impl Top {
     }
 
     /// Appends the extents of `range` that this layer holds to `plan`, to be punched. No bit changes: setting a clear
-    /// bit would hide data of the parents, and clearing a set bit would expose it.
+    /// bit would hide data of the parents, and clearing a set bit would expose that data.
     pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         let Some((block_size, table)) = self.table() else {
             self.image.note_content_change();

@@ -15,7 +15,10 @@
 //! | all copied | CHILD's disk; refused as parent of a layer between | CHILD's disk | refused, as is changing CHILD |
 //! | abandoned | refused: neither disk | CHILD's disk | only its size and the allocation of blocks |
 //!
-//! Opening a chain logs one warning for each unfinished merge in it.
+//! A merged layer gets no other parent and no other size before the merge is finished or abandoned. Its contents may
+//! change until everything is copied: the merge then copies everything again.
+//!
+//! Opening a chain logs one warning for each unfinished merge in it, except the merge that opens the chain.
 
 use std::path::{Path, PathBuf};
 
@@ -107,10 +110,10 @@ impl UnfinishedMerge {
     }
 }
 
-/// Refuses a chain (youngest image first) that reads a partly overwritten image, unless the image CHILD of the merge is
-/// above that image in the chain. Logs a warning for every other unfinished merge, except the merge of `own`. Returns
-/// the positions of receivers below their CHILD: the merge explains why the file of such a receiver is newer than its
-/// child records.
+/// Refuses a chain (youngest image first) that reads a receiver which is partly overwritten, or reads a receiver
+/// through a layer between it and CHILD after copying began, unless CHILD is above the receiver in the chain. Logs a
+/// warning for every other unfinished merge, except the merge of `own`. Returns the positions of receivers below their
+/// CHILD: the merge explains why the file of such a receiver is newer than its child records.
 ///
 /// # Errors
 /// - `Refused`, with the image and the command that finishes the merge; not in the mode `Inspect`

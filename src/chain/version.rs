@@ -40,7 +40,8 @@ impl Version {
         &self.frozen
     }
 
-    /// Sectors of the disk that the guest sees: those of the youngest layer.
+    /// The number of sectors of the disk, as passed to [`Version::new`]. For an opened disk, that of the youngest
+    /// layer.
     pub fn sectors(&self) -> u64 {
         self.sectors
     }

@@ -98,8 +98,8 @@ impl Device {
     }
 
     /// Reads `len` bytes, at most 256, of the configuration space from `offset`. Bytes after the end of the space are
-    /// zero. Some front-ends read at 0x100, where the configuration space of a PCI device begins; that offset is
-    /// equivalent to 0.
+    /// zero. Some front-ends count from 0x100, where the configuration space of a PCI device begins; so offsets from
+    /// 0x100 on are equivalent to offsets from 0 on.
     pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
         config_window(&self.config().encode(), offset, len)
     }

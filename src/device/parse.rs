@@ -1,7 +1,7 @@
 //! Parsing of a descriptor chain into a request for the disk, or into a status that is returned at once.
 //!
-//! This module makes all checks of a request, before the request has any effect. A request that reaches the disk has a
-//! valid range and size, and its buffers lie in guest memory.
+//! This module makes all checks of a request, before the request has any effect on the disk. A request that reaches the
+//! disk has a valid range and size, and its buffers lie in guest memory.
 
 use super::config::{MAX_ZEROED_SECTORS, ZEROING_LIMITS};
 use super::descriptor_chain::{DescriptorChain, clip_buffers};
@@ -52,8 +52,8 @@ pub enum ParsedChain {
         /// Used length, including the status byte.
         written: u32,
     },
-    /// A chain without a writable byte for a status, or without a whole header. The chain is returned with used length
-    /// 0 (V7, V8).
+    /// A chain without a whole header, or without a writable byte of guest memory for a status. The chain is returned
+    /// with used length 0 (V7, V8).
     Return,
 }
 
@@ -146,7 +146,7 @@ fn parse_request(
 }
 
 /// V9: checks a read or write of `len` bytes. Returns the sectors and the length. A request of zero bytes succeeds at
-/// once.
+/// once if its first sector is not after the end of the disk.
 fn data_range(sector: u64, len: u64, rules: &RequestRules<'_>) -> Result<(SectorRange, u32), EarlyEnd> {
     if !len.is_multiple_of(SECTOR) || len > MAX_BYTES {
         return Err(Failed(Status::IoErr));

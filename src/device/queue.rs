@@ -4,8 +4,8 @@
 //!   serve:  poll ─ complete ─ (interrupt) ─ pop up to 16 ─ submit ─ poll ─ complete ─ (interrupt, see `interrupt.rs`)
 //! ```
 //!
-//! A batch makes one submit (two if a copy fails or early writeback is due), and one system call for an interrupt if
-//! the driver requires one. `Lane::refresh_residency` may then make a few more system calls. The lock of the vring is
+//! A batch makes at most one submit (two if a copy fails or early writeback is due), and one system call for each of at
+//! most two interrupts. `Lane::refresh_residency` may then make a few more system calls. The lock of the vring is
 //! never held across I/O, so the control thread does not wait for the disk.
 
 use std::io;
@@ -210,7 +210,8 @@ impl Queue {
     }
 
     /// Enables kicks of the driver. The thread must call this before it sleeps. Returns whether the driver added chains
-    /// in the meantime.
+    /// in the meantime. Does nothing and returns false if the ring is stopped, disabled or broken, or if the last batch
+    /// ended because the lane had no capacity.
     pub fn enable_kicks(&mut self, vring: &Vring) -> bool {
         // If the lane has no capacity, answers have to wake the thread, not kicks.
         let Some(virtqueue) = self.virtqueue.as_mut().filter(|x| x.broken().is_none() && !self.no_capacity) else {

@@ -74,7 +74,7 @@ pub mod desc {
     pub const LEN: usize = 16;
     /// Flag: another descriptor follows.
     pub const NEXT: u16 = ring::VRING_DESC_F_NEXT as u16;
-    /// Flag: the device may write the buffer. Without it, the device may read it.
+    /// Flag: the device may write the buffer. Without the flag, the device may read the buffer.
     pub const WRITE: u16 = ring::VRING_DESC_F_WRITE as u16;
     /// Flag: the buffer is a table of descriptors.
     pub const INDIRECT: u16 = ring::VRING_DESC_F_INDIRECT as u16;

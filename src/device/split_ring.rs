@@ -167,8 +167,8 @@ impl SplitRing {
         self.avail.load(at, Ordering::Relaxed)
     }
 
-    /// Prefetches the first descriptor of the chain that is `n` chains after the next chain. Another processor wrote
-    /// the descriptor, so no cache of this processor contains it.
+    /// Prefetches the first descriptor of the chain that is `n` chains after the next chain. Usually another processor
+    /// wrote the descriptor, so the caches of this processor do not contain it.
     #[inline]
     pub fn prefetch_descriptor(&self, n: u16) {
         self.table.prefetch(self.descriptor_offset(n));

@@ -4,8 +4,8 @@
 //! rule is the same for roots and children: programs that ignore bits set all of them, so a clear bit never belongs to
 //! a written sector. An unclean shutdown may cut a block off in sectors with clear bits only, which loses nothing.
 //!
-//! A bitmap is read only if its block is the only one that contains the end of the data. Several blocks there overlap,
-//! so the image is refused anyway, and all their sectors after the end count as lost.
+//! A bitmap is read only if its block is the only one that contains the end of the data. If several blocks contain it,
+//! they overlap: the image is refused anyway, and all sectors of these blocks after the end count as lost.
 
 use std::ops::ControlFlow;
 

@@ -1,8 +1,8 @@
 //! Opens images: reads a file's metadata, and uses each structure only after it passed the rules (O1 to O16).
 //!
 //! An open reads the two footers, the header, the block table and, of XenServer's images, the batmap's header. If the
-//! file was cut off inside a block, it also reads the bitmap of that block. It maps nothing. A harmless violation
-//! becomes a note. `check` uses the same examination, but continues after defects that end an open.
+//! file was cut off inside a block, it also reads the bitmap of that block. It maps nothing. A violation that leaves
+//! the image readable becomes a note. `check` uses the same examination, but continues after defects that end an open.
 
 use std::ops::ControlFlow;
 
@@ -59,7 +59,8 @@ impl Image {
     ///
     /// # Errors
     /// - `Invalid`, with the first defect that makes the image unreadable, and its offset.
-    /// - `Refused` if the image is encrypted.
+    /// - `Unsupported` if the file is an image of another format.
+    /// - `Refused` if the image is encrypted, its block table is too large, or a resize by vhd-util was interrupted.
     /// - `Io`.
     pub fn open(file: File) -> Result<Image> {
         Image::open_despite(file, |_| false)
@@ -69,7 +70,8 @@ impl Image {
     ///
     /// # Errors
     /// - `Invalid`, with the first other defect that makes the image unreadable, and its offset.
-    /// - `Refused` if the image is encrypted.
+    /// - `Unsupported` if the file is an image of another format.
+    /// - `Refused` if the image is encrypted, its block table is too large, or a resize by vhd-util was interrupted.
     /// - `Io`.
     pub fn salvage(file: File) -> Result<Image> {
         Image::open_despite(file, |defect| matches!(defect, Defect::BlockCutOff { .. }))
@@ -79,7 +81,8 @@ impl Image {
     ///
     /// # Errors
     /// - `Invalid`, with a defect after which no further metadata can be read, and its offset.
-    /// - `Refused` if the image is encrypted.
+    /// - `Unsupported` if the file is an image of another format.
+    /// - `Refused` if the image is encrypted, its block table is too large, or a resize by vhd-util was interrupted.
     /// - `Io`.
     pub fn inspect(file: File) -> Result<Image> {
         Image::open_despite(file, |_| true)
@@ -128,8 +131,8 @@ impl Image {
         let header = DynamicHeader::decode(&bytes);
         let header = header.map_err(|d| fatal(&file, found, d.with_base_offset(footer.data_offset)))?;
         let table_range = check_table(footer, &header, len).map_err(|d| fatal(&file, found, d))?;
-        let behind_table = read_sector_after_table(&file, footer, &header, len)?;
-        let batmap = behind_table.as_ref().and_then(|bytes| BatmapHeader::decode(bytes).ok());
+        let after_table = read_sector_after_table(&file, footer, &header, len)?;
+        let batmap = after_table.as_ref().and_then(|bytes| BatmapHeader::decode(bytes).ok());
         if batmap.as_ref().is_some_and(BatmapHeader::is_encrypted) {
             return Err(fatal(&file, found, Defect::Encrypted { at: table_range.end }));
         }
@@ -149,7 +152,7 @@ impl Image {
                 && metadata.overlapping(&at).is_none()
                 && !placed.covers(&at, header.block_size)
         };
-        if behind_table.is_some_and(is_damaged) {
+        if after_table.is_some_and(is_damaged) {
             report_defect(found, Defect::BatmapHeader { at: table_range.end })?;
         }
         let cut = TruncatedBlocks {
@@ -175,7 +178,7 @@ impl Image {
         &self.chosen.footer
     }
 
-    /// Returns the defects that did not end the open; if there are many, only the first ones.
+    /// Returns the defects that did not end the open; if there are many, only the first ones and the worst.
     pub fn notes(&self) -> &[Defect] {
         &self.notes
     }

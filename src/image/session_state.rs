@@ -6,6 +6,9 @@
 //! | of this boot of this machine | are refused | replays the journal, or is refused if no journal matches |
 //! | of an earlier boot of this machine | open the image: the guest ended with the machine | recovers as after a power cut |
 //! | of another machine | are refused: that machine may be running | is refused |
+//!
+//! Tools that read only metadata (`info`, `children`) are never refused, and `settle` replays the journal as a daemon
+//! does. With `--discard-journal` the session is discarded.
 
 use std::path::Path;
 

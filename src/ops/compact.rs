@@ -30,7 +30,7 @@ pub struct Compacted {
 /// After any error the image is valid. The same call completes the work.
 /// - `Unsupported` for a fixed image
 /// - `Refused` if a live journal has writes that the image lacks, or if an unfinished merge forbids the change
-/// - `Invalid`, `Refused`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `NoSpace`, `Io`; errors of `progress`
 pub fn compact(env: &dyn Env, path: &Path, policy: &Policy, progress: &mut Progress<'_>) -> Result<Compacted> {
     let chain = open_exclusive::chain(env, path, ImageChange::Allocation, policy)?;

@@ -83,7 +83,7 @@ pub fn root(env: &dyn Env, path: &Path, root: &RootSpec) -> Result<Uuid> {
 /// - `Busy` if another process holds a conflicting lock on an image of the parent's chain
 /// - `Invalid` if the format does not allow one of the sizes
 /// - `Unsupported` if the path of the parent cannot be recorded, or if space for every block cannot be reserved
-/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain
 /// - `NotFound` if the folder of `path` does not exist
 /// - `Io`, `NoSpace`
 pub fn child(env: &dyn Env, path: &Path, child: &ChildSpec, policy: &Policy) -> Result<CreatedChild> {

@@ -23,7 +23,7 @@ pub struct ChangedRun {
 /// # Errors
 /// - `Refused` if there is no such ancestor
 /// - `Busy` if another process holds a conflicting lock on a file
-/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain
 /// - errors of `found`
 pub fn diff(
     env: &dyn Env,

@@ -26,7 +26,7 @@ use crate::units::SECTOR;
 /// # Errors
 /// After any error the image has its old or its new parent.
 /// - `Refused` if `keep` is not among the parents, or if an unfinished merge forbids the change
-/// - `Invalid`, `Refused`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `Unsupported` if the path of `keep` cannot be recorded in the child
 /// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn flatten(

@@ -164,7 +164,7 @@ pub struct LocatorInfo {
 /// opened, the chain ends at the child of that parent, and a warning is logged.
 ///
 /// # Errors
-/// `Invalid`, `Refused`, `NotFound`, `Io` for the image, or (with a policy) for a parent that was found.
+/// `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for the image, or (with a policy) for a parent that was found.
 pub fn info(env: &dyn Env, path: &Path, parents: Option<&Policy>) -> Result<ImageInfo> {
     let mut tries = 1;
     loop {

@@ -35,7 +35,7 @@ pub struct FilePosition<'a> {
 ///
 /// # Errors
 /// - `Busy` if another process holds a conflicting lock on a file
-/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain
 /// - errors of `found`
 pub fn map(env: &dyn Env, path: &Path, policy: &Policy, mut found: impl FnMut(MapRun<'_>) -> Result<()>) -> Result<()> {
     let version = Chain::open(env, path, policy, OpenMode::Read)?.into_frozen();

@@ -14,7 +14,7 @@ use crate::storage::{Access, Env, Lock};
 /// - `Busy` if another process holds a conflicting lock on a file of the chain
 /// - `Refused` if a live journal has writes that the image lacks, if the image must not be written, or if an unfinished
 ///   merge forbids the change
-/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain
 pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Chain> {
     Chain::from_image(env, image(env, path, change, policy)?, policy, OpenMode::Write)
 }
@@ -25,7 +25,7 @@ pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Po
 /// - `Busy` if another process holds a conflicting lock on the file
 /// - `Refused` if a live journal has writes that the image lacks, if the image must not be written, or if an unfinished
 ///   merge forbids the change
-/// - `Invalid`, `NotFound`, `Io`
+/// - `Invalid`, `Unsupported`, `NotFound`, `Io`
 pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Image> {
     // Symbolic links are resolved, because recorded paths to the parent are relative to the folder of the link's
     // target.

@@ -58,7 +58,7 @@ pub(super) fn replacement_link(env: &dyn Env, child: &Image, parent: &Image, fal
 ///
 /// # Errors
 /// - `Refused` if the child's chain would be too deep
-/// - `Invalid`, `Refused`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of the chain
 pub(super) fn open_new_parent(env: &dyn Env, child: &Path, parent: &Path, policy: &Policy) -> Result<Chain> {
     let chain = Chain::open(env, parent, &allowing_folder(policy, folder_of(child)), OpenMode::Read)?;
     if chain.images().len() >= policy.max_depth {

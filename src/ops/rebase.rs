@@ -34,7 +34,7 @@ pub struct Rebased {
 /// After any error the image has its old or its new parent.
 /// - `Refused` if the image is no child, if the new parent is the image itself or its descendant, if the chain would be
 ///   too deep, or if an unfinished merge forbids the change
-/// - `Invalid`, `Refused`, `Busy`, `NotFound`, `Io` for a file of either chain
+/// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of either chain
 /// - `Unsupported` if the path of the new parent cannot be recorded in the child
 /// - `NoSpace`, `Io` while copying; errors of `progress`
 pub fn rebase(

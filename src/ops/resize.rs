@@ -31,7 +31,7 @@ pub struct Resized {
 /// - `Invalid` if the format does not allow the size
 /// - `Refused` for a smaller size without `shrink`, if a byte that would be cut off is not zero, or if an unfinished
 ///   merge forbids the change
-/// - `Invalid`, `Refused`, `Busy`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `NoSpace`, `Io`; errors of `progress`
 pub fn resize(
     env: &dyn Env,

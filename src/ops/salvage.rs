@@ -26,7 +26,7 @@ pub struct SalvageLoss {
 ///
 /// # Errors
 /// - `Busy` if another process holds a conflicting lock on a file
-/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+/// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain
 pub fn open(env: &dyn Env, path: &Path, policy: &Policy) -> Result<(SourceDisk, Vec<SalvageLoss>)> {
     let chain = Chain::open(env, path, policy, OpenMode::Salvage)?;
     let (mut losses, mut hidden) = (Vec::new(), Vec::new());

@@ -15,7 +15,7 @@ use crate::storage::{Access, Env, Lock, RuntimeFolder};
 ///   does not belong to the image in its present state, or if the session is of another machine
 /// - `Refused` if the image must not be written
 /// - `Poisoned` if a sync of the killed daemon failed
-/// - `Invalid`, `NotFound`, `NoSpace`, `Io`
+/// - `Invalid`, `Unsupported`, `NotFound`, `NoSpace`, `Io`
 pub fn settle(env: &dyn Env, path: &Path, folders: &[RuntimeFolder]) -> Result<bool> {
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
@@ -26,7 +26,7 @@ pub fn settle(env: &dyn Env, path: &Path, folders: &[RuntimeFolder]) -> Result<b
 ///
 /// # Errors
 /// - `Busy` if another process holds a lock on an image
-/// - `Refused`, `Invalid`, `NotFound` if an image cannot be opened
+/// - `Refused`, `Invalid`, `Unsupported`, `NotFound` if an image cannot be opened
 /// - `Io`
 pub fn discard(env: &dyn Env, paths: &[&Path], folders: &[RuntimeFolder]) -> Result<()> {
     paths.iter().try_for_each(|path| image::discard_session(env, folders, path))

@@ -47,7 +47,7 @@ impl SourceDisk {
     ///
     /// # Errors
     /// - `Busy` if another process holds an exclusive lock on a file
-    /// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain
+    /// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain
     pub fn open(env: &dyn Env, path: &Path, format: SourceFormat, policy: &Policy) -> Result<SourceDisk> {
         if format == SourceFormat::Raw {
             let file = env.open_disk(path, Access::Read)?;

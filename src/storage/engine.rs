@@ -51,8 +51,8 @@ pub trait Engine: Send {
     /// Returns the operation if `depth` operations are outstanding.
     fn push(&mut self, op: Op) -> Result<(), Op>;
 
-    /// Submits all pushed operations. An engine over io_uring makes one system call for them, and one for each write
-    /// that it tries without the ring.
+    /// Submits all pushed operations. An engine over io_uring usually makes one system call for them, and one for each
+    /// write that it tries without the ring.
     ///
     /// # Errors
     /// If the kernel refuses the operations. The engine cannot be used after an error.

@@ -44,7 +44,7 @@ pub trait Env: Send + Sync {
     /// exclusively.
     ///
     /// # Errors
-    /// - `Busy` for a device that is mounted or otherwise in use
+    /// - `Busy` for a device that is opened for writing while it is mounted or otherwise in use
     /// - those of [`Env::open`], except that a block device is accepted
     fn open_disk(&self, path: &Path, access: Access) -> Result<File> {
         self.open(path, access)

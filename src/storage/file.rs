@@ -203,7 +203,8 @@ impl File {
     /// I/O.
     ///
     /// # Errors
-    /// - `Busy` if another process holds a conflicting lock; the message contains the holder if it can be found
+    /// - `Busy` if another open file description, usually of another process, holds a conflicting lock; the message
+    ///   contains the holder if the holder can be found
     /// - `Unsupported` for an exclusive lock on a file that was opened with [`Access::Read`](super::Access::Read)
     /// - `Io`
     pub fn lock(&self, lock: Lock) -> Result<()> {

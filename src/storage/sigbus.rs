@@ -9,13 +9,16 @@
 //!   after a fault. Users of the mapping check [`Guard::is_lost`] before they rely on bytes that they read or wrote.
 //! - *Code with a failure exit* (a `FixUp`): the handler moves the interrupted thread to that exit.
 //!
-//! Any other SIGBUS goes to the handler that was installed before this one.
+//! For any other access, the handler that was installed before this one is installed again, and the access is repeated.
+//! A SIGBUS that another process sent has the default action. The report that memory failed which no thread has
+//! accessed is ignored.
 //!
 //! The handler replaces the whole mapping and not just the page: otherwise a front-end could split a mapping page by
 //! page until the daemon reaches the kernel's limit of mappings.
 //!
-//! The handler interrupts arbitrary code. It takes no lock, allocates nothing, calls only `mmap`, and reads only
-//! atomics: the registry of guarded mappings is a list of chunks that grows at its end and is never freed.
+//! The handler interrupts arbitrary code. It takes no lock, allocates nothing, makes only async-signal-safe calls, and
+//! reads only atomics and values that are set once: the registry of guarded mappings is a list of chunks that grows at
+//! its end and is never freed.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_int, c_void};
@@ -77,8 +80,8 @@ pub(super) type FixUp = unsafe fn(context: *mut c_void) -> bool;
 
 static FIX_UP: OnceLock<FixUp> = OnceLock::new();
 
-/// Returns the number of times that any guarded mapping lost a page. While this number does not change, no
-/// [`Guard::is_lost`] changes.
+/// Returns the number of times that any guarded mapping lost a page. The number changes after [`Guard::is_lost`] of the
+/// mapping has become true, and before any access to the mapping reads zeros in place of the lost bytes.
 #[inline]
 pub fn loss_count() -> u32 {
     LOSS_COUNT.load(Ordering::Acquire)

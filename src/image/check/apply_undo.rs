@@ -10,9 +10,9 @@
 //!   7  finish     state 3, durable
 //! ```
 //!
-//! The image was readable before the repair and is readable after it, so it has a valid footer in both states. The
-//! trailing footer is restored before the copy at the start is replaced. A call that completes an interrupted undo
-//! accepts each sector only if its contents are those from before or from after the repair.
+//! The image has a valid footer before and after the repair (in a padded fixed image, before the padding). The trailing
+//! footer is restored before the copy at the start is replaced. A call that completes an interrupted undo accepts each
+//! sector only if its contents are those from before or from after the repair.
 
 use super::undo_file::{UndoHeader, UndoState};
 use crate::error::{Error, ErrorKind, Result};

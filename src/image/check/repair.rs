@@ -1,7 +1,8 @@
 //! Repairs defects that have one possible repair, crash-safely, and saves the bytes that it replaces.
 //!
-//! The guest's disk reads the same before, during and after a repair. A repair changes only copies (footers), derived
-//! data (XenServer's batmap), bits and entries that no reader uses, and unreferenced space.
+//! The guest's disk reads the same before, during and after a repair, unless the caller chooses a footer of another
+//! disk ([`FooterChoice`]). A repair changes only copies (footers), derived data (XenServer's batmap), bits and entries
+//! that no reader uses, and unreferenced space.
 //!
 //! ```text
 //!   1  undo       save what is going to be replaced, durably (undo_file.rs)

@@ -1,4 +1,4 @@
-//! Changes the structure of an image that no other process has open: its size, its parent, the places of its blocks.
+//! Changes the structure of an image that is locked exclusively: its size, its parent, the places of its blocks.
 //!
 //! ```text
 //!   resize, compact ──> bat ──> offline_image     each step leads from one valid image to another

@@ -1,8 +1,7 @@
-//! An image that no other process has open, for changes of its structure: its size, its block table, the places of
-//! blocks.
+//! An image that is locked exclusively, for changes of its structure: its size, its block table, the places of blocks.
 //!
-//! Every method is a step from one valid image to another, and documents its order of durable writes. `resize.rs` and
-//! `compact.rs` combine the steps, with the failpoints at which tests kill them.
+//! Every public method that changes the file leads from one valid image to another. `resize.rs` and `compact.rs`
+//! combine the steps, with the failpoints at which tests kill the process.
 //!
 //! New and obsolete structures lie in unreferenced space: after the blocks, or in a gap between them. So a step
 //! overwrites referenced bytes only in these cases: a footer (one sector); the header's first sector, which contains
@@ -261,8 +260,8 @@ impl Offline {
 }
 
 /// Extends a file of `len` bytes, durably: allocates the space after `len` and ends the file with a footer at byte
-/// `footer_at`. If the allocation or the write fails, the file keeps its old length. If the sync fails, it has the new
-/// one.
+/// `footer_at`. If the allocation or the write fails, the file keeps its old length. If the sync fails, the file has
+/// the new length.
 pub(super) fn lengthen(file: &File, len: u64, footer_at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
     let longer = match file.allocate(len, footer_at + SECTOR - len) {
         Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),

@@ -19,8 +19,8 @@
 //! footer refers to it. So a crash leaves the old parent or the new one, and never a mixture. A footer is switched by a
 //! write of one sector. If a power cut leaves the two footers with different header offsets, both headers are valid,
 //! and writers refuse the image until the reparent is repeated, which continues from the trailing footer. An
-//! interrupted reparent is repeated as a whole ([`is_reparent_finished`] detects one). Except in the case of differing
-//! footers, any program may read and write the image in between.
+//! interrupted reparent is repeated as a whole ([`is_reparent_finished`] detects one). Between two steps any program
+//! may read and write the image, except if the footers differ.
 //!
 //! A change of the disk type (a child that becomes a root) is part of the switch of the footers.
 //!
@@ -57,7 +57,7 @@ const HEADER_HOME: u64 = 512;
 /// relative path, as vhd-util writes it.
 ///
 /// # Errors
-/// - `Invalid`, `Refused`, for the reasons listed at [`Image::open`].
+/// - the errors of [`Image::open`].
 /// - `Unsupported` if the image is fixed, or a path cannot be recorded in a child.
 /// - `Refused` if the image must not be written, or has a session that has not ended.
 /// - `NoSpace`, `Io`: the image has its old or new parent, and repeating the call is safe.
@@ -257,13 +257,13 @@ fn home_of(image: &Image) -> u64 {
 /// space of the old texts.
 fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
     let mut taken = occupied(image, |part| matches!(part, MetadataPart::Header | MetadataPart::Locator(_)));
-    let behind = home + HEADER_BYTES;
-    taken.push(home..behind);
+    let after_header = home + HEADER_BYTES;
+    taken.push(home..after_header);
     let mut free = Vec::new();
     // Texts are placed only before the table: the space before the first block may contain another program's data.
     let table = image.table_offset().unwrap_or(0);
-    if table > behind {
-        free.push(clip(behind..table, &taken));
+    if table > after_header {
+        free.push(clip(after_header..table, &taken));
     }
     let metadata = &image.sparse().expect("it has a header").metadata;
     let locators = image.header().into_iter().flat_map(|header| header.locators.iter().enumerate());

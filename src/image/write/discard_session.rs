@@ -16,6 +16,7 @@ use crate::units::SECTOR_BYTES;
 ///
 /// # Errors
 /// - `Busy` if another process holds a lock on the image;
+/// - `NotFound`, `Refused` if there is no regular file at `path`;
 /// - the errors of [`Image::open`], and `Io`.
 pub fn discard_session(env: &dyn Env, folders: &[RuntimeFolder], path: &Path) -> Result<()> {
     // Opened for reading first: this user may not be allowed to write an image without a stamp.

@@ -17,8 +17,8 @@ pub enum Durability {
         /// Folders in memory, in the order to try. If one of them already has the journal of the image, that folder is
         /// used.
         folders: Vec<RuntimeFolder>,
-        /// Whether it is an error if no journal can be made. If false, and no journal can be made, each write is
-        /// committed before it is acknowledged.
+        /// Whether an open fails if the first folder has no space for a journal. In all other cases in which no journal
+        /// can be created, each write is committed before it is acknowledged.
         required: bool,
     },
     /// Each write is committed before it is acknowledged.
@@ -52,7 +52,7 @@ impl DurabilityState {
     ///   of another machine;
     /// - `Poisoned` if a sync of the killed daemon failed;
     /// - `Busy` if a process has the journal open;
-    /// - `NoSpace` if a journal is required and there is no space for it;
+    /// - `NoSpace` if a journal is required and the first folder has no space for it;
     /// - `Io`.
     pub(super) fn begin(
         env: &dyn Env,

@@ -3,11 +3,13 @@
 //!
 //! A journal is replayed only if all of these hold:
 //!
-//! - The journal has the session and the boot of the stamp, and the UUID of the image.
+//! - The journal has the known version, the session and the boot of the stamp, and the UUID of the image. It is not
+//!   poisoned.
 //! - The stamp has one of the two generations in the journal. An older copy of the image has an older generation.
-//! - Each valid slot contains only values that a daemon can have stored.
+//! - Each valid slot contains only values that a daemon can have stored, and the BAT has no other place for its block.
 //! - The BAT has the sum that the journal expects: that of the entries written by finished commits, plus that of the
-//!   entries that a commit in progress may have written. The latter belong to blocks that have a slot.
+//!   entries that a commit in progress may have written. The latter belong to blocks that have a slot. If some of these
+//!   blocks may have no slot (`UNACCOUNTED`), the sum is not checked.
 //! - For each bitmap sector that has slots, the slots together have all bits that the file has. Bits are only ever set,
 //!   so a file with other bits was written without this journal.
 

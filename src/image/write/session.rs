@@ -5,17 +5,17 @@
 //!   begin       create the journal, write the stamp; no mark is acknowledged before
 //!   renew       announce a new generation in the journal, write it into the stamp, confirm it in the journal
 //!   move_stamp  write the stamp and the footer at the new end of the file, in one write
-//!   end         end all slots by one store; trim truncates the file, and with it the stamp; then the journal is removed
+//!   end         end all slots by one store; trim truncates the file with the stamp; then the journal is removed
 //! ```
 //!
 //! The generation is renewed by each commit with new bits, after a replay, and before the first mark of each second is
 //! acknowledged.
 //!
-//! A session begins with the first write, so a guest that only reads does not change the file. The stamp is in the
-//! sector before the footer. If a block ends there, the stamp is written together with a second footer after the first
-//! one. Stamp and footer are one write within one page, so a kill leaves both or neither. A local file system needs no
-//! sync, as a stamp is valid only during the boot of the machine in which it was written. On a file system that other
-//! machines use, the first stamp of a session is synced, since these machines must see it.
+//! A session begins with the first write or a poison, so a guest that only reads does not change the file. The stamp is
+//! in the sector before the footer. If a block ends there, the stamp is written together with a second footer after the
+//! first one. Stamp and footer are one write within one page, so a kill leaves both or neither. A local file system
+//! needs no sync, as a stamp is valid only during the boot of the machine in which it was written. On a file system
+//! that other machines use, the first stamp of a session is synced, since these machines must see it.
 //!
 //! The stamp is written under a lock, and synchronously. Two writes in flight could be carried out in either order, and
 //! leave a generation that the journal does not have. There is one write per second, per commit and per step of growth.
@@ -94,7 +94,7 @@ impl Session {
     /// - `Refused` if the session is of another machine, or if its journal is not found or does not fit;
     /// - `Poisoned` if a sync of the killed daemon failed;
     /// - `Busy` if a process has the journal open;
-    /// - `NoSpace` if a journal is `required` and there is no space for one;
+    /// - `NoSpace` if a journal is `required` and the first folder has no space for one;
     /// - `Io`.
     pub(super) fn open_or_new(
         env: &dyn Env,

@@ -16,7 +16,7 @@ use crate::storage::{Env, File, FileSlot, RuntimeFolder};
 /// Returns false, without a change, if the image has no stamp.
 ///
 /// # Errors
-/// - `Invalid`, `Refused`, for the reasons listed at [`Image::open`];
+/// - the errors of [`Image::open`];
 /// - `Refused` if none of `folders` has the journal, if the journal does not fit the image, if the session is of
 ///   another machine, or if the image must not be written;
 /// - `Poisoned` if a sync of the killed daemon failed;

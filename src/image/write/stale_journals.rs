@@ -1,7 +1,7 @@
 //! Removal of stale journals: journals in the runtime folder that no image's stamp names.
 //!
-//! A stale journal remains if a daemon is killed at the beginning or the end of a session, if an image is replaced, or
-//! if its session is discarded. It is removed if all of these hold:
+//! A stale journal remains if a daemon is killed at the beginning or the end of a session, or if an image is replaced
+//! or the session of an image is discarded. A stale journal is removed if all of these hold:
 //!
 //! - it has no valid slots: a journal with marks stays, with a warning, as its image may come back;
 //! - no process has it open;
@@ -35,8 +35,8 @@ pub fn remove_stale_journals(env: &dyn Env, runtime: &RuntimeFolder) -> Result<(
             (Some(false), false) => journal.remove()?,
             (_, true) if mutant::enabled(Mutant::StaleJournalRemoved) => journal.remove()?,
             (_, true) => log::warn!(
-                "{}: holds what was acknowledged for {}, whose stamp does not name this journal. The journal stays until you \
-                 remove it, or until this machine restarts",
+                "{}: holds what was acknowledged for {}, but no image was found there whose stamp names this journal. The \
+                 journal stays until you remove it, or until this machine restarts",
                 journal.path().display(),
                 journal.recorded_file().1.map_or("an unknown file".into(), |path| path.display().to_string())
             ),

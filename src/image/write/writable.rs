@@ -144,7 +144,8 @@ impl Writable {
 
     /// Returns the place of a block. Gives the block a place if it has none.
     ///
-    /// Performs no I/O, except that the first call of a session that places a block also writes the stamp. Idempotent.
+    /// Performs no I/O, except that the first call that places a block also begins the session: it creates the journal
+    /// and writes the stamp. Idempotent.
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for the block.
@@ -182,7 +183,8 @@ impl Writable {
     /// Marks the sectors of a range as present, after their data was written. From now on reads find the data, and the
     /// next commit makes it durable. The blocks of the range have places.
     ///
-    /// Returns false if the marks would be lost with this process: the write must not be acknowledged before a commit.
+    /// Returns false if the write must not be acknowledged before a commit, because the marks would be lost with this
+    /// process. With [`Durability::FlushOnly`] the result is always true, although the marks would be lost.
     ///
     /// # Errors
     /// The indices of the bitmap sectors that are not in memory. The caller loads them and marks the whole range again.

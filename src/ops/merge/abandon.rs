@@ -42,7 +42,7 @@ pub enum Abandoned {
 /// - `Refused` if no such merge was begun, or if CHILD no longer exists and the ancestor is partly overwritten
 /// - `Busy` if the merge is running in another process
 /// - `Invalid` if the merge record cannot be read and CHILD was renamed
-/// - `Invalid`, `NotFound` for a file of the chain, if the merge record must be rebuilt
+/// - `Invalid`, `Refused`, `Unsupported`, `NotFound` for a file of the chain, if the merge record must be rebuilt
 /// - `Io`, `NoSpace`; the same call may be repeated
 pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Abandoned> {
     let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());

@@ -41,7 +41,7 @@ pub(super) struct MergePlan {
 ///   or (without `changed_parent`) if a parent has a later modification time than its child records
 /// - `Invalid` if a merged layer was truncated inside a block
 /// - `Unsupported` if the path of the ancestor cannot be recorded in a child of CHILD
-/// - `Invalid`, `Refused`, `NotFound`, `Io` for a file of the chain or a child of CHILD
+/// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain or a child of CHILD
 pub(super) fn plan_merge(
     env: &dyn Env,
     child: &Path,

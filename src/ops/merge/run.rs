@@ -70,7 +70,8 @@ impl<'a> PreparedMerge<'a> {
     ///   than its child records
     /// - `Refused` if the ancestor was changed after everything was copied, and CHILD no longer exists
     /// - `Unsupported` if the path of the ancestor cannot be recorded in a child of CHILD
-    /// - `Invalid`, `Refused`, `NotFound`, `Io` for the merge record, a file of the chain, or a child of CHILD
+    /// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for the merge record, a file of the chain, or a child of
+    ///   CHILD
     pub fn prepare(
         env: &'a dyn Env,
         child: &Path,

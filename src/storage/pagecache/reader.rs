@@ -69,7 +69,8 @@ pub(in crate::storage) struct PageCacheReader {
 }
 
 impl PageCacheReader {
-    /// Creates a reader without files. Returns `None` if this processor has no `copy_nofault`.
+    /// Creates a reader without files. Returns `None` if there is no `copy_nofault` for this processor, or if the
+    /// SIGBUS handler cannot be installed.
     pub(in crate::storage) fn new() -> Option<PageCacheReader> {
         copy_nofault::is_available().then(|| PageCacheReader {
             files: (0..FILE_SLOTS).map(|_| None).collect(),
@@ -85,8 +86,8 @@ impl PageCacheReader {
         })
     }
 
-    /// Finds a range whose region is not in the map cache, and caches the region. Records a query if that is
-    /// worthwhile.
+    /// Finds a range that is in no resident part of a cached region, and caches the region of the range. If the range
+    /// is not known to be resident, records a query if that is worthwhile.
     fn find_in_file(&mut self, slot: FileSlot, offset: u64, len: usize) -> Option<NonNull<u8>> {
         let map = self.files.get(slot.as_usize())?.as_ref()?.file_map();
         match map.residency(offset, len) {

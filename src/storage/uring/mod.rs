@@ -1,5 +1,5 @@
-//! The io_uring engine: one system call per batch, one for each write that is tried without the ring (`nowait.rs`), and
-//! none to check for completions.
+//! The io_uring engine: usually one system call per batch, one for each write that is tried without the ring
+//! (`nowait.rs`), and none to check for completions.
 //!
 //! Each operation has an entry in a slab for as long as the kernel may access its memory; the index of the entry is the
 //! operation's user data. The submission queue never overflows: it has a slot for each outstanding operation, and each
@@ -39,8 +39,8 @@ const MAX_REFUSALS: u32 = 1000;
 
 /// Engine that uses io_uring.
 ///
-/// If the kernel supports it (Linux 6.0), the ring belongs to one thread: the first one that submits an operation, by
-/// `submit` or `wait`. The ring is created disabled, and this first submission enables it. Any thread may register
+/// On Linux 6.0 and later, the ring belongs to one thread: the first one that submits an operation, by `submit` or
+/// `wait`. The ring is created disabled, and this first submission enables it. Any thread may register
 /// files before that, and only the owner may afterwards.
 pub struct UringEngine {
     ring: IoUring,

@@ -29,7 +29,7 @@ const BACKOFF_FACTOR: u32 = 16;
 /// Files of a ring that accept writes without the ring.
 pub(super) struct NowaitWrites {
     files: Vec<Option<NowaitFile>>,
-    /// Writes go to the ring until this time.
+    /// Writes to files without support for RWF_NOWAIT go to the ring until this time.
     backoff_until: Option<Instant>,
 }
 

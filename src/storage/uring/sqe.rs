@@ -46,7 +46,7 @@ pub(super) fn submission_entry(op: &mut Op, transfer: &mut Transfer) -> squeue::
     }
 }
 
-/// Creates a ring with an empty file table. Returns it, and whether it is already enabled.
+/// Creates a ring with an empty file table. Returns the ring, and whether the ring is already enabled.
 pub(super) fn create_ring(count: u32) -> io::Result<(IoUring, bool)> {
     // Linux 6.0: only one thread submits and reaps (SINGLE_ISSUER). Completions wake this thread from a sleep, but do
     // not interrupt it (COOP_TASKRUN). DEFER_TASKRUN is not set: completions would then wait until the thread enters

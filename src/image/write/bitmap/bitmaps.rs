@@ -9,8 +9,8 @@
 //!
 //! Why eviction loses no bit:
 //!
-//! - A bitmap sector is evicted only while its frame is locked, and only if it is clean: it is not dirty, not in a
-//!   running commit, no journal slot has its bits, and the BAT entry of its block is in the file.
+//! - A bitmap sector is evicted only while its frame is locked, and only if it is not pinned and is clean: it is not
+//!   dirty, not in a running commit, no journal slot has its bits, and the BAT entry of its block is in the file.
 //! - A mark sets bits and notes the sector as dirty under the same lock, after it has checked the owner of the frame.
 //!   If the sector was evicted before, it is read again before the write is answered.
 //! - A sector that was read from the file is inserted only if it was absent during the whole read: the entry in the
@@ -78,7 +78,7 @@ impl Bitmaps {
     }
 
     /// Sets the number of frames at which an insertion evicts another bitmap sector. The next insertion uses the new
-    /// number. The cache exceeds it only while too many bitmap sectors are dirty or pinned.
+    /// number. The cache exceeds the number while most bitmap sectors are dirty, pinned or in frequent use.
     pub fn set_max_frames(&self, frames: usize) {
         self.pool.set_max_frames(frames);
     }
@@ -300,8 +300,8 @@ impl Bitmaps {
         }
     }
 
-    /// Records that a commit has made its snapshot of a bitmap sector durable. A sector that is full then gives up its
-    /// frame.
+    /// Records that a commit has made its snapshot of a bitmap sector durable. A bitmap sector that is full and clean
+    /// then gives up its frame.
     pub(in crate::image::write) fn set_written(&self, index: BitmapSectorIndex) {
         let mut frame = self.lock_resident(index);
         (frame.state.in_commit, frame.state.unwritten) = (false, false);

@@ -1,7 +1,7 @@
 //! Eviction of bitmap sectors from their frames by the clock algorithm.
 //!
 //! The clock hand passes over the frames. A bitmap sector that was read since the hand last passed stays for another
-//! round. A bitmap sector that differs from the file, or that a request in flight has pinned, is never evicted. If no
+//! round. A bitmap sector that is not clean, or that a request in flight has pinned, is never evicted. If no
 //! frame can be evicted, the pool grows beyond its limit. That growth is bounded: commits limit the number of dirty
 //! sectors, and the depth of the queues limits the number of pinned ones.
 
@@ -33,8 +33,8 @@ struct Clock {
 }
 
 impl FramePool {
-    /// Creates an empty pool for at most `len` frames. An allocation evicts a bitmap sector if `max_frames` frames are
-    /// in use.
+    /// Creates an empty pool for at most `len` frames. An allocation tries to evict a bitmap sector if `max_frames`
+    /// frames are in use.
     pub(super) fn new(len: usize, max_frames: usize) -> FramePool {
         FramePool {
             frames: SparseArray::new(len, BitmapFrame::new),
@@ -43,7 +43,7 @@ impl FramePool {
         }
     }
 
-    /// Returns the number of frames in use at which an allocation evicts a bitmap sector.
+    /// Returns the number of frames in use at which an allocation tries to evict a bitmap sector.
     pub(super) fn max_frames(&self) -> usize {
         self.max_frames.load(Ordering::Relaxed)
     }

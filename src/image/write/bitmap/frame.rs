@@ -47,7 +47,7 @@ pub(crate) struct FrameState {
     /// Whether some bits are neither in the file nor in the journal. A write that relies on such bits must wait for a
     /// commit.
     pub(crate) not_journaled: bool,
-    /// Its bits may be written to the file only after a sync of the data.
+    /// Whether the bits may be written to the file only after a sync of the data.
     pub(crate) ordered: bool,
     /// The journal slot that has the bits.
     pub(crate) journal_slot: Option<JournalSlot>,
@@ -147,7 +147,7 @@ pub(crate) struct LockedFrame<'a> {
 }
 
 impl LockedFrame<'_> {
-    /// Whether its bits may be written to the file only after a sync of the data.
+    /// Whether the bits may be written to the file only after a sync of the data.
     pub(crate) fn is_ordered(&self) -> bool {
         self.state.ordered
     }
@@ -182,7 +182,7 @@ impl LockedFrame<'_> {
     /// Sets `count` bits from `bit`. Returns whether any of them was clear.
     pub(crate) fn set_bits(&self, bit: u32, count: u32) -> bool {
         // `owes_commit` is set before the bits, as a concurrent mark that finds the bits set must not return before
-        // they are in the journal. It is cleared when the frame is unlocked.
+        // they are in the journal. Unlocking the frame clears the flag if no commit is owed.
         self.frame.owes_commit.store(true, Ordering::Relaxed);
         bitmap::set_atomic(self.words(), bit, count)
     }
