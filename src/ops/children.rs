@@ -19,7 +19,8 @@ pub struct ChildImage {
 }
 
 /// Returns the children of the image at `path` in the folder of the image and in `folders`, sorted by path. Compares
-/// only UUIDs in footers and headers. Takes no lock. Skips files that cannot be read, and logs a warning for each.
+/// only UUIDs in footers and headers. Takes no lock. Skips files that this user may not read, and other files that
+/// cannot be read; logs a warning for each of the latter.
 ///
 /// # Errors
 /// - `Invalid` if the file at `path` is no image, `Refused` if it is no regular file

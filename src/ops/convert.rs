@@ -1,4 +1,5 @@
-//! `convert`: copies the contents of a disk, as its guest reads them, into another format. Holes stay holes.
+//! `convert`: copies the contents of a disk, as its guest reads them, into another format. Holes stay holes in
+//! files.
 
 use std::cell::RefCell;
 use std::io::Write;
@@ -43,6 +44,7 @@ pub struct Conversion {
 ///
 /// # Errors
 /// - `Refused`, with a message that contains the command to run, if the image has an open session
+/// - `Refused` if `path` leads neither to a regular file nor to a block device
 /// - `Io`
 pub fn check_replaceable(env: &dyn Env, path: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
     if !env.exists(path) {
@@ -97,8 +99,8 @@ pub fn convert(
     sink.finish()
 }
 
-/// Returns whether there is a block device at `path`. Returns false for names that do not exist and for files that this
-/// user may not read, because the caller reports these errors when it opens the file.
+/// Returns whether there is a block device at `path`. Returns false for a name that does not exist, which may be the
+/// name of a new file, and for a file that this user may not read: the caller fails when it opens that file.
 fn is_device(env: &dyn Env, path: &Path) -> Result<bool> {
     match env.open_disk(path, Access::Read) {
         Ok(file) => Ok(file.is_block_device()),

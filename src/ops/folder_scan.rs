@@ -50,8 +50,8 @@ pub(super) fn scan(env: &dyn Env, folders: &[Folder]) -> Result<Vec<ScannedImage
     scan_with(env, folders, &mut Err)
 }
 
-/// Returns the images in `folders`, each once. Differs from [`scan`] in that a file that cannot be read is skipped with
-/// a warning.
+/// Returns the images in `folders`, each once. Differs from [`scan`] in that a file that cannot be read for another
+/// reason than a missing permission is skipped with a warning.
 ///
 /// # Errors
 /// `Io`, `NotFound` if a folder cannot be listed.

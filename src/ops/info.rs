@@ -97,8 +97,8 @@ fn bytes_without_holes(file: &File) -> Result<u64> {
     Ok(bytes)
 }
 
-/// The session of an image, from the session stamp. The daemon of the session has the image open or was killed. Control
-/// characters in the texts are escaped.
+/// The session of an image, from the session stamp. The daemon of the session has the image open, or ended without
+/// closing the image. Control characters in the texts are escaped.
 #[derive(Clone, Debug, Serialize)]
 pub struct SessionInfo {
     /// Whether the live journal may still exist. If false, the host was restarted after the session began.

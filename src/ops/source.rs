@@ -24,8 +24,8 @@ pub(super) const CHUNK_SECTORS: u64 = CHUNK_BYTES as u64 / SECTOR;
 
 pub use crate::units::OnProgress as Progress;
 
-/// Format of a source. The user declares the format. The format is never probed, because a guest could write bytes that
-/// look like a VHD.
+/// Format of a source. The user declares the format. The contents never decide the format, because a guest could write
+/// bytes that look like a VHD.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SourceFormat {
     /// A file or device with the bytes of the disk.

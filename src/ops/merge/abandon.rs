@@ -2,7 +2,7 @@
 //!
 //! | copied | result |
 //! | --- | --- |
-//! | nothing | The merge record is removed. |
+//! | nothing | The merge record is removed, and the mark, if there is one. |
 //! | a part | The record and the mark are kept, so the ancestor is not opened by itself. The merge may be finished. |
 //! | everything, no layer is left between | Record and mark are removed. CHILD and the ancestor have the same disk. |
 //! | everything, a layer is left between | The record and the mark are kept: the layer's disk is a mixture. |
@@ -40,7 +40,7 @@ pub enum Abandoned {
 ///
 /// # Errors
 /// - `Refused` if no such merge was begun, or if CHILD no longer exists and the ancestor is partly overwritten
-/// - `Busy` if the merge is running in another process
+/// - `Busy` if the merge is running in another process, or if the ancestor or the oldest layer is in use
 /// - `Invalid` if the merge record cannot be read and CHILD was renamed
 /// - `Invalid`, `Refused`, `Unsupported`, `NotFound` for a file of the chain, if the merge record must be rebuilt
 /// - `Io`, `NoSpace`; the same call may be repeated

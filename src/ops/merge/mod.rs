@@ -12,10 +12,11 @@
 //!
 //! Each step is durable before the next:
 //!
-//! 1. Check that the file system has space for the data, and make room for the bitmaps of all blocks that the ancestor
-//!    will get.
+//! 1. Check that the file system has space for the data, and make room in the ancestor's file for the blocks that the
+//!    data adds.
 //! 2. Save the merge record ([`MergeRecord`](crate::chain::MergeRecord)). Mark the ancestor as partly overwritten
-//!    ([`mark_receiver`](crate::chain::mark_receiver)). Save in the merge record that copying has begun.
+//!    ([`mark_receiver`](crate::chain::mark_receiver)), if the file system has extended attributes. Save in the merge
+//!    record that copying has begun.
 //! 3. Copy the layers into the ancestor, with commits of the ancestor. Progress is saved in the merge record only after
 //!    the commit that makes it durable.
 //! 4. Close the ancestor. Save in the merge record that everything is copied. Remove the mark from the ancestor.
