@@ -1,7 +1,7 @@
 //! The mark on the receiver of a merge: an extended attribute that is durable before the first byte is copied.
 //!
-//! Its value is `<uuid of CHILD> <path of CHILD>`. It exists while the receiver is partly overwritten, unless the file
-//! system has no extended attributes.
+//! Its value is `<uuid of CHILD> <path of CHILD>`. A receiver has the mark while it is partly overwritten, unless the
+//! file system has no extended attributes.
 
 use std::path::{Path, PathBuf};
 

@@ -33,7 +33,7 @@ impl MergeRecord {
     ///
     /// # Errors
     /// - `Refused` if the image at `child` is not the one that was there when the merge was begun, or if the name of a
-    /// record leads to no regular file
+    ///   record leads to no regular file
     /// - `Invalid` if no image is at `child`, and a record in the folder is damaged
     /// - `NotFound` if the folder of `child` does not exist
     /// - `Io`

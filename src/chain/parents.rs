@@ -28,7 +28,7 @@ pub struct Policy {
     /// Maximum number of files in a chain.
     pub max_depth: usize,
     /// Folders in which daemons of this user keep live journals. The journals of images are searched in these folders:
-    /// to replay or discard a journal, and to state where it is if an image with a journal is refused.
+    /// to replay or discard a journal, and to state where the journal is if an image is refused.
     pub runtime: Vec<RuntimeFolder>,
     /// UUID of the image CHILD of the merge that opens the chain. The record of a merge does not restrict that merge.
     pub merging: Option<uuid::Uuid>,

@@ -111,9 +111,9 @@ impl UnfinishedMerge {
 }
 
 /// Refuses a chain (youngest image first) that reads a receiver which is partly overwritten, or reads a receiver
-/// through a layer between it and CHILD after copying began, unless CHILD is above the receiver in the chain. Logs a
-/// warning for every other unfinished merge, except the merge of `own`. Returns the positions of receivers below their
-/// CHILD: the merge explains why the file of such a receiver is newer than its child records.
+/// through a layer between CHILD and the receiver after copying began, unless CHILD is above the receiver in the chain.
+/// Logs a warning for every other unfinished merge, except the merge of `own`. Returns the positions of receivers below
+/// their CHILD: the merge explains why the file of such a receiver is newer than its child records.
 ///
 /// # Errors
 /// - `Refused`, with the image and the command that finishes the merge; not in the mode `Inspect`

@@ -61,6 +61,7 @@ impl HostFile {
                     "not a regular file but a block device: VHDs inside devices are not supported, raw disks on devices \
                      are (--from raw, --to raw)"
                 }
+                _ if kinds.contains(&FileType::BlockDevice) => "not a regular file or a block device",
                 _ => "not a regular file",
             };
             return Err(Error::new(ErrorKind::Refused, what).at_path(path));
