@@ -11,7 +11,7 @@ use super::args::CommonArgs;
 use super::ctl_args::{CtlArgs, CtlVerb, StatsFormatArg};
 use super::exit::Exit;
 use super::output::{print_list, print_outcome, print_to_stdout};
-use super::{ctl_print, print, runtime_dir};
+use super::{ctl_print, ctl_stats, print, runtime_dir};
 use crate::control::ControlConnection;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -52,7 +52,7 @@ fn call(args: &CtlArgs, method: &str, common: &CommonArgs) -> Result<Exit> {
         CtlVerb::Version => ctl_print::version(out, &result),
         CtlVerb::Disks => ctl_print::disks(out, &result),
         CtlVerb::Disk { .. } => ctl_print::disk(out, &result),
-        CtlVerb::Stats { format: None, .. } => ctl_print::stats(out, &result),
+        CtlVerb::Stats { format: None, .. } => ctl_stats::statistics(out, &result),
         CtlVerb::Stats { format: Some(StatsFormatArg::Prometheus), .. } => ctl_print::text(out, &result),
         _ => print::json(out, &result),
     };

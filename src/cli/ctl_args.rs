@@ -32,7 +32,7 @@ pub(super) enum CtlVerb {
     Stats {
         /// Name of the disk [default: all disks]
         disk: Option<String>,
-        /// JSON, or the text format of Prometheus [default: a table]
+        /// JSON, or the text format of Prometheus [default: tables]
         #[arg(long, value_enum)]
         format: Option<StatsFormatArg>,
     },

@@ -54,21 +54,6 @@ pub(super) fn disk(out: &mut dyn Write, disk: &Value) -> Result<()> {
     table(out, &rows)
 }
 
-/// Prints the result of `stats` in JSON as a table: a row for each figure, a column for each disk.
-pub(super) fn stats(out: &mut dyn Write, result: &Value) -> Result<()> {
-    let disks: Vec<&Value> = result["disks"].as_array().into_iter().flatten().collect();
-    let mut rows = vec![vec![String::new()]];
-    rows[0].extend(disks.iter().map(|disk| plain(&disk["disk"])));
-    for group in ["counters", "gauges"] {
-        let names = disks.first().and_then(|disk| disk[group].as_object()).into_iter().flat_map(|group| group.keys());
-        for name in names {
-            let figures = disks.iter().map(|disk| plain(&disk[group][name]));
-            rows.push([escape_controls(name).into_owned()].into_iter().chain(figures).collect());
-        }
-    }
-    table(out, &rows)
-}
-
 /// Prints a text that the daemon has formatted.
 pub(super) fn text(out: &mut dyn Write, result: &Value) -> Result<()> {
     let lines = result.as_str().unwrap_or_default().lines();
@@ -90,7 +75,7 @@ pub(super) fn event(out: &mut dyn Write, event: &Value) -> Result<()> {
 }
 
 /// Prints rows with aligned columns. The last column may be of any width.
-fn table(out: &mut dyn Write, rows: &[impl AsRef<[String]>]) -> Result<()> {
+pub(super) fn table(out: &mut dyn Write, rows: &[impl AsRef<[String]>]) -> Result<()> {
     let width =
         |column: usize| rows.iter().filter_map(|row| row.as_ref().get(column)).map(|cell| cell.chars().count()).max();
     for row in rows {
@@ -110,12 +95,12 @@ fn front_end(disk: &Value) -> String {
     }
 }
 
-fn size(bytes: &Value) -> String {
+pub(super) fn size(bytes: &Value) -> String {
     bytes.as_u64().map_or_else(|| "-".into(), human_size)
 }
 
 /// Formats a value without quotes and with control characters escaped.
-fn plain(value: &Value) -> String {
+pub(super) fn plain(value: &Value) -> String {
     match value {
         Value::Null => "-".into(),
         Value::String(text) => escape_controls(text).into_owned(),
@@ -146,11 +131,9 @@ mod tests {
     #[test]
     fn answers_of_other_versions_are_printed() {
         for odd in [json!(null), json!([1, {"chain": 3}]), json!({"disks": [{"counters": {"x": 1}}], "chain": [1]})] {
-            for print in [version, disks, disk, stats, text, event] {
+            for print in [version, disks, disk, text, event] {
                 assert!(!printed(|out| print(out, &odd)).contains('\u{1b}'));
             }
         }
-        let table = printed(|out| stats(out, &json!({"disks": [{"disk": "a", "counters": {"x": 1}}]})));
-        assert_eq!(table, "   a\nx  1\n");
     }
 }

@@ -19,6 +19,7 @@ mod args;
 mod ctl;
 mod ctl_args;
 mod ctl_print;
+mod ctl_stats;
 mod disk_args;
 mod exit;
 mod handover;

@@ -88,7 +88,7 @@ pub(super) const METHODS: &[Method] = &[
         params: stats::params_schema,
         result: stats::result_schema,
         is_logged: false,
-        run: Run::Here(statistics),
+        run: Run::Apart(statistics),
     },
     Method {
         name: "watch",

@@ -32,6 +32,11 @@ pub(super) fn integer() -> Value {
     json!({"type": "integer", "minimum": 0})
 }
 
+/// Returns the schema of a number that is not negative.
+fn number() -> Value {
+    json!({"type": "number", "minimum": 0})
+}
+
 /// Returns the schema of a truth value.
 pub(super) fn boolean() -> Value {
     json!({"type": "boolean"})
@@ -41,6 +46,30 @@ pub(super) fn boolean() -> Value {
 pub(super) fn nullable(mut schema: Value) -> Value {
     schema["type"] = json!([schema["type"], "null"]);
     schema
+}
+
+/// Returns the schema of values such as these examples of one type. What is null in some of the examples may be null, and
+/// all members of an object are required. An array without items in all examples has items of any type.
+pub(super) fn of_examples(examples: &[&Value]) -> Value {
+    let present: Vec<&Value> = examples.iter().copied().filter(|example| !example.is_null()).collect();
+    let schema = match present.first() {
+        None => return json!({"type": "null"}),
+        Some(Value::Null | Value::Bool(_)) => boolean(),
+        Some(Value::Number(first)) if first.is_f64() => number(),
+        Some(Value::Number(_)) => integer(),
+        Some(Value::String(_)) => text(),
+        Some(Value::Array(_)) => {
+            let items: Vec<&Value> = present.iter().filter_map(|array| array.as_array()).flatten().collect();
+            array(if items.is_empty() { json!({}) } else { of_examples(&items) })
+        }
+        Some(Value::Object(first)) => {
+            let of_member =
+                |name: &String| of_examples(&present.iter().map(|example| &example[name]).collect::<Vec<_>>());
+            let members: Vec<(&str, Value)> = first.keys().map(|name| (name.as_str(), of_member(name))).collect();
+            object(&members, &[])
+        }
+    };
+    if present.len() < examples.len() { nullable(schema) } else { schema }
 }
 
 /// Returns the schema of the member `error` of an answer.

@@ -145,12 +145,15 @@ impl Disk {
         let oldest = self.lanes.oldest_version().unwrap_or(u32::MAX);
         let unused = self.slots().take_unused(oldest);
         unused.into_iter().for_each(|slot| self.free_slot(slot));
-        self.slots().take()
+        let slot = self.slots().take()?;
+        self.lane_counters.slot_taken(slot);
+        Some(slot)
     }
 
     /// Frees a file slot, and removes its file from the engines. No operation uses the slot.
     pub(super) fn free_slot(&self, slot: FileSlot) {
         self.lanes.broadcast(LaneEvent::Unregister(slot));
+        self.lane_counters.slot_freed(slot);
         self.slots().free(slot);
     }
 

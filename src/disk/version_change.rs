@@ -150,6 +150,8 @@ impl VersionChange {
                 ChangePhase::Hold
             }
             ChangePhase::Hold => {
+                // The statistics of the top continue in the new slot.
+                self.disk.lane_counters.file_moves(self.old_slot, self.new_slot);
                 self.disk.publish(self.new.clone());
                 ChangePhase::Adopt
             }

@@ -1,4 +1,5 @@
-//! The control socket of the real daemon: the protocol, hostile clients, events, the socket's life, and `diffdisk ctl`.
+//! The control socket of the real daemon: the protocol, statistics, hostile clients, events, the socket's life, and
+//! `diffdisk ctl`.
 #![allow(unreachable_pub)]
 
 #[path = "../common/mod.rs"]
@@ -11,6 +12,7 @@ mod protocol;
 mod rpc;
 mod schema;
 mod socket;
+mod statistics;
 
 use std::path::{Path, PathBuf};
 

@@ -95,29 +95,6 @@ fn a_disk_is_described_as_it_is() {
 }
 
 #[test]
-fn statistics_follow_the_work() {
-    let served = Served::start(&[]);
-    let mut rpc = served.connect();
-    let mut commits = || rpc.call("stats", &json!({}))["disks"][0]["counters"]["commits"].as_u64().expect("a number");
-    let before = commits();
-    let mut guest = served.daemon.connect();
-    guest.write(4096, &[7; 4096]).expect("a write");
-    guest.flush().expect("a flush");
-    assert!(commits() > before, "a flush commits");
-    let text = rpc.call("stats", &json!({"format": "prometheus"}));
-    let text = text.as_str().expect("a text");
-    assert!(text.contains("# TYPE diffdisk_commits_total counter\n"), "{text}");
-    assert!(text.contains("diffdisk_front_end_connected{disk=\"child.vhd\"} 1\n"), "{text}");
-    // Each line is a comment, or a name with labels and a number.
-    for line in text.lines().filter(|line| !line.starts_with("# ")) {
-        let (series, number) = line.rsplit_once(' ').expect("a value");
-        assert!(series.ends_with("{disk=\"child.vhd\"}") && number.parse::<u64>().is_ok(), "{line}");
-    }
-    drop(guest);
-    served.stop();
-}
-
-#[test]
 fn errors_have_the_codes_of_json_rpc_or_of_the_project() {
     let served = Served::start(&[]);
     let mut rpc = served.connect();

@@ -53,6 +53,7 @@ pub fn check(schema: &Value, value: &Value) -> Result<(), String> {
 fn has_type(value: &Value, wanted: &str) -> bool {
     match wanted {
         "integer" => value.is_u64() || value.is_i64(),
+        "number" => value.is_number(),
         "null" => value.is_null(),
         "string" => value.is_string(),
         "boolean" => value.is_boolean(),

@@ -2,8 +2,10 @@
 
 use std::sync::atomic::Ordering;
 
-use super::lane_registry::{KindTotals, LayerTotals, QueueTotals};
+use super::lane_registry::{KindTotals, QueueTotals};
+use super::layer_totals::LayerTotals;
 use super::report::{DiskGauges, DiskStatistics, KindStatistics, LayerStatistics, QueueStatistics, RequestStatistics};
+use crate::disk::served_version::ServedVersion;
 use crate::disk::shared::Disk;
 use crate::storage::File;
 use crate::units::SECTOR;
@@ -15,28 +17,30 @@ impl Disk {
     /// may be a few requests apart. For the gauges the call makes a system call for each file of the chain, which waits
     /// if the file system does not respond.
     pub fn statistics(&self) -> DiskStatistics {
-        let mut sum = QueueTotals::default();
-        let totals = self.lane_counters.totals();
-        totals.values().for_each(|queue| sum.add(queue));
-        let version = self.version();
+        // While this lock is held, no file moves to another slot.
+        let current = self.current_locked();
+        let (version, totals) = (current.clone(), self.lane_counters.totals());
+        drop(current);
         let layers: Vec<LayerStatistics> =
-            version.files().map(|(slot, file)| layer(file, &sum.layers[slot.as_usize()])).collect();
+            version.files().map(|(slot, file)| layer(file, &totals.files[slot.as_usize()])).collect();
         let counters = self.counters();
         DiskStatistics {
             size_bytes: self.capacity() * SECTOR,
             read_only: self.is_read_only(),
-            queues: totals.iter().map(|(index, queue)| queue_report(*index, queue)).collect(),
-            total: queue_report(None, &sum),
+            full: self.is_full(),
+            poisoned: self.is_poisoned(),
+            queues: totals.queues.iter().map(|(index, queue)| queue_report(*index, queue)).collect(),
+            total: queue_report(None, &totals.sum),
             commits: counters.commits.load(Ordering::Relaxed),
             syncs: counters.syncs.load(Ordering::Relaxed),
             readahead_bytes: counters.readahead_bytes.load(Ordering::Relaxed),
             early_writebacks: counters.early_writebacks.load(Ordering::Relaxed),
-            gauges: self.gauges(&layers),
+            gauges: self.gauges(&version, &layers),
             layers,
         }
     }
 
-    fn gauges(&self, layers: &[LayerStatistics]) -> DiskGauges {
+    fn gauges(&self, version: &ServedVersion, layers: &[LayerStatistics]) -> DiskGauges {
         let above_root = &layers[..layers.len().saturating_sub(1)];
         let gauges = DiskGauges {
             stalled_writes: self.stalled_writes.count(),
@@ -44,7 +48,6 @@ impl Disk {
             merge_debt_bytes: above_root.iter().filter_map(|layer| layer.allocated_bytes).sum(),
             ..DiskGauges::default()
         };
-        let version = self.version();
         let Some(top) = version.top() else { return gauges };
         let image = top.image.gauges();
         DiskGauges {

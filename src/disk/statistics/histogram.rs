@@ -111,18 +111,23 @@ impl HistogramSnapshot {
 }
 
 impl Serialize for HistogramSnapshot {
-    /// Serializes the number of durations, their mean and quantiles, and the steps that are not empty.
+    /// Serializes the number of durations, their sum and quantiles in microseconds, and the steps that are not empty.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let count = self.count();
         let mut fields = serializer.serialize_struct("Histogram", 7)?;
-        fields.serialize_field("count", &count)?;
-        fields.serialize_field("sum_ns", &self.sum_nanos)?;
-        for (name, q) in [("p50_ns", 0.5), ("p90_ns", 0.9), ("p99_ns", 0.99), ("p999_ns", 0.999)] {
-            fields.serialize_field(name, &self.quantile(q))?;
+        fields.serialize_field("count", &self.count())?;
+        fields.serialize_field("sum_us", &micros(self.sum_nanos))?;
+        for (name, q) in [("p50_us", 0.5), ("p90_us", 0.9), ("p99_us", 0.99), ("p999_us", 0.999)] {
+            fields.serialize_field(name, &self.quantile(q).map(micros))?;
         }
-        fields.serialize_field("steps", &self.steps().collect::<Vec<_>>())?;
+        let steps: Vec<(f64, u64)> = self.steps().map(|(bound, count)| (micros(bound), count)).collect();
+        fields.serialize_field("steps", &steps)?;
         fields.end()
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "53 bits are enough for a sum of durations")]
+fn micros(nanos: u64) -> f64 {
+    nanos as f64 / 1e3
 }
 
 /// Returns the step of a duration.
@@ -229,6 +234,6 @@ mod tests {
         sum.add(&snapshot(&b));
         assert_eq!(sum, snapshot(&both));
         let json = serde_json::to_value(&sum).unwrap();
-        assert_eq!((json["count"].as_u64(), json["p99_ns"].as_u64()), (Some(2000), sum.quantile(0.99)));
+        assert_eq!((json["count"].as_u64(), json["p99_us"].as_f64()), (Some(2000), sum.quantile(0.99).map(micros)));
     }
 }

@@ -1,10 +1,11 @@
 //! The counters of all lanes of a disk, with those of lanes that have ended, so that no sum ever decreases.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::histogram::HistogramSnapshot;
-use super::lane_counters::{LaneCounters, LayerCounters, RequestKind};
+use super::lane_counters::{LaneCounters, RequestKind};
+use super::layer_totals::{LayerTotals, SlotBaselines};
 use crate::storage::{FILE_SLOTS, FileSlot};
 
 /// The counters of the lanes of a disk.
@@ -16,6 +17,8 @@ struct RegisteredLanes {
     running: Vec<Arc<LaneCounters>>,
     /// The sums of lanes that have ended, by queue.
     ended: BTreeMap<Option<u32>, QueueTotals>,
+    /// Which counts of the file slots belong to their present files.
+    baselines: SlotBaselines,
 }
 
 /// The sums of the lanes of one queue.
@@ -39,51 +42,85 @@ pub(super) struct KindTotals {
     pub(super) latency: HistogramSnapshot,
 }
 
-/// The sums of one file of the chain.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(super) struct LayerTotals {
-    pub(super) reads: u64,
-    pub(super) read_bytes: u64,
-    pub(super) copies: u64,
-    pub(super) copied_bytes: u64,
-    pub(super) writes: u64,
-    pub(super) written_bytes: u64,
-    pub(super) zeroed_bytes: u64,
+/// The sums of all lanes.
+#[derive(Debug)]
+pub(super) struct LaneTotals {
+    /// Each queue. Lanes without a queue come first, under `None`.
+    pub(super) queues: BTreeMap<Option<u32>, QueueTotals>,
+    /// The sum over the queues.
+    pub(super) sum: QueueTotals,
+    /// The counts of the files, by file slot. They are part of those of the slots in `sum`, which may have had others.
+    pub(super) files: Vec<LayerTotals>,
 }
 
 impl LaneRegistry {
     /// Creates the counters of a new lane. The lane ends when it drops them.
     pub(in crate::disk) fn add_lane(&self) -> Arc<LaneCounters> {
         let counters = Arc::new(LaneCounters::new());
-        let mut lanes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lanes = self.lock();
         lanes.fold_ended();
         lanes.running.push(counters.clone());
         counters
     }
 
-    /// Returns the sums of each queue. Those of lanes without a queue come first, under `None`.
-    pub(super) fn totals(&self) -> BTreeMap<Option<u32>, QueueTotals> {
-        let mut lanes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Begins the counts of the file that gets a free slot.
+    pub(in crate::disk) fn slot_taken(&self, slot: FileSlot) {
+        let mut lanes = self.lock();
+        let counted = lanes.counted(slot);
+        lanes.baselines.begin(slot, counted);
+    }
+
+    /// Records that the file in slot `from` moves to the slot `to`, which was taken for it.
+    pub(in crate::disk) fn file_moves(&self, from: FileSlot, to: FileSlot) {
+        self.lock().baselines.move_file(from, to);
+    }
+
+    /// Ends the counts of the file in a slot, which no operation uses. If the file has moved, its counts follow it.
+    pub(in crate::disk) fn slot_freed(&self, slot: FileSlot) {
+        let mut lanes = self.lock();
+        let counted = lanes.counted(slot);
+        lanes.baselines.end(slot, counted);
+    }
+
+    /// Returns the sums of the lanes.
+    pub(super) fn totals(&self) -> LaneTotals {
+        let mut lanes = self.lock();
         lanes.fold_ended();
-        let mut totals = lanes.ended.clone();
+        let mut queues = lanes.ended.clone();
         for lane in &lanes.running {
-            let queue = totals.entry(lane.queue()).or_default();
+            let queue = queues.entry(lane.queue()).or_default();
             // Answers are counted after their requests were taken, so they are read first.
             let answered = queue.add_lane(lane);
             queue.in_flight += lane.taken.get().saturating_sub(answered);
         }
-        totals
+        let mut sum = QueueTotals::default();
+        queues.values().for_each(|queue| sum.add(queue));
+        let counted = |slot: FileSlot| sum.layers[slot.as_usize()];
+        let files = (0..FILE_SLOTS).map(|slot| lanes.baselines.of_file(FileSlot(slot), counted)).collect();
+        LaneTotals { queues, sum, files }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, RegisteredLanes> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl RegisteredLanes {
     /// Moves the counts of lanes that have ended to the sums.
     fn fold_ended(&mut self) {
-        let RegisteredLanes { running, ended } = self;
+        let RegisteredLanes { running, ended, .. } = self;
         // `get_mut` succeeds if the lane has dropped its reference, and then all of its stores are visible here.
         for lane in running.extract_if(.., |lane| Arc::get_mut(lane).is_some()) {
             ended.entry(lane.queue()).or_default().add_lane(&lane);
         }
+    }
+
+    /// Returns the counts of all lanes in a file slot.
+    fn counted(&self, slot: FileSlot) -> LayerTotals {
+        let mut total = LayerTotals::default();
+        self.ended.values().for_each(|queue| total.add(&queue.layers[slot.as_usize()]));
+        self.running.iter().for_each(|lane| total.add_counters(lane.layer(slot)));
+        total
     }
 }
 
@@ -135,30 +172,6 @@ impl QueueTotals {
     }
 }
 
-impl LayerTotals {
-    fn add_counters(&mut self, layer: &LayerCounters) {
-        self.add(&LayerTotals {
-            reads: layer.reads.get(),
-            read_bytes: layer.read_bytes.get(),
-            copies: layer.copies.get(),
-            copied_bytes: layer.copied_bytes.get(),
-            writes: layer.writes.get(),
-            written_bytes: layer.written_bytes.get(),
-            zeroed_bytes: layer.zeroed_bytes.get(),
-        });
-    }
-
-    fn add(&mut self, other: &LayerTotals) {
-        self.reads += other.reads;
-        self.read_bytes += other.read_bytes;
-        self.copies += other.copies;
-        self.copied_bytes += other.copied_bytes;
-        self.writes += other.writes;
-        self.written_bytes += other.written_bytes;
-        self.zeroed_bytes += other.zeroed_bytes;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -180,19 +193,51 @@ mod tests {
         answer(&lanes[0], RequestKind::Read);
         answer(&lanes[1], RequestKind::Flush);
         lanes[1].taken.add(2);
-        let count = |queue, kind: RequestKind| registry.totals()[&Some(queue)].kinds[kind as usize].latency.count();
+        let count =
+            |queue, kind: RequestKind| registry.totals().queues[&Some(queue)].kinds[kind as usize].latency.count();
         assert_eq!((count(0, RequestKind::Read), count(1, RequestKind::Flush)), (1, 1));
-        assert_eq!(registry.totals()[&Some(1)].in_flight, 2);
+        assert_eq!(registry.totals().queues[&Some(1)].in_flight, 2);
         drop(lanes);
         // A queue that is served again has the counts of both lanes. Requests that a lane lost are not in flight.
         let again = registry.add_lane();
         again.set_queue(1);
         answer(&again, RequestKind::Flush);
         assert_eq!((count(0, RequestKind::Read), count(1, RequestKind::Flush)), (1, 2));
-        assert_eq!(registry.totals()[&Some(1)].in_flight, 0);
-        let mut sum = QueueTotals::default();
-        registry.totals().values().for_each(|queue| sum.add(queue));
+        assert_eq!(registry.totals().queues[&Some(1)].in_flight, 0);
+        let sum = registry.totals().sum;
         assert_eq!(sum.kinds.iter().map(|kind| kind.bytes).sum::<u64>(), 3 * 512);
+    }
+
+    #[test]
+    fn the_next_file_of_a_slot_begins_at_zero_and_a_file_that_moves_keeps_its_counts() {
+        let registry = LaneRegistry::default();
+        let (ended, lane) = (registry.add_lane(), registry.add_lane());
+        let (top, other) = (FileSlot(0), FileSlot(1));
+        let reads = |slot: FileSlot| registry.totals().files[slot.as_usize()].reads;
+        lane.layer(top).reads.add(3);
+        ended.layer(top).reads.add(4);
+        drop(ended);
+        // The top moves. Until its old slot is freed, operations of the older version count there.
+        registry.slot_taken(other);
+        assert_eq!((reads(top), reads(other)), (7, 0));
+        registry.file_moves(top, other);
+        lane.layer(top).reads.add(1);
+        lane.layer(other).reads.add(10);
+        assert_eq!(reads(other), 18);
+        registry.slot_freed(top);
+        assert_eq!(reads(other), 18);
+        // The slot is given to another file, and the top moves back after that file has gone.
+        registry.slot_taken(top);
+        assert_eq!(reads(top), 0);
+        lane.layer(top).reads.add(100);
+        assert_eq!((reads(top), reads(other)), (100, 18));
+        registry.slot_freed(top);
+        registry.slot_taken(top);
+        registry.file_moves(other, top);
+        registry.slot_freed(other);
+        lane.layer(top).reads.add(2);
+        drop(lane);
+        assert_eq!(reads(top), 20);
     }
 
     #[test]
@@ -210,11 +255,11 @@ mod tests {
             let mut last = 0;
             while !done.load(std::sync::atomic::Ordering::Acquire) {
                 let totals = registry.totals();
-                let now = totals.get(&None).map_or(0, |queue| queue.kinds[1].latency.count());
+                let now = totals.queues.get(&None).map_or(0, |queue| queue.kinds[1].latency.count());
                 assert!(now >= last, "{now} after {last}");
                 last = now;
             }
         });
-        assert_eq!(registry.totals()[&None].kinds[1].latency.count(), 5000);
+        assert_eq!(registry.totals().queues[&None].kinds[1].latency.count(), 5000);
     }
 }

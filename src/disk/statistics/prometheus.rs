@@ -23,6 +23,14 @@ pub fn prometheus_text(disks: &[(&str, &DiskStatistics)]) -> String {
     text.0
 }
 
+/// Returns a gauge with one value for each disk, as Prometheus text: for numbers that other floors have.
+pub fn prometheus_gauge(name: &str, help: &str, disks: &[(&str, u64)]) -> String {
+    let mut text = MetricText(String::new());
+    text.metric(name, "gauge", help);
+    disks.iter().for_each(|(disk, value)| text.sample(name, &[("disk", disk)], value));
+    text.0
+}
+
 fn requests(text: &mut MetricText, disks: &[(&str, &DiskStatistics)]) {
     type Field = fn(&super::report::KindStatistics) -> u64;
     let fields: [(&str, &str, Field); 3] = [
@@ -115,8 +123,12 @@ fn totals(text: &mut MetricText, disks: &[(&str, &DiskStatistics)]) {
 
 fn gauges(text: &mut MetricText, disks: &[(&str, &DiskStatistics)]) {
     type Field = fn(&DiskStatistics) -> Option<u64>;
-    let fields: [(&str, &str, Field); 8] = [
+    let fields: [(&str, &str, Field); 12] = [
         ("size_bytes", "Size of the disk.", |disk| Some(disk.size_bytes)),
+        ("depth", "Number of files in the chain.", |disk| Some(disk.layers.len() as u64)),
+        ("read_only", "1 if the disk refuses writes.", |disk| Some(disk.read_only.into())),
+        ("full", "1 if writes wait or fail because the file system is full.", |disk| Some(disk.full.into())),
+        ("poisoned", "1 if a failed sync made the disk refuse writes.", |disk| Some(disk.poisoned.into())),
         ("journal_slots_used", "Slots of the live journal in use.", |disk| disk.gauges.journal_slots_used),
         ("journal_slots", "Slots of the live journal.", |disk| disk.gauges.journal_slots),
         ("dirty_bitmap_sectors", "Bitmap sectors with bits that are not in the file.", |disk| {
@@ -197,7 +209,7 @@ mod tests {
     use std::collections::BTreeSet;
     use std::path::PathBuf;
 
-    use super::super::report::{DiskGauges, KindStatistics, RequestStatistics};
+    use super::super::report::{KindStatistics, RequestStatistics};
     use super::*;
     use crate::disk::statistics::histogram::{Histogram, HistogramSnapshot};
 
@@ -229,15 +241,12 @@ mod tests {
         };
         DiskStatistics {
             size_bytes: 1 << 30,
-            read_only: false,
+            full: true,
             total: queue(None),
             queues: vec![queue(Some(3))],
             layers: vec![layer],
             commits: 7,
-            syncs: 9,
-            readahead_bytes: 0,
-            early_writebacks: 0,
-            gauges: DiskGauges::default(),
+            ..DiskStatistics::default()
         }
     }
 
@@ -258,6 +267,8 @@ mod tests {
             "diffdisk_request_duration_seconds_sum{disk=\"a\",kind=\"read\"} 429.4967451",
             "diffdisk_layer_copied_bytes_total{disk=\"a\",layer=\"/disks/a \\\"b\\\"\\\\c\\nd.vhd\"} 8192",
             "diffdisk_commits_total{disk=\"b\"} 7",
+            "diffdisk_full{disk=\"b\"} 1",
+            "diffdisk_depth{disk=\"a\"} 1",
         ] {
             assert!(text.lines().any(|other| other == line), "{line} is missing in\n{text}");
         }

@@ -1,19 +1,23 @@
 //! The report of a disk's statistics: plain data, for JSON and for Prometheus. `docs/statistics.md` describes each number.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
-use super::histogram::HistogramSnapshot;
+use super::histogram::{Histogram, HistogramSnapshot};
 use super::lane_counters::RequestKind;
 
 /// The statistics of a disk since it was opened, and its gauges.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct DiskStatistics {
     /// Size of the disk in bytes.
     pub size_bytes: u64,
     /// Whether the disk refuses writes.
     pub read_only: bool,
+    /// Whether writes or commits wait or fail because the file system is full.
+    pub full: bool,
+    /// Whether a failed sync made the disk refuse writes.
+    pub poisoned: bool,
     /// Sums over all queues.
     pub total: QueueStatistics,
     /// Each queue.
@@ -33,7 +37,7 @@ pub struct DiskStatistics {
 }
 
 /// The statistics of a queue, or the sums of all queues.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct QueueStatistics {
     /// Index of the queue. `None` in the sums, and for lanes that serve no queue.
     pub queue: Option<u32>,
@@ -76,9 +80,10 @@ pub struct KindStatistics {
 }
 
 /// The statistics of one file of the chain.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct LayerStatistics {
-    /// Path of the file.
+    /// Path of the file. In JSON, bytes that are not UTF-8 become replacement characters.
+    #[serde(serialize_with = "path_as_text")]
     pub path: PathBuf,
     /// Operations that read data for requests.
     pub reads: u64,
@@ -119,6 +124,49 @@ pub struct DiskGauges {
     pub mapped_bytes: u64,
     /// Bytes that the layers above the root allocate: the most that a merge of all layers copies.
     pub merge_debt_bytes: u64,
+}
+
+impl DiskStatistics {
+    /// Returns two reports: one without a value that may be missing, and one with all values. A schema of the report
+    /// can be derived from both.
+    pub fn examples() -> [DiskStatistics; 2] {
+        let histogram = Histogram::new();
+        histogram.record(300, 1);
+        let mut latency = HistogramSnapshot::default();
+        histogram.add_to(&mut latency);
+        let kind = || KindStatistics { latency: latency.clone(), ..KindStatistics::default() };
+        let requests = || {
+            let [read, write, flush, discard, write_zeroes] = std::array::from_fn(|_| kind());
+            RequestStatistics { read, write, flush, discard, write_zeroes }
+        };
+        let queue = |queue| QueueStatistics { queue, requests: requests(), ..QueueStatistics::default() };
+        let empty = DiskStatistics {
+            queues: vec![QueueStatistics::default()],
+            layers: vec![LayerStatistics::default()],
+            ..DiskStatistics::default()
+        };
+        let full = DiskStatistics {
+            total: queue(None),
+            queues: vec![queue(Some(0))],
+            layers: vec![LayerStatistics { allocated_bytes: Some(0), ..LayerStatistics::default() }],
+            gauges: DiskGauges {
+                journal_slots_used: Some(0),
+                journal_slots: Some(0),
+                dirty_bitmap_sectors: 0,
+                reserved_bytes: Some(0),
+                file_system_available_bytes: Some(0),
+                stalled_writes: 0,
+                mapped_bytes: 0,
+                merge_debt_bytes: 0,
+            },
+            ..DiskStatistics::default()
+        };
+        [empty, full]
+    }
+}
+
+fn path_as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 impl RequestStatistics {
