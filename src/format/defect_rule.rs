@@ -60,7 +60,7 @@ macro_rules! defects {
 
         impl Defect {
             /// Returns the names of the rows that are repairable.
-            #[cfg(test)]
+            #[cfg(all(test, feature = "sim"))]
             pub(crate) fn repairable_kinds() -> impl Iterator<Item = &'static str> {
                 [$(($name, $repairable)),*].into_iter().filter(|(_, repairable)| *repairable).map(|(name, _)| name)
             }

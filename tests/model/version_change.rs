@@ -1,11 +1,10 @@
 //! Changes of the version that lanes serve: which requests wait, and that none is lost, fails, or sees other data.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use diffdisk::disk::{Disk, Outcome, VersionChange, Work};
+use diffdisk::disk::{Disk, VersionChange};
 use diffdisk::error::ErrorKind;
 use diffdisk::storage::EngineKind;
 use diffdisk::units::SectorRange;
@@ -167,8 +166,10 @@ fn a_thread_that_does_not_respond_ends_the_change_and_not_the_disk() {
 /// The rules of the gate, with operations that complete only when the test lets them.
 #[cfg(feature = "sim")]
 mod simulated {
+    use std::path::Path;
+
     use super::*;
-    use diffdisk::disk::{ChangeStep, DiskOptions};
+    use diffdisk::disk::{ChangeStep, DiskOptions, Outcome, Work};
     use diffdisk::image::{self, ImageKind, ImageSpec};
     use diffdisk::storage::sim::SimHost;
     use diffdisk::units::BlockSize;
