@@ -52,7 +52,7 @@ pub enum Mutant {
     /// date.
     StaleBits,
 
-    // Mistakes in the rules of sessions (crash-safety 7). `tests/world/sessions.rs` finds all that follow.
+    // Mistakes in the rules of sessions (crash-safety 7). `tests/world/sessions.rs` finds them.
     /// The end of a session removes the journal before it removes the stamp.
     RemoveJournalFirst,
     /// The first stamp of a session is not synced, although other machines use the file system.
@@ -92,6 +92,8 @@ pub enum Mutant {
     ToolIgnoresStamp,
     /// A journal slot contains only new bits, and its replay replaces the bits in the file.
     SlotReplacesBits,
+
+    // A mistake in the change of versions.
     /// A file slot is freed while operations of an older version use it.
     SlotFreedEarly,
 }

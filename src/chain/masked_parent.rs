@@ -67,7 +67,7 @@ pub(super) fn find_masked(
         defects.extend(found.first().map(|&(block, _, at)| Defect::ZerosOverParent { block, blocks, at }));
         return Ok(());
     }
-    // All suspects were compared with the parents. So the defects of single blocks replace the defect that only reports
+    // If all suspects were compared with the parents, the defects of single blocks replace the defect that only reports
     // that another program placed the blocks.
     if scan.bytes_left > 0 {
         defects.retain(|defect| !matches!(defect, Defect::PlacedByAnother { .. }));

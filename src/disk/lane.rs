@@ -151,7 +151,8 @@ impl Lane {
         }
     }
 
-    /// A descriptor that is readable while completions may be there to reap; `None` if submit completes all operations.
+    /// A descriptor that is readable while completions of operations in flight may be available; `None` if the engine
+    /// has no such descriptor, as the blocking engine, whose `submit` completes all operations.
     pub fn wake_fd(&self) -> Option<BorrowedFd<'_>> {
         self.ops.engine.wake_fd()
     }
@@ -191,6 +192,7 @@ impl Lane {
             if self.ops.engine.outstanding() > 0 {
                 self.ops.engine.wait()?;
             } else if self.stalled_commit.take() {
+                self.stalled_commit.commit_ended();
                 self.disk.group_commit.hand_over(&self.mailbox);
             } else if !self.parked.is_empty() && !self.jobs.is_running(JobKind::Growth) {
                 let parked = std::mem::take(&mut self.parked);

@@ -175,7 +175,7 @@ impl NoSpaceLog {
 pub(super) struct StalledCommit {
     stalled: bool,
     host: Arc<FullHost>,
-    /// Set from the first stall until a commit ends.
+    /// Set at the first stall, until a commit succeeds or fails for another reason than space.
     mark: Option<FullMark>,
 }
 

@@ -16,7 +16,8 @@ pub struct Batmap {
     header: BatmapHeader,
     header_at: u64,
     map_at: u64,
-    /// The part of the map for the disk's blocks, and at least the part that the checksum covers, in whole sectors.
+    /// The first sectors of the map: those for the disk's blocks and those that the checksum covers, as far as the
+    /// recorded map has them.
     map: Vec<u8>,
     summed: usize,
     blocks: u32,

@@ -25,7 +25,7 @@ fn entry(name: &'static str, want: Expected, place: impl Fn(&VhdFile) -> u32 + '
     })
 }
 
-/// Creates an image as XenServer does, with a batmap after the BAT. A `keyhash` other than 0 marks it as encrypted.
+/// Creates an image as XenServer does, with a batmap after the BAT. A `keyhash` of 1 marks the image as encrypted.
 fn with_batmap(dir: &Path, keyhash: u8) -> VhdFile {
     let vhd = VhdFile::create(&dir.join("t.vhd"), VhdSpec::dynamic(SIZE, BLOCK).with_blocks(&[0]));
     vhd.set_footers(footer::CREATOR, b"tap\0").set_footers(footer::CREATOR_VERSION, &0x0001_0003_u32.to_be_bytes());

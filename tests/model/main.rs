@@ -1,7 +1,8 @@
 //! Random requests on chains of every shape, compared with a flat array of bytes.
 //!
-//! The chains differ in the type of the root, in depth (0 to 8, and 63), in the block sizes and disk sizes of their
-//! layers, in the engine, and in clean and unclean ends. Each test prints its seed.
+//! The chains differ in the type of the root, in depth (0 to 8, and 63), and in the block sizes and disk sizes of their
+//! layers. The runs differ in the engine, in O_DIRECT, and in whether a disk is closed or abandoned as by a kill. Each
+//! random test prints its seed.
 #![allow(unreachable_pub)]
 #![allow(clippy::cast_possible_truncation, reason = "disks of a few megabytes")]
 

@@ -218,7 +218,7 @@ fn the_names_of_inherited_sockets_select_their_disks() {
         assert_eq!(status.code(), Some(1), "{names}: {log}");
         assert!(log.lines().last().unwrap().contains(why), "{names}: {log}");
     }
-    // Sockets are matched to disks by path, without regard to their names.
+    // Sockets whose names are not the id of a disk are assigned by their paths.
     let by_path = format!(
         "--disk path=a.vhd,id=a,socket={} --disk path=b.vhd,id=b,socket={}",
         fixture.path("y").display(),

@@ -45,8 +45,8 @@ pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     DiskOptions { keep, when_full: WhenFull::Fail, allow_writable_parent: true, ..DiskOptions::new(top()) }
 }
 
-/// Makes the four layouts of crash-safety 11 (R1) on a disk of `blocks` blocks, and one with all blocks allocated and
-/// no free tail.
+/// Makes the five layouts on a disk of `blocks` blocks: a child and a dynamic image, each aligned and packed, and a
+/// child with all blocks allocated and no free tail. The exhaustive test (crash-safety 11, R1) uses the first four.
 pub(crate) fn all_layouts(blocks: u64) -> Vec<Layout> {
     vec![
         layout("child, aligned", blocks, true, Placement::Native),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use diffdisk::disk::{
     Allocation, Answer, ChangeStep, Disk, DiskOptions, Lane, Outcome, Request, VersionChange, WhenFull, Work, ZeroRange,
 };
+use diffdisk::error::ErrorKind;
 use diffdisk::storage::EngineKind;
 use diffdisk::storage::sim::{FaultPlan, Random, SimHost};
 use diffdisk::units::SectorRange;
@@ -155,9 +156,11 @@ impl<'a> World<'a> {
     fn step_change(&mut self) -> Result<(), String> {
         let (Some(random), Some(disk)) = (&mut self.changes, &self.disk) else { return Ok(()) };
         match &mut self.change {
-            None if random.chance(1, 4) => {
-                self.change = Some(VersionChange::move_top(disk).map_err(|e| e.line())?);
-            }
+            None if random.chance(1, 4) => match VersionChange::move_top(disk) {
+                Ok(change) => self.change = Some(change),
+                Err(e) if e.kind() == ErrorKind::Poisoned && self.may_fail => {}
+                Err(e) => return Err(e.line()),
+            },
             None => {}
             Some(_) if random.chance(1, 40) => self.change = None,
             Some(change) => {

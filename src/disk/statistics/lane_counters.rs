@@ -126,7 +126,7 @@ pub struct LayerCounters {
 pub struct LaneCounters {
     /// Index of the queue, or `NO_QUEUE`.
     queue: AtomicU32,
-    /// Requests that were taken from the ring, by batch.
+    /// Requests that were passed to the lane. The number is added when a batch ends.
     pub taken: Counter,
     /// Requests that were refused because they are not valid or not supported. They are not counted as taken.
     pub refused: Counter,

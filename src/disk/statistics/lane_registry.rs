@@ -49,7 +49,8 @@ pub(super) struct LaneTotals {
     pub(super) queues: BTreeMap<Option<u32>, QueueTotals>,
     /// The sum over the queues.
     pub(super) sum: QueueTotals,
-    /// The counts of the files, by file slot. They are part of those of the slots in `sum`, which may have had others.
+    /// The counts of the present file of each file slot, with those from the slots that the file had before. The counts
+    /// of a slot in `sum` include earlier files of the slot.
     pub(super) files: Vec<LayerTotals>,
 }
 

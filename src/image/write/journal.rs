@@ -295,12 +295,12 @@ impl Journal {
         self.lock().placing.1.clear();
     }
 
-    /// Ends the slots of a commit whose snapshot is durable. `places` are the BAT entries that it wrote, as (block,
-    /// place).
+    /// Records that the snapshot of the commit of `epoch` is durable, and ends all slots up to this epoch that are not
+    /// in use any more. `places` are the BAT entries that the commit wrote, as (block, place).
     ///
-    /// A slot stays if its bitmap sector is not in the snapshot, so that the frame still refers to the slot.
-    /// `keep(slot, bitmap sector, renew)` returns whether the frame still refers to the slot. In this case `keep` has
-    /// called `renew` under the lock of the frame.
+    /// The frame of a bitmap sector that is not in the snapshot may still refer to its slot. Such a slot stays valid:
+    /// it moves to the current epoch. `keep(slot, bitmap sector, renew)` returns whether the frame of the bitmap sector
+    /// refers to the slot. If so, `keep` first calls `renew`, which moves the slot, under the lock of the frame.
     pub(super) fn finish_commit(
         &self,
         epoch: u64,

@@ -56,6 +56,7 @@ impl CachedRange {
     }
 }
 
-// SAFETY: the pointer is to a mapping of a file, which is not tied to a thread. Only `PageCacheReader::copy` reads
-// through the pointer, after it has checked that a file of the reader still has this mapping.
+// SAFETY: the pointer is an address, which is not tied to a thread. It may be dangling: `new` stores no mapping, and a
+// region may be unmapped while a range of it exists. Prefetches never fault. Only `PageCacheReader::copy` reads through
+// the pointer, after it has checked that a file of the reader has a mapping at this address.
 unsafe impl Send for CachedRange {}
