@@ -40,9 +40,13 @@ fn call(args: &CtlArgs, method: &str, common: &CommonArgs) -> Result<Exit> {
     match &args.verb {
         CtlVerb::Watch { .. } => return print_events(&mut daemon, args.json),
         CtlVerb::Shutdown { .. } => {
-            while daemon.next_event()?.is_some() {}
+            let mut last = None;
+            while let Some(event) = daemon.next_event()? {
+                last = Some(event);
+            }
+            check_end(last.as_ref())?;
             if !args.json {
-                return print_outcome(common, "the daemon has ended");
+                return print_outcome(common, "the daemon has ended, and all disks are closed");
             }
         }
         _ => {}
@@ -79,14 +83,33 @@ fn params(verb: &CtlVerb) -> Value {
 }
 
 fn print_events(daemon: &mut ControlConnection, is_json: bool) -> Result<Exit> {
+    let mut last = None;
     print_list(|check| {
         let mut out = io::stdout().lock();
         while let Some(event) = daemon.next_event()? {
             let printed = if is_json { writeln!(out, "{event}") } else { ctl_print::event(&mut out, &event) };
             check(printed.and_then(|()| out.flush()))?;
+            last = Some(event);
         }
-        Ok(())
+        check_end(last.as_ref())
     })
+}
+
+/// Checks, by the last event before the connection ended, that the daemon has closed all disks.
+///
+/// # Errors
+/// `Io` if it has not.
+fn check_end(last: Option<&Value>) -> Result<()> {
+    let ended = last.filter(|event| event["kind"] == "ended");
+    let what = match ended {
+        Some(event) if event["clean"] == true => return Ok(()),
+        Some(event) => {
+            format!("the daemon has ended, and not all disks are closed ({})", event["reason"].as_str().unwrap_or("?"))
+        }
+        None => "the daemon ended without closing its disks, or the connection to it was lost".to_owned(),
+    };
+    let todo = "acknowledged writes are recovered by the next daemon or by `diffdisk settle IMAGE`";
+    Err(Error::new(ErrorKind::Io, format!("{what}; {todo}")))
 }
 
 /// Connects to the daemon: to the socket `explicit`, or else to the socket `variable`, or else to the only daemon with a
@@ -96,16 +119,27 @@ fn connect(explicit: Option<&Path>, variable: Option<OsString>, common: &CommonA
     if let Some(path) = explicit.or(variable.as_deref()) {
         return ControlConnection::open(path);
     }
-    let folders = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
-    let sockets = folders.iter().flat_map(|folder| control_sockets(folder.path()));
+    // A folder that the user names may be on any file system. Of the default folders, only those on tmpfs are used.
+    let folders: Vec<PathBuf> = match &common.runtime_dir {
+        Some(folder) => vec![folder.clone()],
+        None => runtime_dir::existing_folders(None)?.iter().map(|folder| folder.path().to_owned()).collect(),
+    };
+    let sockets = folders.iter().flat_map(|folder| control_sockets(folder));
     // A killed daemon leaves its socket, to which no program can connect.
-    let mut found: Vec<(PathBuf, ControlConnection)> =
-        sockets.filter_map(|path| ControlConnection::open(&path).ok().map(|daemon| (path, daemon))).collect();
+    let (mut found, mut failed) = (Vec::new(), Vec::new());
+    for path in sockets {
+        match ControlConnection::open(&path) {
+            Ok(daemon) => found.push((path, daemon)),
+            Err(e) => failed.push(e),
+        }
+    }
     let choose = format!("give --control, or set {VARIABLE}");
     match found.pop() {
         Some((_, daemon)) if found.is_empty() => Ok(daemon),
+        // The only socket says best why there is no daemon.
+        None if failed.len() == 1 => Err(failed.remove(0)),
         None => {
-            let searched: Vec<String> = folders.iter().map(|folder| folder.path().display().to_string()).collect();
+            let searched: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
             let searched = if searched.is_empty() { "there is none".into() } else { searched.join(", ") };
             let why = format!("no daemon has a control socket *{SUFFIX} in the runtime folder ({searched}): {choose}");
             Err(Error::new(ErrorKind::NotFound, why))

@@ -66,25 +66,30 @@ fn serve(mut args: DaemonArgs, inherited: InheritedFds, host: &Arc<dyn Env>) -> 
     // kill the daemon without a commit.
     let stop = signals::stop_socket()?;
     let events = args.control.is_some().then(EventHub::new).transpose()?;
+    // The control socket is bound before the disks are opened: a second daemon with the same path must not touch them.
+    let listener = match &args.control {
+        Some(path) => match serve_control::bind(path, &stop)? {
+            Some(listener) => Some(listener),
+            None => return Ok(()),
+        },
+        None => None,
+    };
     let Some(ready) = start::start_all(&args, &disks, handed_over, host, &stop.stop, events.as_ref())? else {
         info!("stopped by a signal during the start");
         return Ok(());
     };
     let registry = Arc::new(DiskRegistry::default());
     ready.iter().for_each(|disk| registry.add(disk.served()));
-    let control = match (&args.control, events) {
-        (Some(path), Some(events)) => match serve_control::start(path, &registry, events, &stop)? {
-            Some(control) => Some(control),
-            None => return Ok(()),
-        },
+    let control = match (listener, events) {
+        (Some(listener), Some(events)) => Some(serve_control::start(listener, &registry, events, &stop)?),
         _ => None,
     };
     notify_manager("READY=1");
     let outcome = run_all(ready, &stop.stop, &registry);
     notify_manager("STOPPING=1");
-    // The control socket serves until the disks are closed, so the end of its connections is the end of the daemon.
+    // The control socket serves until the disks are closed, so its last event is the end of the daemon.
     if let Some(control) = control {
-        control.stop();
+        control.stop(&outcome);
     }
     outcome
 }

@@ -14,28 +14,36 @@ use crate::control::{ControlContext, ControlServer, DiskRegistry, EventHub, Shut
 use crate::error::Result;
 use crate::vhost::{Listener, SocketAccess};
 
-/// Creates the control socket at `path` and starts its thread. Returns `None` if a stop signal arrives before.
+/// Creates the control socket at `path`. Clients may connect, and are served after [`start`]. Returns `None` if a stop
+/// signal arrives before.
 ///
 /// # Errors
 /// - `Busy` if another daemon uses the socket
 /// - `Refused` if `path` exists and is not a socket
 /// - `NotFound` if the folder does not exist
 /// - `Io`
+pub(super) fn bind(path: &Path, stop: &StopSocket) -> Result<Option<Listener>> {
+    // Only the owner may connect.
+    let bind = || Listener::bind(path, SocketAccess::default());
+    let listener = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, "control socket", &stop.stop, bind)?;
+    if listener.is_some() {
+        info!("control socket on {}", path.display());
+    }
+    Ok(listener)
+}
+
+/// Starts the thread that serves the clients of the control socket.
+///
+/// # Errors
+/// `Io` if a thread cannot be started, or the process has no file descriptors left.
 pub(super) fn start(
-    path: &Path,
+    listener: Listener,
     disks: &Arc<DiskRegistry>,
     events: Arc<EventHub>,
     stop: &StopSocket,
-) -> Result<Option<ControlServer>> {
-    // Only the owner may connect.
-    let bind = || Listener::bind(path, SocketAccess::default());
-    let Some(listener) = retry_while_busy(PREDECESSOR_SOCKET_TIMEOUT, "control socket", &stop.stop, bind)? else {
-        return Ok(None);
-    };
+) -> Result<ControlServer> {
     let context = ControlContext { version: VERSION, disks: disks.clone(), events, shutdown: shutdown_request(stop)? };
-    let server = ControlServer::start(listener, context)?;
-    info!("control socket on {}", path.display());
-    Ok(Some(server))
+    ControlServer::start(listener, context)
 }
 
 /// Returns a function that ends the daemon as a signal does, and exits after a time limit if there is one.

@@ -138,6 +138,15 @@ impl Client {
         self.outbox.flush(&self.stream)
     }
 
+    /// Sends the last message, after everything else, as far as the socket takes it.
+    ///
+    /// # Errors
+    /// Any error of the connection.
+    pub(super) fn say_farewell(&mut self, line: Vec<u8>) -> io::Result<()> {
+        self.outbox.push_answer(line);
+        self.outbox.flush(&self.stream)
+    }
+
     /// Accepts the outcome of a slow call.
     pub(super) fn slow_call_finished(&mut self, origin: &CallOrigin, outcome: Outcome) {
         if let Some(open) = self.open_messages.get_mut(&origin.message) {

@@ -28,7 +28,17 @@ impl ControlConnection {
     /// - `NotFound` if there is no socket
     /// - `Io` if no daemon listens on it, or this user may not connect
     pub fn open(path: &Path) -> Result<ControlConnection> {
-        let failed = |e| Error::io("cannot connect to the control socket", e).at_path(path);
+        let failed = |e: std::io::Error| {
+            let hint = match e.kind() {
+                IoKind::NotFound => ": is the daemon running with --control?",
+                IoKind::PermissionDenied => ": only the user of the daemon may connect",
+                IoKind::ConnectionRefused => {
+                    ": no daemon listens there; a killed daemon leaves its socket, and the next one replaces it"
+                }
+                _ => "",
+            };
+            Error::io(format!("cannot connect to the control socket{hint}"), e).at_path(path)
+        };
         let stream = UnixStream::connect(path).map_err(failed)?;
         stream.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed)?;
         Ok(ControlConnection { socket: BufReader::new(stream), path: path.to_path_buf(), last_id: 0 })
@@ -49,7 +59,11 @@ impl ControlConnection {
             let message = match self.next_message() {
                 Ok(Some(message)) => message,
                 Ok(None) | Err(_) if sent.is_err() => return sent.map(|()| Value::Null).map_err(|e| self.failed(e)),
-                Ok(None) => return Err(self.failed(IoKind::UnexpectedEof.into())),
+                Ok(None) => {
+                    let why =
+                        "the connection ended without an answer: the daemon has ended, or the socket is that of a disk";
+                    return Err(Error::new(ErrorKind::Io, why).at_path(&self.path));
+                }
                 Err(e) => return Err(e),
             };
             let id = message.get("id");

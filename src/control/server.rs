@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -14,10 +14,11 @@ use rustix::event::Timespec;
 use rustix::event::epoll as epoll_api;
 use rustix::event::epoll::{CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::client::{Client, Interest};
 use super::context::ControlContext;
+use super::event_hub::now;
 use super::message;
 use super::rpc_error::RpcError;
 use super::slow_calls::SlowCalls;
@@ -51,6 +52,8 @@ pub fn fds_of_control() -> u64 {
 pub struct ControlServer {
     listener: Listener,
     stop: Arc<Notifier>,
+    /// The last message of the daemon. It is set before the thread is asked to end.
+    farewell: Arc<OnceLock<Vec<u8>>>,
     thread: JoinHandle<()>,
 }
 
@@ -64,7 +67,7 @@ impl ControlServer {
         // The duplicate serves the thread, so the name can be removed while the thread is stuck.
         let socket = UnixListener::from(listener.as_fd().try_clone_to_owned().map_err(cannot)?);
         socket.set_nonblocking(true).map_err(cannot)?;
-        let stop = Arc::new(Notifier::new()?);
+        let (stop, farewell) = (Arc::new(Notifier::new()?), Arc::new(OnceLock::new()));
         let context = Arc::new(context);
         let slow = SlowCalls::start(context.clone())?;
         let epoll = epoll_api::create(CreateFlags::CLOEXEC).map_err(|e| cannot(e.into()))?;
@@ -72,6 +75,7 @@ impl ControlServer {
             epoll,
             socket,
             stop: stop.clone(),
+            farewell: farewell.clone(),
             context,
             slow,
             clients: BTreeMap::new(),
@@ -81,11 +85,15 @@ impl ControlServer {
         };
         state.add_sources().map_err(|e| cannot(e.into()))?;
         let thread = thread::Builder::new().name("control".into()).spawn(move || state.run()).map_err(cannot)?;
-        Ok(ControlServer { listener, stop, thread })
+        Ok(ControlServer { listener, stop, farewell, thread })
     }
 
-    /// Removes the socket, ends the thread, and closes the connections. Waits a limited time for the thread.
-    pub fn stop(self) {
+    /// Removes the socket, sends the event `ended` with the outcome of the daemon to all clients, ends the thread, and
+    /// closes the connections. Waits a limited time for the thread.
+    pub fn stop(self, outcome: &Result<()>) {
+        let reason = outcome.as_ref().err().map(Error::line);
+        let params = json!({"time": now(), "kind": "ended", "clean": outcome.is_ok(), "reason": reason});
+        let _ = self.farewell.set(message::notification(&params));
         // The name is removed first: a client whose connection ends finds no socket any more.
         drop(self.listener);
         self.stop.notify();
@@ -104,6 +112,7 @@ struct ServerThread {
     epoll: OwnedFd,
     socket: UnixListener,
     stop: Arc<Notifier>,
+    farewell: Arc<OnceLock<Vec<u8>>>,
     context: Arc<ControlContext>,
     slow: SlowCalls,
     clients: BTreeMap<u64, (Client, Interest)>,
@@ -274,7 +283,8 @@ impl ServerThread {
     fn end(&mut self) {
         self.pass_events();
         for (client, _) in self.clients.values_mut() {
-            let _ = client.flush();
+            let farewell = self.farewell.get().cloned().unwrap_or_default();
+            let _ = client.flush().and_then(|()| client.say_farewell(farewell));
         }
         self.clients.clear();
     }

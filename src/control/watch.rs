@@ -77,6 +77,15 @@ pub(super) fn event_schemas() -> Value {
         "room_again": event("room_again", true, &path),
         "poisoned": event("poisoned", true, &[("path", text()), ("reason", text())]),
         "lost": event("lost", false, &[("lost", integer())]),
+        "ended": object(
+            &[
+                ("time", text()),
+                ("kind", json!({"const": "ended"})),
+                ("clean", boolean()),
+                ("reason", nullable(text())),
+            ],
+            &[],
+        ),
     })
 }
 

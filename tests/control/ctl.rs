@@ -134,13 +134,54 @@ fn watch_prints_events_until_the_daemon_ends() {
 }
 
 #[test]
+fn the_end_of_a_daemon_that_did_not_close_its_disks_is_an_error() {
+    let served = Served::start(&[]);
+    let control = format!("--control={}", served.control.display());
+    let mut watcher = start(Command::new(DIFFDISK).args(["ctl", &control, "watch"]).stdout(Stdio::piped()));
+    let watcher = watcher.as_mut().expect("a program");
+    let lines = BufReader::new(watcher.stdout.take().expect("a pipe")).lines();
+    // An event shows that the program watches. All are read: the program ends in silence if nobody reads its output.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut rpc = served.connect();
+    let (sender, first) = channel();
+    std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    while first.try_recv().is_err() {
+        assert!(Instant::now() < deadline, "no events");
+        drop(served.daemon.connect());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    rpc.call("version", &json!({}));
+    served.daemon.kill();
+    assert_eq!(wait(watcher, deadline), (Some(1), false));
+    // A daemon that accepts the request to end, and is killed then.
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("x.control");
+    let listener = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+    let daemon = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().expect("a client");
+        let mut request = String::new();
+        BufReader::new(&stream).read_line(&mut request).expect("a request");
+        let request: Value = serde_json::from_str(&request).expect("JSON");
+        let answer = json!({"jsonrpc": "2.0", "id": request["id"], "result": null});
+        std::io::Write::write_all(&mut &stream, format!("{answer}\n").as_bytes()).expect("an answer");
+    });
+    // The named folder is searched although it may not be on tmpfs.
+    let words = ["shutdown".to_owned(), format!("--runtime-dir={}", folder.path().display())];
+    let failed = ctl(&words.each_ref().map(String::as_str), None);
+    assert_fails(&failed, "ctl shutdown", "the daemon ended without closing its disks");
+    daemon.join().expect("the daemon");
+    // Now nobody listens on the socket.
+    assert_fails(&ctl(&["disks", &words[1]], None), "ctl disks", "no daemon listens there");
+}
+
+#[test]
 fn shutdown_ends_the_daemon_and_waits_for_it() {
     let served = Served::start(&[]);
     let mut guest = served.daemon.connect();
     guest.write(0, &[9; 4096]).expect("a write");
     assert_eq!(
         printed(ctl(&["shutdown", "--timeout-s", "30"], Some(served.control.as_os_str()))),
-        "the daemon has ended\n"
+        "the daemon has ended, and all disks are closed\n"
     );
     assert!(!served.control.exists(), "it has ended when the verb returns");
     let log = served.daemon.log();

@@ -52,6 +52,9 @@ fn every_method_answers_as_its_schema_says() {
     }
     let all: BTreeSet<String> = schema["methods"].as_object().expect("methods").keys().cloned().collect();
     assert_eq!(tested, all);
+    let ended = rpc.event();
+    check(&schema["events"]["ended"], &ended).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!((&ended["clean"], &ended["reason"]), (&json!(true), &Value::Null));
     assert_eq!(rpc.receive(), None, "the daemon ends");
     assert!(served.daemon.wait_for_exit().success());
 }

@@ -33,6 +33,7 @@ fn only_the_owner_may_connect_and_a_second_daemon_is_refused() {
     assert_eq!(refused.code, Some(1), "{}", refused.stderr);
     assert!(refused.stderr.contains("another daemon serves this socket"), "{}", refused.stderr);
     assert!(!other.path().join("s").exists(), "a failed start leaves no socket");
+    assert!(!refused.stderr.contains("disk child.vhd"), "the disk was opened: {}", refused.stderr);
     diffdisk(["check", other.path().join(super::DISK).to_str().expect("a plain path")]).ok();
     served.connect().call("version", &json!({}));
     let folder = served.stop();
