@@ -20,17 +20,17 @@ pub enum DiskEvent {
         /// User of the front-end, if the kernel reports it.
         uid: Option<u32>,
     },
-    /// The first write or commit waits or fails because the file system of the image is full.
+    /// The first write or commit waits, or the first write fails, because the file system of the image is full.
     DiskFull {
         /// The image.
         path: PathBuf,
     },
-    /// No write or commit waits or fails for lack of space any more.
+    /// No write or commit waits for space any more, and no lane's writes fail for lack of space.
     RoomAgain {
         /// The image.
         path: PathBuf,
     },
-    /// A sync failed, so the image takes no more writes.
+    /// The image was poisoned, for example because a sync failed. It takes no more writes.
     Poisoned {
         /// The image.
         path: PathBuf,

@@ -1,8 +1,8 @@
 //! Reads from the page cache: copies that need neither a task nor a system call.
 //!
-//! A lane collects the reads of a batch. Before the submit it plans them: a read whose bytes are all known to be
-//! resident becomes a list of copies, any other read becomes a task (`stages.rs`). After the submit it makes all
-//! copies. A read whose copy fails becomes a task, too.
+//! A lane collects the reads of a batch. Before the submit it plans them: a read whose bytes are all zeros or known to
+//! be resident becomes a list of copies, any other read becomes a task (`stages.rs`). After the submit the lane makes
+//! all copies. A read whose copy fails becomes a task, too.
 //!
 //! Neither the data of a page in a large file nor its page table entry is likely to be in the processor's caches. So
 //! the pages of all reads in a batch are prefetched before the first copy, and each part is prefetched while the part
@@ -32,7 +32,7 @@ pub(super) struct CachedReads {
     parts: Vec<CachedPart>,
     /// Reads whose copy failed.
     failed: VecDeque<CachedRead>,
-    /// Number of reads that were answered by copies.
+    /// Number of reads that were answered without a task.
     copied: u64,
 }
 
@@ -61,8 +61,8 @@ impl CachedPart {
 }
 
 impl CachedReads {
-    /// Creates an empty list of reads, whose copies are counted in `counters`. Without a page cache every read becomes a
-    /// task.
+    /// Creates an empty list of reads, whose copies are counted in `counters`. Without a page cache every read becomes
+    /// a task.
     pub(super) fn new(page_cache: Option<Box<dyn PageCache>>, counters: Arc<LaneCounters>) -> CachedReads {
         let (candidates, planned, parts, failed) = Default::default();
         CachedReads { page_cache, counters, candidates, planned, parts, failed, copied: 0 }
@@ -89,7 +89,7 @@ impl CachedReads {
         }
     }
 
-    /// Queues a read for the next batch.
+    /// Adds a read to the batch.
     ///
     /// # Errors
     /// Returns `into` if the read cannot be a copy: there is no page cache, or the read is larger than `MAX_COPY`.
@@ -117,7 +117,8 @@ impl CachedReads {
     /// Plans a read as copies.
     ///
     /// # Errors
-    /// Returns the read if not all of its bytes are known to be resident. Then `plan` contains the plan of the read.
+    /// Returns the read if some of its bytes are neither zeros nor known to be resident, or if there is no page cache.
+    /// Then `plan` contains the plan of the read.
     #[inline]
     pub(super) fn plan(
         &mut self,
@@ -200,7 +201,7 @@ impl CachedReads {
         }
     }
 
-    /// Number of reads that were answered by copies so far.
+    /// Number of reads that were answered without a task so far: by copies, or by zeros.
     pub(super) fn copied(&self) -> u64 {
         self.copied
     }

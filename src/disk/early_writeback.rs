@@ -9,7 +9,8 @@
 //! failed sync, unless it is known to be harmless.
 //!
 //! No hint is given if the guest flushes rarely (the kernel writes faster if it has all data at once) or after a few
-//! writes (little overlaps), or if the engine is blocking (the queue would wait for the hint).
+//! writes (little overlaps). There is no hint, either, for a file that is opened with O_DIRECT or a disk that writes
+//! through, or if the engine has no `wake_fd` (with a blocking engine, the queue would wait for the hint).
 //!
 //! [`Action::StartWriteback`]: crate::storage::Action::StartWriteback
 
@@ -29,13 +30,14 @@ const WRITES_PER_HINT: u32 = 8;
 /// The writes of one queue since the last commit, and whether hints are worthwhile.
 #[derive(Default)]
 pub(super) struct EarlyWriteback {
-    /// The number of commits that have succeeded.
+    /// The number of commits that had succeeded at the last write.
     commits: u64,
-    /// Writes since the last commit.
+    /// Writes since the number of commits became `commits`.
     writes: u32,
     /// Writes since the last hint.
     unhinted: u32,
-    /// Whether the number of writes between the last two commits was in the range for hints.
+    /// Whether the number of writes between two commits was in the range for hints, the last time that this queue
+    /// wrote between two commits.
     worthwhile: bool,
     /// The version with which the hint in flight was pushed, if a hint is in flight.
     in_flight: Option<u32>,

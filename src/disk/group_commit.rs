@@ -3,7 +3,7 @@
 //! A commit and its flushes are a *round*. A flush joins a round that starts after the flush has arrived, never the
 //! running round, whose snapshot is already taken. The lane whose flush starts a round leads the round on its own
 //! engine; the other lanes get an event when the round ends. If flushes wait for the next round then, the same lane
-//! leads the next round, too.
+//! leads the next round, too. A thread that commits without a lane leaves the next round to a waiter.
 //!
 //! If the file system is full, a round *stalls*: its leader keeps the round open, and leads it again later. The control
 //! thread and a queue that stops must not wait for space. They are *urgent*: they leave a round that stalls, and only
@@ -23,7 +23,7 @@ use crate::mutant::{self, Mutant};
 #[derive(Debug, Default)]
 pub struct GroupCommit {
     state: Mutex<GroupCommitState>,
-    /// Notified when the last round ends.
+    /// Notified when a round ends and no other round begins.
     at_rest: Condvar,
 }
 
@@ -38,7 +38,7 @@ struct GroupCommitState {
     round: u64,
     /// Waiters for the running round.
     current: Vec<RoundWaiter>,
-    /// Waiters for the round after the running round.
+    /// Waiters for the next round: after the running round, or after the release of held rounds.
     next: Vec<RoundWaiter>,
 }
 
@@ -66,8 +66,8 @@ pub struct JoinedRound {
 }
 
 impl GroupCommitState {
-    /// Starts the round after the running round. Returns false if no flush waits for that round, or the rounds are held;
-    /// then no round runs any more.
+    /// Starts the next round, in place of the running round if one runs. Returns false if no waiter waits for the next
+    /// round, or the rounds are held; then no round runs any more.
     fn advance(&mut self) -> bool {
         self.running = !self.next.is_empty() && !self.held;
         if self.running {
@@ -84,8 +84,8 @@ impl GroupCommitState {
         self.current.drain(..).for_each(|waiter| waiter.mailbox.post(event));
     }
 
-    /// Offers the lead of the running round to its waiters. If the round has no waiters, starts the next round, if a
-    /// flush waits for that, and offers the lead of the next round.
+    /// Offers the lead of the running round to its waiters. If no round runs, or the running round has no waiters,
+    /// tries to start the next round, and offers the lead of the next round.
     fn offer_lead(&mut self) {
         self.leaderless = !self.current.is_empty() || self.advance();
         self.current.iter().for_each(|waiter| waiter.mailbox.post(LaneEvent::Leaderless));
@@ -101,7 +101,8 @@ impl GroupCommitState {
 }
 
 impl GroupCommit {
-    /// Joins the next round to start. The end of the round is posted to `mailbox`, once per round.
+    /// Joins the next round to start. `mailbox` gets one event for the round: that it ended, or that an urgent waiter
+    /// left it.
     pub fn join(&self, mailbox: &Arc<Mailbox>) -> JoinedRound {
         let mut state = self.lock();
         let lead = !state.running && !state.held;
@@ -134,8 +135,8 @@ impl GroupCommit {
         self.lock().remove_waiters(|waiter| waiter.urgent);
     }
 
-    /// Removes the leader of the running round, to which `mailbox` belongs, and offers the lead to the other waiters:
-    /// the round found the file system full, and its leader must not wait for space.
+    /// Removes the leader of the running round, whose mailbox is `mailbox`, from both rounds, and offers the lead to
+    /// the other waiters: the round found the file system full, and its leader must not wait for space.
     pub(super) fn hand_over(&self, mailbox: &Arc<Mailbox>) {
         let mut state = self.lock();
         state.remove_waiters(|waiter| waiter.has(mailbox));
@@ -148,8 +149,8 @@ impl GroupCommit {
         std::mem::take(&mut self.lock().leaderless)
     }
 
-    /// Ends the running round and posts its end to its waiters. Returns the number of the next round if flushes wait
-    /// for one; the caller has to lead that round.
+    /// Ends the running round and posts its end to its waiters. If waiters wait for the next round and the rounds are
+    /// not held, starts the next round and returns its number; the caller has to lead that round.
     pub fn finish(&self, ok: bool) -> Option<u64> {
         let mut state = self.lock();
         state.post_end(ok);
@@ -168,7 +169,7 @@ impl GroupCommit {
     }
 
     /// Removes the waiter with this mailbox from all rounds, without an event. The lane of the mailbox has no flush in
-    /// flight, and stops or is dropped.
+    /// flight, or is taken out of service without answering its requests.
     pub(super) fn leave(&self, mailbox: &Arc<Mailbox>) {
         let mut state = self.lock();
         state.current.retain(|waiter| !waiter.has(mailbox));
@@ -203,7 +204,7 @@ impl GroupCommit {
         }
     }
 
-    /// Notifies a thread that waits in `wait_at_rest` if no round runs.
+    /// Notifies the threads that wait in `wait_at_rest` if no round runs.
     fn notify_at_rest(&self, state: &GroupCommitState) {
         if !state.running {
             self.at_rest.notify_all();
@@ -313,7 +314,8 @@ mod tests {
         let mut waiters = mailboxes::<4>().map(|mailbox| TestWaiter { mailbox, rounds: Vec::new() });
         for step in 0..200_000 {
             let index = random.index(waiters.len());
-            // In the last forty of each hundred steps waiters only take events and end rounds.
+            // Step 60 of each hundred releases the rounds. In the steps after it, waiters only take events and end
+            // rounds.
             let action = match step % 100 {
                 0..60 => random.below(10),
                 60 => 9,

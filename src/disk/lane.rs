@@ -1,9 +1,9 @@
 //! The engine of one virtqueue: takes requests, advances them through their stages, answers them. A lane belongs to one
-//! thread. Only `drain` and the drop of a lane wait for completions.
+//! thread. Only `drain` and `retire` (also by the drop of a lane) wait for operations in flight.
 //!
-//! A read of known sectors takes no lock and allocates nothing: tasks, iovecs and plans are reused. Reads from the page
-//! cache are copies (`cached_reads`). `docs/performance.md`, section 3, lists the measures that make a queue fast and
-//! those that were dropped.
+//! A read whose bitmaps are in memory takes no lock and allocates nothing: tasks, iovecs and plans are reused. Reads
+//! from the page cache are copies (`cached_reads`). `docs/performance.md`, section 3, lists the measures that make a
+//! queue fast and those that were dropped.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -55,7 +55,7 @@ pub struct Lane {
     pub(super) readahead: Readahead,
     pub(super) early_writeback: EarlyWriteback,
     pub(super) ticks: u32,
-    /// Whether operations were submitted since completions were last reaped.
+    /// Whether [`Lane::submit`] was called since completions were last reaped.
     pub(super) submitted_since_reap: bool,
     pub(super) answers: Vec<Answer>,
     pub(super) frozen_cache: FrozenCacheHandle,
@@ -82,8 +82,8 @@ impl Lane {
         if self.ops.has_no_backlog() { self.tasks.free() - self.cached_reads.len() } else { 0 }
     }
 
-    /// Starts a request and advances it until it has to wait, without a system call. A read that may be a copy is only queued;
-    /// the next `submit` plans it with the others. Requires `push_capacity`.
+    /// Starts a request and advances it until it has to wait, without submitting operations. A read that may be a copy
+    /// is only queued; the next `submit` plans it with the others. Requires that `push_capacity` is not zero.
     #[inline]
     pub fn push(&mut self, Request { tag, work }: Request) {
         let Work::Read { range, into } = work else { return self.start_request(Request { tag, work }) };
@@ -172,7 +172,8 @@ impl Lane {
             && !self.jobs.is_running(JobKind::Growth)
     }
 
-    /// Waits until the lane is idle. Requests of this lane that wait for space on the file system fail.
+    /// Waits until the lane is idle. Requests of this lane fail that still wait for space on the file system, or for a
+    /// step of growth by another lane, when the lane has no operation in flight.
     ///
     /// # Errors
     /// Those of [`Lane::poll`].
@@ -183,7 +184,8 @@ impl Lane {
             if self.is_idle() {
                 // No round may wait for this lane to lead it: a background commit of the lane can still be joined.
                 self.disk.group_commit.leave(&self.mailbox);
-                // Takes the events up to now, which must not reach the flushes of the next ring. One of them may offer the lead.
+                // Takes the events up to now, which must not reach the flushes of the next ring. An event may offer the
+                // lead of a round.
                 self.poll(answers)?;
                 if self.is_idle() {
                     return Ok(());
@@ -198,7 +200,7 @@ impl Lane {
                 let parked = std::mem::take(&mut self.parked);
                 self.resume_tasks(parked, false);
             } else if !self.has_queued_punch() {
-                // All remaining requests wait for another lane.
+                // All remaining requests wait for another lane or a live operation.
                 self.disk.group_commit.mark_urgent(&self.mailbox);
                 self.mailbox.sleep();
             }
@@ -287,7 +289,7 @@ impl Lane {
         next.is_some()
     }
 
-    /// Whether a piece of a discard or zeroing waits for nothing but the next [`Lane::poll`].
+    /// Whether a piece of a discard or zeroing is queued for which the next [`Lane::poll`] requests the punch lock.
     pub fn has_queued_punch(&self) -> bool {
         self.punch_queue.has_queued()
     }
@@ -307,8 +309,8 @@ impl Lane {
     fn job_finished(&mut self, FinishedJob { job, result }: FinishedJob) {
         let is_full = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace);
         match (job, result) {
-            // The round stays open, and the next tick leads a new commit for it. Nothing was acknowledged, and all that the failed
-            // commit had taken is dirty again.
+            // The round stays open, and the next tick leads a new commit for it, unless `drain` hands the round over
+            // first. Nothing was acknowledged, and all that the failed commit had taken is dirty again.
             (Job::Commit(_), _) if is_full && self.disk.parks_when_full() => {
                 self.disk.group_commit.stall();
                 self.stalled_commit.stall(self.versions.current().top_path());
@@ -332,7 +334,8 @@ impl Lane {
         }
     }
 
-    /// Starts a step of growth if one is due and no other lane does it. Returns whether a step is in progress.
+    /// Starts a step of growth if one is due and none is in progress. Returns whether a step was started here or is in
+    /// progress: then `GrowthEnded` announces its end.
     pub(super) fn ensure_growth(&mut self) -> bool {
         let top = self.versions.current().writable_top();
         if let Some(growth) = Growth::begin(&top.image, top.slot) {
@@ -343,7 +346,7 @@ impl Lane {
     }
 
     /// Leads the commit of the running round. While a round runs, no other version is published. The lane may not have
-    /// adopted the current one yet, and a commit of an older top would not cover the writes to the new top.
+    /// adopted the current version yet, and a commit of an older top would not cover the writes to the new top.
     pub(super) fn lead_commit(&mut self) {
         self.versions.adopt(self.disk.version());
         let top = self.versions.current().writable_top();
@@ -357,7 +360,8 @@ impl Lane {
         }
     }
 
-    /// Starts a commit for which no request waits, unless a round is running: then another follows it.
+    /// Requests a commit for which no request waits. The commit starts now, or after the running round, or when held
+    /// rounds are released.
     pub(super) fn start_background_commit(&mut self) {
         if self.disk.group_commit.join(&self.mailbox).lead {
             self.lead_commit();
@@ -383,7 +387,8 @@ impl Lane {
         if self.ticks == 0 && top.is_some_and(|top| top.image.is_dirty() && !top.image.is_poisoned()) {
             self.start_background_commit();
         }
-        // Without requests no other call submits. An engine that fails here fails again in the next call that reports it.
+        // Without requests no other call submits. An engine that fails here fails again in the next call that reports
+        // the failure.
         let _ = self.submit();
     }
 }

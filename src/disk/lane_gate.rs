@@ -2,8 +2,8 @@
 //! gates of all lanes to change which file takes the writes.
 //!
 //! Reads, prefetches and flushes pass. A write is *under way* from its first operation on a file to its mark. A write
-//! that waits for space, for bitmaps or for a commit is not: the first two are planned again, and the commit is led
-//! with the version of its round.
+//! that waits for space or for the bitmaps of its plan is not under way: it will be planned again. Nor is a write that
+//! waits for a commit: a commit uses the version that is current when its round begins.
 
 use super::task::{Task, TaskStage};
 use super::task_table::TaskTable;

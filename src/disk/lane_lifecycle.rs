@@ -28,7 +28,8 @@ impl Disk {
     /// Creates a lane for one queue. Only one thread may use it.
     ///
     /// # Errors
-    /// - `Io` if the engine cannot be created, a file cannot be registered, or the process has no file descriptors left.
+    /// - `Io` if the engine cannot be created, a file cannot be registered, or the process has no file descriptors
+    ///   left.
     /// - `Unsupported` if the kernel has no io_uring and `kind` requires it.
     pub fn lane(self: &Arc<Self>, kind: EngineKind, depth: usize) -> Result<Lane> {
         let mailbox = Arc::new(Mailbox::new()?);
@@ -78,7 +79,7 @@ impl Disk {
         })
     }
 
-    /// Creates an engine and its page cache, in which all files of a version are registered. There is no page cache if
+    /// Creates an engine and its page cache, and registers all files of a version in both. There is no page cache if
     /// the disk does not read from it, or the engine has none.
     fn engine(&self, version: &ServedVersion, kind: EngineKind, depth: usize) -> Result<LaneEngine> {
         let mut engine = self.env().engine(kind, depth)?;

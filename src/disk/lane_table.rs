@@ -17,7 +17,7 @@ pub(super) type LaneId = u64;
 #[derive(Default)]
 pub(super) struct LaneTable {
     state: Mutex<LaneTableState>,
-    /// Notified when a lane reports or is dropped.
+    /// Notified when a lane reports or is removed.
     reported: Condvar,
 }
 
@@ -25,7 +25,7 @@ pub(super) struct LaneTable {
 struct LaneTableState {
     lanes: Vec<LaneEntry>,
     next_id: LaneId,
-    /// Number of changes that have registered a file.
+    /// Number of changes that have begun to register a file.
     changes: u64,
     /// The file that a change is adding to the engines. Lanes that start now register it, too.
     new_file: Option<(FileSlot, File)>,
@@ -42,13 +42,14 @@ struct LaneEntry {
 /// What a lane has reported during a change.
 #[derive(Clone, Debug)]
 pub(super) struct LaneStatus {
-    /// Whether the engine of the lane has registered the new file, or why it has not.
+    /// Whether the engine of the lane has registered the new file, or why it has not. `None` if the lane has not
+    /// reported that.
     pub(super) registered: Option<Result<(), String>>,
-    /// Whether the gate is closed and no write of the range is under way.
+    /// Whether the lane has reported, since its gate was closed last, that no write of the range is under way.
     pub(super) is_held: bool,
     /// The version with which the lane plans.
     pub(super) adopted: u32,
-    /// The oldest version that operations in flight use.
+    /// The oldest version that operations in flight use, or `adopted` if they use no older one.
     pub(super) oldest: u32,
 }
 
@@ -60,7 +61,8 @@ pub(super) struct ChangeInProgress {
 
 impl LaneTable {
     /// Adds a lane that plans with the version `epoch`. `prepare` registers the new file of a change with the lane's
-    /// engine. The events of the change that are posted from now on reach the lane.
+    /// engine. The events of the change that are posted from now on reach the lane. Returns the number of the lane and
+    /// the range for which its gate must be closed.
     ///
     /// # Errors
     /// Those of `prepare`; the lane is not added then.
@@ -138,8 +140,8 @@ impl LaneTable {
         self.reported.notify_all();
     }
 
-    /// Records whether a lane holds the writes (`is_held`, true once), the version with which it plans (`adopted`), and
-    /// the oldest version that its operations in flight use.
+    /// Records that a lane holds the writes (if `is_held` is true; a lane reports this once for each time that its gate
+    /// is closed), the version with which the lane plans (`adopted`), and the oldest version that it uses.
     pub(super) fn report_progress(&self, id: LaneId, is_held: bool, adopted: u32, oldest: u32) {
         if let Some(lane) = self.lock().lanes.iter_mut().find(|lane| lane.id == id) {
             lane.status.is_held |= is_held;
@@ -153,7 +155,7 @@ impl LaneTable {
         self.lock().lanes.iter().find(|lane| is_late(&lane.status)).map(|lane| (lane.id, lane.status.clone()))
     }
 
-    /// The oldest version that operations in flight use; `None` if there is no lane.
+    /// The oldest version that a lane uses, by the last reports; `None` if there is no lane.
     pub(super) fn oldest_version(&self) -> Option<u32> {
         self.lock().lanes.iter().map(|lane| lane.status.oldest).min()
     }

@@ -25,7 +25,7 @@ impl LaneVersions {
         &self.current
     }
 
-    /// The version with a number that an operation in flight has.
+    /// The version with the number `epoch`, which the lane has adopted and which a task or job still uses.
     #[inline]
     pub(super) fn of(&self, epoch: u32) -> &ServedVersion {
         if epoch == self.current.epoch() {

@@ -1,18 +1,19 @@
 //! Detection of served files whose names are lost. A file that is removed, renamed or replaced while it is served stays
 //! open, so nothing fails until the daemon ends. Then the data of a removed file is gone, or the next start opens
-//! another file under the same name. The log warns once for each file.
+//! another file under the same name. The log warns once for each file slot.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 
 use crate::storage::{File, FileSlot, NameStatus};
 
-/// The files that the log has reported because their names no longer lead to them.
+/// The file slots whose files the log has reported because the names no longer lead to the files.
 #[derive(Debug, Default)]
 pub(super) struct LostNames(Mutex<BTreeSet<FileSlot>>);
 
 impl LostNames {
-    /// Looks up the name of each file, and warns of names that no longer lead to their file.
+    /// Looks up the name of each file in a slot that was not reported yet, and warns of names that no longer lead to
+    /// their file.
     pub(super) fn check<'a>(&self, files: impl Iterator<Item = (FileSlot, &'a File)>) {
         let mut lost = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for (slot, file) in files {

@@ -1,4 +1,5 @@
-//! Mailboxes: lanes and live operations post events to lanes and wake them with an eventfd. A read posts no event.
+//! Mailboxes: events are posted to a lane, or to a thread that waits for a commit, and wake the receiver by an eventfd.
+//! A read posts no event.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +9,7 @@ use crate::error::Result;
 use crate::storage::{FileSlot, Notifier};
 use crate::units::SectorRange;
 
-/// An event that another lane or a live operation posts to a lane.
+/// An event for a lane, or for a thread that waits for a commit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum LaneEvent {
     /// A commit round ended.
@@ -23,15 +24,15 @@ pub enum LaneEvent {
         /// Number of the round.
         round: u64,
     },
-    /// The running commit round has no leader. The first waiter that claims the lead has to lead it.
+    /// The running commit round has no leader. The first waiter that claims the lead has to lead the round.
     Leaderless,
     /// A step of growth ended.
     GrowthEnded(GrowthResult),
     /// The lane holds the punch lock of the disk.
     PunchLockGranted,
-    /// Register the new file of the change with this number with the engine.
+    /// Register the new file of the change with this number with the engine and the page cache.
     Register(u64),
-    /// Remove the file in a slot from the engine. No operation uses the slot.
+    /// Remove the file in a slot from the engine and the page cache. No operation uses the slot.
     Unregister(FileSlot),
     /// Hold the writes of a range of the disk until the gate opens.
     Hold(SectorRange),
@@ -48,11 +49,11 @@ pub enum GrowthResult {
     Grown,
     /// The file system is full.
     NoSpace,
-    /// The step failed.
+    /// The step failed for another reason.
     Failed,
 }
 
-/// The events of one lane.
+/// The events of one lane or waiting thread.
 #[derive(Debug)]
 pub struct Mailbox {
     events: Mutex<Vec<LaneEvent>>,
@@ -69,7 +70,7 @@ impl Mailbox {
         Ok(Mailbox { events: Mutex::default(), notified: AtomicBool::new(false), event_fd: Notifier::new()? })
     }
 
-    /// Adds an event and wakes the lane.
+    /// Adds an event and wakes the receiver.
     pub fn post(&self, event: LaneEvent) {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         if !self.notified.swap(true, Ordering::SeqCst) {
@@ -77,7 +78,7 @@ impl Mailbox {
         }
     }
 
-    /// Takes all events. Makes no system call if there are none.
+    /// Takes all events. Makes no system call if no event was posted since the last call began.
     pub fn take(&self) -> Vec<LaneEvent> {
         // A load is cheaper than a swap, and mailboxes are nearly always empty. No event is lost if the load still
         // returns false: `post` sets the flag before it notifies, and the descriptor stays readable until a later

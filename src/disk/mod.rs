@@ -17,18 +17,19 @@
 //!                                  Answer
 //! ```
 //!
-//! A read whose bytes are in the page cache is answered by copies and needs no task (`cached_reads`). While reads wait
-//! for the disk, sequential reads are prefetched (`readahead`). Discards and zeroing are cut into pieces, and a disk
-//! punches one piece at a time (`punch`).
+//! A read whose bytes are known to be in the page cache can be answered by copies, without a task (`cached_reads`).
+//! While reads wait for the disk, sequential reads are prefetched (`readahead`). Discards and zeroing are cut into
+//! pieces, and a disk punches one piece at a time (`punch`).
 //!
-//! The layers of the disk can be replaced by others while requests run (`version_change`). Each lane adopts the new
-//! version between two polls (`lane_versions`). Writes wait meanwhile (`lane_gate`).
+//! The served version can be replaced while requests run: the top moves to another file slot (`version_change`). Each
+//! lane adopts the new version when it takes the event, or earlier to lead a commit (`lane_versions`). Writes wait
+//! meanwhile (`lane_gate`).
 //!
 //! A lane belongs to one thread. A read whose bitmaps are in memory takes no lock.
 //!
 //! Failures: `task_ops` evaluates failed operations of requests; `lane` evaluates failed commits and failed steps of
-//! growth, and retries stalled writes and commits once a second while the file system is full; `stages` fails writes to
-//! a poisoned image. [`DiskCounters`] is in `shared`.
+//! growth, and retries stalled writes and commits once a second while the file system is full; `stages` fails writes
+//! and flushes of a poisoned image. [`DiskCounters`] is in `shared`.
 
 mod cached_reads;
 mod early_writeback;

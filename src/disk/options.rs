@@ -10,7 +10,7 @@ use crate::image::{Allocation, Durability};
 pub struct DiskOptions {
     /// Path of the youngest image of the chain.
     pub path: PathBuf,
-    /// Whether the disk refuses writes. Then no file is changed.
+    /// Whether the disk refuses writes. Then no file is changed, except by `discard_journal`.
     pub read_only: bool,
     /// Serial that the guest can read, at most 20 bytes. Without one, the first 20 digits of the image's UUID.
     pub serial: Option<String>,
@@ -39,8 +39,8 @@ pub struct DiskOptions {
 
 impl DiskOptions {
     /// Returns the options of a writable disk with default settings: files are buffered, parents lie in the image's
-    /// folder, reads of data in the page cache are copies, a write is durable after the next flush and is lost if the process is killed before, and writes wait
-    /// while the file system is full.
+    /// folder, reads of data in the page cache are copies, a write is durable after the next flush and is lost if the
+    /// process is killed before the flush, and writes wait while the file system is full.
     pub fn new(path: impl Into<PathBuf>) -> DiskOptions {
         DiskOptions {
             path: path.into(),

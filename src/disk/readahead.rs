@@ -63,7 +63,7 @@ pub(super) struct Readahead {
     in_flight: usize,
 }
 
-/// A sequence of adjacent reads.
+/// A sequence of reads, each of which begins at the end of the read before it or less than [`MAX_GAP`] sectors later.
 #[derive(Clone, Copy)]
 struct ReadStream {
     /// First sector after the last read of the stream.
@@ -93,7 +93,8 @@ impl Readahead {
         self.credit = STEPS_PER_WAIT;
     }
 
-    /// Records a read on a disk of `sectors` sectors. Returns the range to prefetch now, or `None` if no step is due.
+    /// Records a read on a disk of `sectors` sectors. Returns the range to prefetch now, or `None` if no step is due or
+    /// granted.
     #[inline]
     pub(super) fn record_read(&mut self, range: SectorRange, sectors: u64) -> Option<SectorRange> {
         let continues = |end: u64| range.start().wrapping_sub(end) < MAX_GAP;

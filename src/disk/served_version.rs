@@ -37,7 +37,7 @@ impl ServedVersion {
         ServedVersion { epoch: self.epoch + 1, version: self.version.with_top_slot(slot), files }
     }
 
-    /// The writable layer. Only requests that write call this, and a read-only disk refuses these requests before.
+    /// The writable layer. A read-only disk refuses writes, commits and changes before they call this function.
     #[inline]
     pub(super) fn writable_top(&self) -> &Top {
         self.version.top().expect("only a writable disk writes, commits or grows")

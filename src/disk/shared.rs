@@ -30,7 +30,7 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A chain that is being served.
 pub struct Disk {
     env: Arc<dyn Env>,
-    /// The version with which requests are planned.
+    /// The version that was published last. Lanes plan with it as soon as they have adopted it.
     current: Mutex<Arc<ServedVersion>>,
     capacity: AtomicU64,
     is_read_only: bool,
@@ -38,7 +38,8 @@ pub struct Disk {
     pub(super) lanes: LaneTable,
     /// Whether a change of the version is in progress.
     pub(super) is_changing: AtomicBool,
-    /// Whether [`Disk::close`] was called. No change begins after it.
+    /// Whether [`Disk::close`] was called. No change begins then, unless `close` ran out of time waiting for an earlier
+    /// change.
     is_closed: AtomicBool,
     pub(super) group_commit: GroupCommit,
     pub(super) punch_lock: PunchLock,
@@ -59,7 +60,7 @@ pub struct Disk {
 pub struct DiskCounters {
     /// Commits that succeeded.
     pub commits: AtomicU64,
-    /// Syncs of these commits.
+    /// Syncs of all commits, also of those that failed, except commits of lanes that wait for space and are repeated.
     pub syncs: AtomicU64,
     /// Bytes that were prefetched for sequential reads.
     pub readahead_bytes: AtomicU64,
@@ -181,12 +182,12 @@ impl Disk {
         &self.events
     }
 
-    /// Whether writes or commits wait or fail because the file system is full.
+    /// Whether writes or commits wait, or writes fail, because the file system is full.
     pub fn is_full(&self) -> bool {
         self.full_host.is_full()
     }
 
-    /// Whether a failed sync made the disk refuse writes.
+    /// Whether the top is poisoned, so that the disk refuses writes.
     pub fn is_poisoned(&self) -> bool {
         self.version().top().is_some_and(|top| top.image.is_poisoned())
     }
@@ -196,7 +197,8 @@ impl Disk {
         &self.counters
     }
 
-    /// Sets whether a write is answered only when it is durable. Applies to requests that start later.
+    /// Sets whether a write is answered only when it is durable. A write checks this after its bytes have moved, so
+    /// the call also applies to writes in flight.
     pub fn set_write_through(&self, on: bool) {
         self.write_through.store(on, Ordering::SeqCst);
     }
@@ -217,7 +219,8 @@ impl Disk {
     ///
     /// # Errors
     /// - `NoSpace` if the file system is full. No write is lost, and the call may be repeated.
-    /// - `Io` if the commit failed, or if a commit that a lane led failed, also for lack of space.
+    /// - `Io` if the commit failed, or if a commit that a lane led failed, also for lack of space, or if the process
+    ///   has no file descriptors left.
     /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
     pub fn commit(&self) -> Result<()> {
         if self.is_read_only {
@@ -250,8 +253,9 @@ impl Disk {
         }
     }
 
-    /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to the lanes.
-    /// If the file system is full, leaves the running round to the lanes, too, because lanes can wait for space.
+    /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to its waiters.
+    /// If the file system is full and the disk parks writes, leaves the running round to its other waiters, too, because
+    /// lanes can wait for space.
     fn lead_commit(&self, mailbox: &Arc<Mailbox>) -> Result<()> {
         // While the round runs, no change replaces the file that takes the writes.
         let version = self.version();
@@ -267,7 +271,7 @@ impl Disk {
         result
     }
 
-    /// Counts a commit, and logs its failure.
+    /// Counts a commit, if it succeeded, and its syncs. Logs its failure.
     pub(super) fn record_commit(&self, result: &Result<()>, syncs: u32) {
         self.counters.syncs.fetch_add(u64::from(syncs), Ordering::Relaxed);
         match result {
@@ -282,9 +286,10 @@ impl Disk {
     /// its length if the file system has no space for that footer. All lanes must be dropped before this call.
     ///
     /// # Errors
-    /// Those of [`Disk::commit`], and of cutting the file; the next open then recovers the image.
+    /// Those of [`Disk::commit`], of cutting the file, and of removing the live journal; the next open then recovers
+    /// the image.
     pub fn close(&self) -> Result<()> {
-        // No change begins from here on. One that is in progress ends soon, since there are no lanes.
+        // No change begins from here on. A change that is in progress ends soon, since there are no lanes.
         let deadline = Instant::now() + CHANGE_TIMEOUT;
         let was_closed = self.is_closed.swap(true, Ordering::SeqCst);
         while !was_closed && self.is_changing.swap(true, Ordering::SeqCst) && Instant::now() < deadline {

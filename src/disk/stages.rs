@@ -37,7 +37,7 @@ impl Lane {
         &self.task_ops.counters
     }
 
-    /// Starts a request. Requires that [`Lane::push_capacity`] is not zero.
+    /// Starts a request. Requires a free task, which [`Lane::push_capacity`] ensures.
     pub(super) fn start_request(&mut self, Request { tag, work }: Request) {
         let (number, mut task) = self.tasks.start(tag, work);
         let first = self.run_stage(number, &mut task);
@@ -53,8 +53,8 @@ impl Lane {
         self.run(number, task, first);
     }
 
-    /// Plans the queued reads. A read becomes a list of copies if all of its bytes are known to be resident, and a task
-    /// otherwise.
+    /// Plans the queued reads. A read becomes a list of copies if all of its bytes are zeros or known to be resident,
+    /// and a task otherwise.
     pub(super) fn plan_cached_reads(&mut self) {
         self.cached_reads.prefetch_plans(self.versions.current(), &mut self.frozen_cache);
         while let Some(read) = self.cached_reads.next_candidate() {
@@ -79,7 +79,7 @@ impl Lane {
         any_failed
     }
 
-    /// Number of reads that were answered by copies from the page cache so far.
+    /// Number of reads that were answered without a task so far: by copies from the page cache, or by zeros.
     pub fn copied_reads(&self) -> u64 {
         self.cached_reads.copied()
     }
@@ -128,7 +128,8 @@ impl Lane {
         self.run(number, task, next);
     }
 
-    /// Advances a task after a stage with the result `next`. Only this function changes the stage of a task.
+    /// Advances a task after a stage with the result `next`. Only this function changes the stage of a task in
+    /// flight.
     fn run(&mut self, number: u32, mut task: Box<Task>, mut next: StageResult) {
         let outcome = loop {
             match next {
@@ -296,13 +297,13 @@ impl Lane {
         self.versions.of(task.epoch).supply(&load, &mut task.pins);
     }
 
-    /// Marks the written sectors after all operations of a range have completed.
+    /// Evaluates a transfer after all of its operations have completed, and marks the written sectors.
     fn transfer_completed(&mut self, number: u32, task: &mut Task) -> StageResult {
         if task.failed {
             return StageResult::Finish(Outcome::Failed);
         }
         if std::mem::take(&mut task.no_space) {
-            // No sector of the range was marked, so all operations of the range can be repeated at the next tick.
+            // No sector of the range was marked, so all operations of the range can be repeated when the task resumes.
             self.release_punch_lock(number);
             self.parked.push(number);
             let first = !std::mem::replace(&mut task.stalled, true);
@@ -352,7 +353,7 @@ impl Lane {
         }
     }
 
-    /// Adds a task to the next commit round, and leads the round if no other runs.
+    /// Adds a task to the next commit round, and leads the round if no other runs and the rounds are not held.
     fn await_commit(&mut self, number: u32, task: &mut Task) -> StageResult {
         let joined = self.disk.group_commit.join(&self.mailbox);
         self.awaiting_commit.push(number);

@@ -2,8 +2,8 @@
 //! the events of a full and a no longer full host.
 //!
 //! Stalled writes are counted over all lanes of a disk. The log gets one line when the first write stalls, and one line
-//! when no write stalls any more. The host of a disk counts as full ([`FullHost`]) while a write or a commit waits, or
-//! while a lane's writes fail.
+//! when the last stalled write succeeds. The host of a disk counts as full ([`FullHost`]) while a write or a commit
+//! waits, or while a lane's writes fail.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,8 +17,8 @@ use crate::storage::File;
 /// bytes.
 const MIN_FREE_BYTES: u64 = 4 << 20;
 
-/// The number of writes, commits and lanes of a disk that lack space. Reports when the number becomes one, and when it
-/// becomes zero.
+/// The number of writes, commits and lanes of a disk that lack space. Reports when the number is zero no more, and when
+/// it becomes zero.
 #[derive(Debug)]
 pub(super) struct FullHost {
     image: PathBuf,
@@ -55,7 +55,7 @@ impl FullHost {
     }
 }
 
-/// One commit or lane that lacks space. Dropping the mark ends this.
+/// One commit or lane that lacks space. Dropping the mark removes the commit or lane from the count.
 #[derive(Debug)]
 struct FullMark(Arc<FullHost>);
 
@@ -175,7 +175,8 @@ impl NoSpaceLog {
 pub(super) struct StalledCommit {
     stalled: bool,
     host: Arc<FullHost>,
-    /// Set at the first stall, until a commit succeeds or fails for another reason than space.
+    /// Set at the first stall, until a commit succeeds or fails for another reason than space, or the lane hands the
+    /// round over.
     mark: Option<FullMark>,
 }
 
@@ -185,7 +186,7 @@ impl StalledCommit {
         StalledCommit { stalled: false, host, mark: None }
     }
 
-    /// Keeps the round open. Logs this at the first stall after a commit.
+    /// Keeps the round open. Logs this at the first stall since [`StalledCommit::commit_ended`].
     pub(super) fn stall(&mut self, image: &Path) {
         self.stalled = true;
         if FullMark::set(&mut self.mark, &self.host) {
@@ -194,17 +195,19 @@ impl StalledCommit {
         }
     }
 
-    /// Whether a round is open.
+    /// Whether a round waits for space.
     pub(super) fn is_stalled(&self) -> bool {
         self.stalled
     }
 
-    /// Ends the stall. Returns whether a round was open; if so, the caller must retry or fail the round.
+    /// Ends the stall. Returns whether a round waited for space; if so, the caller must lead the round again or hand it
+    /// over.
     pub(super) fn take(&mut self) -> bool {
         std::mem::take(&mut self.stalled)
     }
 
-    /// Records that a commit has ended, so that the next stall is logged.
+    /// Records that a commit succeeded or failed for another reason than space, or that the round was handed over. The
+    /// next stall is logged.
     pub(super) fn commit_ended(&mut self) {
         self.mark = None;
     }
@@ -250,7 +253,7 @@ mod tests {
         lane.write_failed(image);
         lane.write_failed(image);
         writes.end(true, image);
-        // A retry of the commit keeps the host full until a commit ends.
+        // While the commit is repeated, the host stays full.
         assert!(commit.take() && host.is_full());
         commit.stall(image);
         commit.commit_ended();

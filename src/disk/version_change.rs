@@ -1,4 +1,4 @@
-//! A change of the version that lanes serve, under requests.
+//! A change of the version that lanes serve, while requests run.
 //!
 //! ```text
 //!   this change                        each lane
@@ -75,7 +75,7 @@ pub struct VersionChange {
     _turn: ChangeTurn,
 }
 
-/// The right to change a disk. One change at a time has it.
+/// The right to change the version of a disk. One change at a time has it.
 pub(super) struct ChangeTurn(Arc<Disk>);
 
 impl ChangeTurn {
@@ -102,9 +102,9 @@ impl VersionChange {
     /// Begins to move the top to another file slot. The disk stays the same.
     ///
     /// # Errors
-    /// - `Busy` if another change of the disk is in progress.
+    /// - `Busy` if another change of the disk is in progress, or the disk is closed.
     /// - `Refused` if the disk is read-only, or all slots are in use.
-    /// - `Poisoned` if a sync failed.
+    /// - `Poisoned` if the top is poisoned.
     pub fn move_top(disk: &Arc<Disk>) -> Result<VersionChange> {
         // Changes are serial, so the current version stays the current one from here on.
         let turn = ChangeTurn::take(disk)?;
@@ -172,7 +172,7 @@ impl VersionChange {
     ///
     /// # Errors
     /// - `Busy` if a lane or a commit does not answer within two seconds. If the lanes had not been asked to adopt the
-    ///   new version, the disk is unchanged.
+    ///   new version, the disk is unchanged. Operations of an older version are no error, however long they take.
     /// - Those of [`VersionChange::step`].
     pub fn run(mut self) -> Result<Duration> {
         let mut deadline = Instant::now() + LANE_TIMEOUT;
@@ -246,8 +246,8 @@ impl Drop for VersionChange {
                 // No operation uses the new slot.
                 self.disk.free_slot(self.new_slot);
             }
-            // A lane adopts the new version before it plans another write, since it takes its events in order, and before
-            // it leads a commit.
+            // A lane adopts the new version before it plans another write, since it takes its events in order, and
+            // before it leads a commit.
             ChangePhase::Adopt => {
                 self.release();
                 self.disk.retire_slot(self.old_slot, self.new.epoch());

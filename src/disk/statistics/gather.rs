@@ -14,10 +14,10 @@ impl Disk {
     /// Returns the statistics since the disk was opened.
     ///
     /// Lanes that have ended keep their counts, so no count ever decreases. Counts of requests that are being answered
-    /// may be a few requests apart. For the gauges the call makes a system call for each file of the chain, which waits
-    /// if the file system does not respond.
+    /// may be a few requests apart. For the gauges the call makes a system call for each file of the chain and for the
+    /// file system of the top, which waits if the file system does not respond.
     pub fn statistics(&self) -> DiskStatistics {
-        // While this lock is held, no file moves to another slot.
+        // While this lock is held, no version is published, so the slots of the version and of the totals agree.
         let current = self.current_locked();
         let (version, totals) = (current.clone(), self.lane_counters.totals());
         drop(current);

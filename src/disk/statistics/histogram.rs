@@ -1,6 +1,6 @@
 //! Histograms of durations: log-linear, 16 steps an octave from 256 ns to 68 s.
 //!
-//! A step is at most one sixteenth of the duration wide, so a quantile is exact to 6 %, or to 3 % if durations are
+//! A step is at most one sixteenth of its durations wide, so a quantile is exact to 6 %, or to 3 % if durations are
 //! spread evenly within a step. Shorter durations count in the first step, longer ones in the last. A histogram has 28
 //! octaves, 448 words.
 
@@ -33,7 +33,7 @@ impl Histogram {
         Histogram { steps: [const { Counter::new() }; STEPS], sum_nanos: Counter::new() }
     }
 
-    /// Counts `count` requests that took `nanos` each. Only the thread of the lane may call this.
+    /// Counts `count` durations of `nanos` each. Only the thread of the lane may call this.
     #[inline]
     pub fn record(&self, nanos: u64, count: u64) {
         self.steps[step_of(nanos)].add(count);
@@ -93,8 +93,8 @@ impl HistogramSnapshot {
         None
     }
 
-    /// Returns the steps that are not empty, each with its upper bound in nanoseconds. The upper bound of the last step
-    /// is not valid for durations of more than 68 s.
+    /// Returns the steps that are not empty, each with its upper bound in nanoseconds and its number of durations. The
+    /// last step of the histogram also counts durations beyond its upper bound of 68 s.
     pub fn steps(&self) -> impl Iterator<Item = (u64, u64)> {
         self.steps.iter().enumerate().filter(|(_, n)| **n > 0).map(|(step, n)| (bounds(step).1, *n))
     }

@@ -47,14 +47,14 @@ impl RequestKind {
     }
 }
 
-/// A request that was taken from a ring and is not answered yet.
+/// A request that was passed to a lane and is not answered yet.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TakenRequest {
     /// The kind of the request.
     pub kind: RequestKind,
     /// Sectors that it reads, writes, discards or zeroes.
     pub sectors: u32,
-    /// Time at which its batch was taken.
+    /// Time at which the batch of the request was taken from the ring.
     pub taken_at: Timestamp,
 }
 
@@ -68,7 +68,7 @@ impl TakenRequest {
             Work::Flush => (RequestKind::Flush, 0),
             Work::Discard { .. } | Work::WriteZeroes { .. } | Work::Prefetch { .. } => ranges_of(work),
         };
-        // All ranges of one request have at most 512 MiB.
+        // A read or write has at most 32 MiB, and any other request at most 32 ranges of 1 GiB each.
         #[expect(clippy::cast_possible_truncation)]
         let sectors = sectors as u32;
         TakenRequest { kind, sectors, taken_at }
@@ -89,7 +89,7 @@ fn ranges_of(work: &Work) -> (RequestKind, u64) {
     }
 }
 
-/// Counters of the requests of one kind. Their number is the number of durations in `latency`.
+/// Counters of the requests of one kind. The number of requests is the number of durations in `latency`.
 #[derive(Debug)]
 pub struct KindCounters {
     /// Bytes of the requests that succeeded.
@@ -100,7 +100,7 @@ pub struct KindCounters {
     pub latency: Histogram,
 }
 
-/// Counters of one file of the chain. They fill one line of the processor's cache.
+/// Counters of one file slot. They fill one line of the processor's cache.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub struct LayerCounters {

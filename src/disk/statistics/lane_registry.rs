@@ -55,7 +55,8 @@ pub(super) struct LaneTotals {
 }
 
 impl LaneRegistry {
-    /// Creates the counters of a new lane. The lane ends when it drops them.
+    /// Creates the counters of a new lane. A lane counts as ended when all other references to its counters are
+    /// dropped.
     pub(in crate::disk) fn add_lane(&self) -> Arc<LaneCounters> {
         let counters = Arc::new(LaneCounters::new());
         let mut lanes = self.lock();
@@ -76,7 +77,8 @@ impl LaneRegistry {
         self.lock().baselines.move_file(from, to);
     }
 
-    /// Ends the counts of the file in a slot, which no operation uses. If the file has moved, its counts follow it.
+    /// Ends the counts of the file in a slot that no operation uses. If the file has moved to another slot, its counts
+    /// pass to that slot.
     pub(in crate::disk) fn slot_freed(&self, slot: FileSlot) {
         let mut lanes = self.lock();
         let counted = lanes.counted(slot);
@@ -110,7 +112,7 @@ impl RegisteredLanes {
     /// Moves the counts of lanes that have ended to the sums.
     fn fold_ended(&mut self) {
         let RegisteredLanes { running, ended, .. } = self;
-        // `get_mut` succeeds if the lane has dropped its reference, and then all of its stores are visible here.
+        // `get_mut` succeeds if no other reference is left, and then all stores of the lane are visible here.
         for lane in running.extract_if(.., |lane| Arc::get_mut(lane).is_some()) {
             ended.entry(lane.queue()).or_default().add_lane(&lane);
         }

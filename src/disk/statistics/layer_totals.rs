@@ -55,7 +55,7 @@ impl LayerTotals {
     }
 }
 
-/// What belongs to the file in a slot, besides the counts of the slot.
+/// How the counts of the file in a slot differ from the counts of the slot.
 #[derive(Clone, Copy, Debug, Default)]
 struct SlotBaseline {
     /// Counts of the slot when the file got it: those of earlier files.
@@ -66,7 +66,7 @@ struct SlotBaseline {
     previous: Option<FileSlot>,
 }
 
-/// The baselines of file slots. A slot that is not in the map has had one file.
+/// The baselines of file slots. A slot in use that is not in the map has had no other file.
 #[derive(Debug, Default)]
 pub(super) struct SlotBaselines(BTreeMap<FileSlot, SlotBaseline>);
 

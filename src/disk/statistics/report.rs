@@ -1,4 +1,5 @@
-//! The report of a disk's statistics: plain data, for JSON and for Prometheus. `docs/statistics.md` describes each number.
+//! The report of a disk's statistics: plain data, for JSON and for Prometheus. `docs/statistics.md` describes each
+//! number.
 
 use std::path::{Path, PathBuf};
 
@@ -14,9 +15,9 @@ pub struct DiskStatistics {
     pub size_bytes: u64,
     /// Whether the disk refuses writes.
     pub read_only: bool,
-    /// Whether writes or commits wait or fail because the file system is full.
+    /// Whether writes or commits wait, or writes fail, because the file system is full.
     pub full: bool,
-    /// Whether a failed sync made the disk refuse writes.
+    /// Whether the top is poisoned, so that the disk refuses writes.
     pub poisoned: bool,
     /// Sums over all queues.
     pub total: QueueStatistics,
@@ -26,7 +27,7 @@ pub struct DiskStatistics {
     pub layers: Vec<LayerStatistics>,
     /// Commits that succeeded.
     pub commits: u64,
-    /// Syncs of these commits.
+    /// Syncs of all commits, also of those that failed, except commits of lanes that wait for space and are repeated.
     pub syncs: u64,
     /// Bytes that were prefetched for sequential reads.
     pub readahead_bytes: u64,
@@ -41,7 +42,7 @@ pub struct DiskStatistics {
 pub struct QueueStatistics {
     /// Index of the queue. `None` in the sums, and for lanes that serve no queue.
     pub queue: Option<u32>,
-    /// Requests that were taken from the ring and are not answered yet.
+    /// Requests that were passed to lanes that run, and are not answered yet.
     pub in_flight: u64,
     /// Requests that were refused because they are not valid or not supported.
     pub refused: u64,
@@ -105,7 +106,8 @@ pub struct LayerStatistics {
     pub mapped_bytes: u64,
 }
 
-/// Numbers that are computed for the report, not counted. A number is `None` if the disk has no such thing.
+/// Numbers that are computed for the report, not counted. A number is `None` if the disk has no such thing, or
+/// the number cannot be queried.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct DiskGauges {
     /// Slots of the live journal that are in use.
@@ -122,7 +124,8 @@ pub struct DiskGauges {
     pub stalled_writes: u64,
     /// Bytes of address space in which the files are mapped for reads from the page cache.
     pub mapped_bytes: u64,
-    /// Bytes that the layers above the root allocate: the most that a merge of all layers copies.
+    /// Bytes that the layers above the root allocate, as far as these can be queried: the most that a merge of all
+    /// layers copies.
     pub merge_debt_bytes: u64,
 }
 
