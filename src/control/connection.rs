@@ -11,7 +11,7 @@ use super::message;
 use super::rpc_error::RpcError;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Time to wait for an answer.
+/// Time to wait for more bytes of the daemon while a call waits for its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A connection to the control socket of a daemon.
@@ -48,12 +48,13 @@ impl ControlConnection {
     ///
     /// # Errors
     /// - the error of the answer
-    /// - `Io` if the connection fails, the daemon ends, or no answer arrives within 30 seconds
+    /// - `Io` if the connection fails, the daemon ends, or nothing arrives for 30 seconds (no limit after `next_event`)
     /// - `Invalid` if the answer is malformed
     pub fn call(&mut self, method: &str, params: &Value) -> Result<Value> {
         self.last_id += 1;
         let request = message::line(&message::request(self.last_id, method, params));
-        // An error of sending is reported only if the daemon has sent no answer, for example because it refuses clients.
+        // Sending may fail although an answer has arrived: the daemon refuses a client with an error and closes the
+        // connection. So an error of sending is reported only if there is no answer.
         let sent = self.socket.get_mut().write_all(&request);
         loop {
             let message = match self.next_message() {
@@ -79,7 +80,8 @@ impl ControlConnection {
         }
     }
 
-    /// Waits without a time limit for the next event and returns its members. Returns `None` when the daemon has ended.
+    /// Waits without a time limit for the next event and returns its members. Returns `None` when the daemon
+    /// has closed the connection.
     ///
     /// # Errors
     /// - `Io` if the connection fails

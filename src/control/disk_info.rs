@@ -61,7 +61,7 @@ pub(super) enum DiskState {
     Serving,
     /// The file system is full, so writes wait or fail.
     Full,
-    /// A sync failed, so writes fail until the image is opened again.
+    /// The top is poisoned, for example because a sync failed. Writes fail until the image is opened again.
     Poisoned,
 }
 

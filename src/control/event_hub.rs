@@ -109,7 +109,7 @@ impl EventHub {
         self.notifier.notify();
     }
 
-    /// Removes all events.
+    /// Removes and returns all events.
     pub(super) fn take(&self) -> TakenEvents {
         self.notifier.drain();
         let mut queue = self.lock();

@@ -42,7 +42,8 @@ impl LineBuffer {
         self.find_break().is_some() || self.is_too_long()
     }
 
-    /// Removes the next line that is not blank. Returns `None` if no line is complete.
+    /// Removes the next line that is not blank. Returns [`Line::TooLong`] as soon as a line is too long, even if it is
+    /// not complete. Returns `None` if no other line is complete.
     pub(super) fn next_line(&mut self) -> Option<Line> {
         loop {
             let Some(end) = self.find_break() else {

@@ -17,11 +17,11 @@ pub(super) struct RpcCall {
     pub(super) method: String,
     /// The parameters by name; empty if there are none.
     pub(super) params: Map<String, Value>,
-    /// Whether the parameters were given by position. No method has such parameters.
+    /// Whether there are parameters, and they are given by position. No method has such parameters.
     pub(super) is_positional: bool,
 }
 
-/// The error of a message, or of an element of a batch, that is no request.
+/// The error of a message, or of an element of a batch, that is no valid request or exceeds a limit.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct Rejected {
     /// The id of the request, or null if it cannot be determined.

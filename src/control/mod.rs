@@ -19,10 +19,10 @@
 //!
 //! * One thread serves all clients, and waits only in `epoll_wait`. No other thread waits for it: the threads of queues
 //!   only append an event to a queue of limited length.
-//! * What a client can make the daemon keep is limited: the bytes of a message, the requests that wait, the answers that
-//!   the client has not read, and its events. A client that does not read gets no more requests answered.
+//! * The memory that a client can make the daemon use is limited: the bytes of a message, the requests that wait, the
+//!   answers that the client has not read, and its events. Requests wait while their client does not read.
 //! * A method that may wait for a file system runs on the second thread. If a file system does not respond, only such
-//!   methods wait; and the end of the daemon does not wait for either thread.
+//!   methods wait. The end of the daemon waits at most a second for the server thread, and not for the second thread.
 
 mod client;
 mod connection;

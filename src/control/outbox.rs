@@ -28,7 +28,7 @@ pub(super) struct Outbox {
     answers: VecDeque<Vec<u8>>,
     answer_bytes: usize,
     events: VecDeque<Arc<ControlEvent>>,
-    /// Number of dropped events that the client has not been told of.
+    /// Number of dropped events that no message to the client has reported.
     lost: u64,
     /// Number of the last dropped event.
     last_lost: u64,

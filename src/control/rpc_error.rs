@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind};
 
 /// The message is not JSON.
 pub(super) const PARSE_ERROR: i64 = -32700;
-/// The message is JSON but no request, or exceeds a limit.
+/// The message exceeds a limit, or is JSON but no request.
 pub(super) const INVALID_REQUEST: i64 = -32600;
 /// The method does not exist.
 pub(super) const METHOD_NOT_FOUND: i64 = -32601;
@@ -53,12 +53,12 @@ pub(super) struct ErrorData {
 }
 
 impl RpcError {
-    /// Creates an error of the form of a request, with one of JSON-RPC's own codes.
+    /// Creates an error with one of JSON-RPC's own codes, without details.
     pub(super) fn of_form(code: i64, message: impl Into<String>) -> RpcError {
         RpcError { code, message: message.into(), data: None }
     }
 
-    /// Adds what the user can do.
+    /// Adds a hint to an error that has details. Other errors stay as they are.
     pub(super) fn with_hint(mut self, hint: impl Into<String>) -> RpcError {
         if let Some(data) = &mut self.data {
             data.hint = Some(hint.into());

@@ -48,8 +48,9 @@ pub(super) fn nullable(mut schema: Value) -> Value {
     schema
 }
 
-/// Returns the schema of values such as these examples of one type. What is null in some of the examples may be null, and
-/// all members of an object are required. An array without items in all examples has items of any type.
+/// Returns the schema of values such as these examples, which have one type or are null. A value that is null in some
+/// of the examples may be null, and a value that is null in all of them is always null. All members of an object are
+/// required. An array without items in all examples has items of any type.
 pub(super) fn of_examples(examples: &[&Value]) -> Value {
     let present: Vec<&Value> = examples.iter().copied().filter(|example| !example.is_null()).collect();
     let schema = match present.first() {

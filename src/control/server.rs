@@ -28,8 +28,8 @@ use crate::vhost::{Listener, Peer};
 
 /// Maximum number of clients that are connected at once.
 pub const MAX_CLIENTS: usize = 100;
-/// File descriptors of the control socket besides those of its clients: the listening socket and its duplicate, the lock
-/// of the name and the folder, epoll, three eventfds, and a client that is refused.
+/// Number of file descriptors of the control socket besides those of its clients, with a reserve: the listening socket
+/// and its duplicate, the lock of the name and the folder, epoll, three eventfds, and a client that is refused.
 const SOCKET_FDS: u64 = 12;
 /// Time for which no client is accepted after accept(2) has failed, for example for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -119,7 +119,7 @@ struct ServerThread {
     next_client: u64,
     /// The time from which on clients are accepted again.
     accept_again: Option<Instant>,
-    /// Whether the log has reported that clients are refused, since there were fewer clients.
+    /// Whether the log has reported that clients are refused, since a client was last removed.
     has_logged_refusal: bool,
 }
 
@@ -241,7 +241,8 @@ impl ServerThread {
         self.has_logged_refusal = false;
     }
 
-    /// Returns the time until clients are accepted again, if that is not now. Accepts again if it is.
+    /// Returns the rest of a pause in which no clients are accepted, or `None` if there is no pause. Ends a pause whose
+    /// time is over.
     fn accept_pause(&mut self) -> Option<Timespec> {
         let left = self.accept_again?.saturating_duration_since(Instant::now());
         if left.is_zero() {

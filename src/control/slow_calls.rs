@@ -1,7 +1,8 @@
 //! The thread for methods that may wait for a file system.
 //!
-//! The server thread passes it calls, and takes the outcomes when its notifier is readable. If a file system does not
-//! respond, the thread is stuck, and further calls fail with `Busy` once its queue is full. The thread is never joined.
+//! The server thread passes calls to this thread, and takes the outcomes when [`SlowCalls`] is readable. If a file
+//! system does not respond, the thread is stuck, and further calls fail with `Busy` once its queue is full. The thread
+//! is never joined.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +22,7 @@ const MAX_WAITING: usize = 256;
 /// The function of a method.
 pub(super) type MethodFn = fn(&ControlContext, Params) -> Outcome;
 
-/// The request that a slow call belongs to: the client, the message, and the position in its batch.
+/// The request that a slow call belongs to: the client, the message, and the id of the request.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct CallOrigin {
     /// Number of the client.
@@ -51,7 +52,7 @@ struct Finished {
 }
 
 impl SlowCalls {
-    /// Starts the thread. It ends when this value is dropped and the running call returns.
+    /// Starts the thread. The thread ends after the value is dropped and all calls that were submitted have returned.
     ///
     /// # Errors
     /// `Io` if the thread cannot be started, or the process has no file descriptors left.
@@ -74,7 +75,7 @@ impl SlowCalls {
     /// Passes a call to the thread.
     ///
     /// # Errors
-    /// `Busy` if too many calls wait.
+    /// `Busy` if too many calls wait, or the thread has ended.
     pub(super) fn submit(&self, origin: CallOrigin, run: MethodFn, params: Params) -> Result<(), RpcError> {
         self.calls.try_send(SlowCall { origin, run, params }).map_err(|_| {
             let busy = Error::new(ErrorKind::Busy, "too many requests wait for the file systems of the images");
