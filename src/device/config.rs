@@ -150,7 +150,8 @@ impl Device {
     }
 }
 
-/// Returns the number of segments that fit into a ring together with header and status, at most [`SEG_MAX`].
+/// Returns the number of segments that fit into a ring together with header and status: at least 1, also on smaller
+/// rings, and at most [`SEG_MAX`].
 fn seg_max(queue_size: u16) -> u16 {
     queue_size.saturating_sub(2).clamp(1, SEG_MAX)
 }

@@ -308,7 +308,7 @@ mod tests {
 
     use super::*;
 
-    /// Two adjacent regions, a hole, and a third at the end of the address space.
+    /// Two adjacent regions, a hole, and a third region near the end of the address space.
     fn memory() -> Arc<SharedMemory> {
         let top = GuestAddress(u64::MAX - 0x1fff);
         let ranges = [(GuestAddress(0x1000), 0x1000), (GuestAddress(0x2000), 0x2000), (top, 0x1000)];

@@ -13,14 +13,18 @@
 //! A killed thread has executed its stores up to some point in program order. So it is enough that the compiler does
 //! not reorder the stores: each store of this module, and the store to `used.idx`, is a release store.
 //!
-//! | a kill after this store | state, and what the next daemon does |
-//! | --- | --- |
-//! | (taken) `counter` | the head is not in flight; it is still next in the avail ring and is popped from there |
-//! | `inflight = 1` | the head is in flight, whether or not its I/O was started: resubmitted |
-//! | data, status byte, used element | the driver sees none of these before `used.idx`: resubmitted |
-//! | (completed) `next`, `last_batch_head` | `used_idx` equals the ring's index, so the list of completed heads (from `last_batch_head` along `next`) is not read: resubmitted |
-//! | `used.idx`, some `inflight = 0` | the driver has the batch and may have reused its heads. `used_idx` lags behind the ring's index by the size of the batch: `resume` clears `inflight` of that number of heads of the list, and does not resubmit them |
-//! | `used_idx` | nothing to do |
+//! After a kill, the last of these stores decides what the next daemon does with the head:
+//!
+//! 1. `counter`, when the chain is popped: the head is not in flight. It is still next in the avail ring, and is popped
+//!    from there.
+//! 2. `inflight = 1`: the head is in flight, whether or not its I/O was started, and is resubmitted.
+//! 3. Data, status byte or used element: the driver sees none of these before `used.idx`. The head is resubmitted.
+//! 4. `next` or `last_batch_head`, when the chain is completed: `used_idx` equals the ring's index, so the list of
+//!    completed heads (from `last_batch_head` along `next`) is not read. The head is resubmitted.
+//! 5. `used.idx`, or `inflight = 0` of some heads: the driver has the batch and may have reused its heads. `used_idx`
+//!    is less than the ring's index by the size of the batch. `resume` clears `inflight` of that number of heads of the
+//!    list, so they are not resubmitted.
+//! 6. `used_idx`: the heads of the batch are not in flight, and nothing is left to do.
 //!
 //! Every chain is recorded when it is popped, in the order of the avail ring, even if it needs no disk. So the number
 //! of chains popped is the used index plus the number of heads in flight, and the index of the next chain to pop

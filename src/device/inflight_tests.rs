@@ -38,7 +38,7 @@ struct KillHarness {
     answers: u32,
     lives: u32,
     kills: u32,
-    /// Number of stores after which the device that follows a killed device is killed.
+    /// The value for [`kill_after`] with which the device that follows a killed device runs.
     again: Option<u32>,
     /// Value of [`stores_left`] at the end of [`KillHarness::live`].
     stores_left: Option<u32>,

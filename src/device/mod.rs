@@ -3,7 +3,7 @@
 //! This floor owns virtqueues (descriptor chains, rings, notifications), the parsing of virtio-blk requests, the
 //! features of the device, and its configuration space. Other floors own the execution of requests (floor 3), and
 //! sockets, threads and event loops (floor 5). Everything that a guest writes is treated as hostile: each of the rules
-//! V1 to V18 of virtio 3 is named at the code that enforces it.
+//! V1 to V18 (`docs/virtio.md`, section 3) is named at the code that enforces it.
 //!
 //! ```text
 //!   guest memory                                                                     disk

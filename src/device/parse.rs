@@ -140,7 +140,8 @@ fn parse_request(
             })?;
             if ranges.is_empty() { Err(Done(0)) } else { Ok((Work::WriteZeroes { ranges }, 0)) }
         }
-        // V10, V11: features that were not negotiated, legacy barriers, SCSI, secure erase, zones, unknown types.
+        // V10, V11: features that were not negotiated, discards and zeroing on a read-only disk, legacy barriers, SCSI,
+        // secure erase, zones, unknown types.
         _ => Err(Failed(Status::Unsupp)),
     }
 }

@@ -4,9 +4,10 @@
 //!   serve:  poll ─ complete ─ (interrupt) ─ pop up to 16 ─ submit ─ poll ─ complete ─ (interrupt, see `interrupt.rs`)
 //! ```
 //!
-//! A batch makes at most one submit (two if a copy fails or early writeback is due), and one system call for each of at
-//! most two interrupts. `Lane::refresh_residency` may then make a few more system calls. The lock of the vring is
-//! never held across I/O, so the control thread does not wait for the disk.
+//! A batch usually makes one submit (more if a copy fails, early writeback is due, or requests of earlier batches push
+//! further operations), and one system call for each of at most two interrupts. `Lane::refresh_residency` may then make
+//! a few more system calls. The lock of the vring is never held across I/O, so the control thread does not wait for the
+//! disk.
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -1,8 +1,9 @@
 //! Counts the requests of one queue, and the time that each takes, for the statistics of its lane.
 //!
-//! The clock is read once for the chains of a batch, when the first of them is taken, and once when answers are found.
-//! So all requests of a batch have the same time of arrival, and all answers that are found together the same time of
-//! completion. Answers are counted in runs of equal requests: most batches consist of one run.
+//! The clock is read once for the chains of a batch, when the first request is taken, and once when answers are found.
+//! A batch that counts for interrupt coalescing reads the clock once more, at its end. So all requests of a batch have
+//! the same time of arrival, and all answers that are found together the same time of completion. Answers are counted
+//! in runs of equal requests: most batches consist of one run.
 
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ pub(super) struct RequestTimes {
     batch_requests: u32,
 }
 
-/// Answers to requests of the same kind and batch.
+/// Consecutive answers to requests of the same kind and batch.
 struct AnswerRun {
     kind: RequestKind,
     taken_at: Timestamp,
@@ -65,8 +66,8 @@ impl RequestTimes {
         }
     }
 
-    /// Ends a batch: counts its requests as taken. Must be called before their answers are counted. Returns their
-    /// number.
+    /// Ends a batch: counts its requests as taken. Must be called before the answers to these requests are counted.
+    /// Returns the number of the requests.
     pub(super) fn end_batch(&mut self) -> u32 {
         if self.batch_requests > 0 {
             self.counters.taken.add(self.batch_requests.into());

@@ -54,7 +54,7 @@ pub mod kind {
     pub const WRITE_ZEROES: u32 = blk::VIRTIO_BLK_T_WRITE_ZEROES;
 }
 
-/// Status of a request. The device writes it to the last byte of the request.
+/// Status of a request. The device writes the status to the last writable byte of the chain.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Status {
@@ -164,7 +164,7 @@ pub struct Segment {
     pub sector: u64,
     /// Number of sectors.
     pub count: u32,
-    /// [`SEGMENT_UNMAP`] or no flag.
+    /// [`SEGMENT_UNMAP`] or no flag. Other flags are not valid.
     pub flags: u32,
 }
 

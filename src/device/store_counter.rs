@@ -9,17 +9,19 @@ thread_local! {
 /// Panic payload of a thread that [`count_store`] killed.
 pub(super) struct Killed;
 
-/// Makes the calling thread unwind after `stores` further stores, or never if `stores` is `None`.
+/// Lets the calling thread make `stores` further stores, and makes the thread unwind after the store that follows them.
+/// If `stores` is `None`, the thread does not unwind.
 pub(super) fn kill_after(stores: Option<u32>) {
     STORES_LEFT.set(stores);
 }
 
-/// Number of stores left until the calling thread is killed.
+/// Number of stores that the calling thread makes before the store after which it unwinds; `None` if it does not
+/// unwind.
 pub(super) fn stores_left() -> Option<u32> {
     STORES_LEFT.get()
 }
 
-/// Counts a store of the calling thread.
+/// Counts a store that the calling thread has made. Unwinds if [`kill_after`] requires that.
 pub(super) fn count_store() {
     if let Some(left) = STORES_LEFT.get() {
         STORES_LEFT.set(left.checked_sub(1));

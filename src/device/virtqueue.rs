@@ -34,7 +34,7 @@ pub const MAX_BYTES_IN_FLIGHT: u64 = 2 * MAX_BYTES;
 /// Reason for which a batch ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PopResult {
-    /// No more chains are available.
+    /// No more chains are available, or no more chains are left to resubmit.
     Empty,
     /// The batch has its full size (V17).
     BatchFull,
@@ -129,7 +129,7 @@ impl Virtqueue {
         if lost {
             self.broken = Some(RingError::MemoryLost);
         } else {
-            // The lost pages belong to the memory of other guests.
+            // The lost pages belong to other memory than that of this queue.
             self.losses_seen = losses;
         }
         lost
