@@ -6,8 +6,8 @@
 //!
 //! The lock makes the sequence atomic with respect to other daemons. If two daemons are started with one path, one of
 //! them is refused, even while the socket of the other is bound but does not listen yet, and so looks stale. The socket
-//! is bound with mode 0600, and its group is set before its mode. So it never admits a user whom its final group and
-//! mode do not admit.
+//! is bound with mode 0600, and its group is set before its mode. So it never admits a user, other than its owner, whom
+//! its final group and mode do not admit.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -30,7 +30,7 @@ const MAX_ADDRESS_PATH: usize = 107;
 /// Group and mode of a socket, which decide which users may connect.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketAccess {
-    /// The group of the socket. `None` keeps the group of the process.
+    /// The group of the socket. `None` keeps the group that the kernel gives to a new file in the folder.
     pub group: Option<u32>,
     /// The permission bits of the socket.
     pub mode: u32,

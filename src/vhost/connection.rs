@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 
 /// Time for which a ring may lack nothing but guest memory before a warning is logged.
 const MEMORY_TIMEOUT: Duration = Duration::from_secs(3);
-/// Maximum number of refused messages that are logged per connection, so that a front-end cannot fill the log.
+/// Number of the refused message of a connection from which on refusals are not logged, so that a front-end cannot fill
+/// the log.
 const MAX_LOGGED_REFUSALS: u32 = 32;
 
 /// Reason for which a connection ended.

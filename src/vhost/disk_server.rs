@@ -78,7 +78,7 @@ impl DiskServer {
     /// Starts the threads of the disk's queues. Front-ends may connect from now on; [`run`](Self::run) serves them.
     ///
     /// # Errors
-    /// `Io` if a thread, its lane or its event loop cannot be created.
+    /// `Io` if a thread, its lane or its event loop cannot be created, and any other error of [`Disk::lane`].
     ///
     /// # Panics
     /// If the number or the size of the queues in `options` is out of range.

@@ -114,7 +114,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         self.handled_requests += 1;
         self.rings.stop_all()?;
         for ring in &mut self.rings.setups {
-            // The eventfds stay, since front-ends do not set them again after a reset.
+            // The call and error eventfds stay, since front-ends do not set them again after a reset.
             *ring = RingSetup { call: ring.call.take(), err: ring.err.take(), ..RingSetup::default() };
         }
         self.rings.features = None;

@@ -5,8 +5,8 @@ pub const MAX_QUEUES: u16 = 64;
 /// Maximum number of descriptors of a queue, the limit of a split ring.
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
-/// File descriptors per queue: the engine's io_uring, the epoll instance, two eventfds, and the descriptors that a
-/// front-end passes (kick, call, error).
+/// File descriptors per queue: the engine's io_uring, the epoll instance, two eventfds, the descriptors that a
+/// front-end passes (kick, call, error) with their duplicates, and a reserve.
 const PER_QUEUE: u64 = 10;
 /// File descriptors per disk: the socket, the lock of the socket's name, a connection with its duplicates, a connection
 /// that is refused, and the descriptors of one message (32 memory regions).

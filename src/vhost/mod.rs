@@ -8,7 +8,7 @@
 //!                           │                                        ├── inflight        in-flight records
 //!                           │                                        ├── memory_sharing  detects private memory
 //!                           │                                        └── worker          queue_thread, epoll,
-//!                           │                                                            adaptive_poll, device::Queue, lane
+//!                           │                                                            adaptive_poll, device::Queue
 //!            bind ─ disk_server ─ connection: accepts, refuses a second front-end, ends on the stop signal
 //! ```
 //!
@@ -17,9 +17,11 @@
 //!   ring passes everything that the ring needs to the worker.
 //! * A **worker** (one per queue) exists as long as the disk is served. When a front-end disconnects, its rings are
 //!   drained and its memory is unmapped. The workers then wait for the next front-end.
-//! * No descriptor of a front-end can block a thread (`passed_fd`), and every wait for a worker has a time limit.
+//! * No descriptor of a front-end can block a thread (`passed_fd`), and every wait for a worker that has started has a
+//!   time limit.
 //! * A handler exists as long as its connection, so the next front-end inherits no state.
-//! * If guest memory is lost, the worker notifies the control thread, which ends the connection (virtio 6).
+//! * If guest memory is lost, the worker notifies the control thread, which ends the connection
+//!   (`docs/virtio.md`, section 6).
 //!
 //! Protocol features offered (`handler`): MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 

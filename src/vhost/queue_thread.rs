@@ -55,9 +55,10 @@ enum QueueState {
     Stopped,
     Running,
     /// The ring is out of service: the driver broke a rule, memory is lost, or the engine failed. No more requests are
-    /// popped, and those in flight complete. The next start of a ring ends this state.
+    /// popped, and those in flight complete unless the engine failed. Stopping the ring ends this state.
     Broken,
-    /// The thread panicked while it served the ring. The queue is not used any more.
+    /// The thread panicked while it served or stopped a ring, or the lane failed while there was no ring. The queue is
+    /// not used any more.
     Failed,
 }
 
@@ -70,7 +71,7 @@ const NO_KICK_POLL: Duration = Duration::from_millis(1);
 pub(super) struct QueueThread {
     queue: Queue,
     ring: Option<Box<ReadyRing>>,
-    /// Time of the ring's first kick.
+    /// Time at which a kick of the ring first woke the thread.
     first_kick: Option<Instant>,
     state: QueueState,
     commands: Receiver<QueueCommand>,
@@ -146,7 +147,7 @@ impl QueueThread {
         }
     }
 
-    /// Sleeps until an event or the next tick.
+    /// Sleeps until an event, but at most for [`TICK`], or for [`NO_KICK_POLL`] if the ring must be polled.
     fn sleep(&mut self) {
         let polled = self.state == QueueState::Running && self.ring.as_ref().is_some_and(|ring| ring.kick.is_none());
         if self.epoll.wait(if polled { NO_KICK_POLL } else { TICK }) {
@@ -286,7 +287,8 @@ impl QueueThread {
         Ok(())
     }
 
-    /// Stops the ring and drains the queue. Returns the index of the next available entry.
+    /// Stops the ring and drains the queue. Returns the index of the next available entry: 0 if there is no ring, and
+    /// the index at which the ring started if the queue cannot be drained.
     fn stop(&mut self) -> u16 {
         let Some(ring) = self.ring.take() else { return 0 };
         if self.state == QueueState::Running {

@@ -1,9 +1,9 @@
 //! The rings of one connection: their setup as the front-end sent it, and the commands that start and stop them.
 //!
 //! A ring is complete when features, memory, size, addresses and a kick are set, and the ring is enabled. A complete
-//! ring runs. Before a part of its setup is changed, a running ring is drained and stopped; it resumes at the same
-//! index. Ring addresses are translated when a ring starts, so a front-end may send them before the memory that
-//! contains the ring. Dropping [`Rings`] drains all rings.
+//! ring runs. Before its setup is changed, a running ring is drained and stopped; it resumes at the same index. Only
+//! the call and error eventfds are replaced while the ring runs. Ring addresses are translated when a ring starts, so a
+//! front-end may send them before the memory that contains the ring. Dropping [`Rings`] drains all rings.
 
 use std::fs::File;
 use std::io;

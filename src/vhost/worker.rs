@@ -1,8 +1,8 @@
 //! The handle by which the control thread controls the thread of a queue (`queue_thread.rs`).
 //!
 //! A worker exists as long as the disk is served. The control thread sends commands through a channel, and then
-//! notifies the thread's eventfd. Every wait for a worker has a time limit, because the storage may never complete the
-//! requests in flight.
+//! notifies the thread's eventfd. Except at the start of the thread, every wait for a worker has a time limit, because
+//! the storage may never complete the requests in flight.
 
 use std::fs::File;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -37,7 +37,7 @@ pub(super) struct Worker {
     commands: Sender<QueueCommand>,
     wakeup: Arc<Notifier>,
     thread: Option<JoinHandle<()>>,
-    /// Name of the I/O engine, for the log.
+    /// Name of the I/O engine.
     pub(super) engine: &'static str,
     /// Reply channel of a stop whose wait timed out.
     unanswered_stop: Mutex<Option<Receiver<u16>>>,
@@ -61,7 +61,8 @@ impl Worker {
     /// thread notifies `memory_lost` when an access to guest memory fails.
     ///
     /// # Errors
-    /// `Io` if the thread, its lane or its event loop cannot be created.
+    /// `Io` if the thread, its lane or its event loop cannot be created, and any other error of
+    /// [`Disk::lane`](crate::disk::Disk::lane).
     pub(super) fn start(
         device: &Arc<Device>,
         index: usize,
