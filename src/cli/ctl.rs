@@ -112,8 +112,8 @@ fn check_end(last: Option<&Value>) -> Result<()> {
     Err(Error::new(ErrorKind::Io, format!("{what}; {todo}")))
 }
 
-/// Connects to the daemon: to the socket `explicit`, or else to the socket `variable`, or else to the only daemon with a
-/// control socket in the runtime folder.
+/// Connects to the daemon: to the socket `explicit`, or else to the socket `variable`, or else to the only daemon with
+/// a control socket in the runtime folders.
 fn connect(explicit: Option<&Path>, variable: Option<OsString>, common: &CommonArgs) -> Result<ControlConnection> {
     let variable = variable.filter(|path| !path.is_empty()).map(PathBuf::from);
     if let Some(path) = explicit.or(variable.as_deref()) {

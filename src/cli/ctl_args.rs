@@ -6,8 +6,8 @@ use clap::{Args as Group, Subcommand, ValueEnum};
 
 #[derive(Group, Debug)]
 pub(super) struct CtlArgs {
-    /// The control socket of the daemon [default: $DIFFDISK_CONTROL, or the only socket *.control in the runtime folder on
-    /// which a daemon listens]
+    /// The control socket of the daemon [default: $DIFFDISK_CONTROL, or the only socket *.control in the runtime folder
+    /// on which a daemon listens]
     #[arg(long, value_name = "PATH", global = true)]
     pub(super) control: Option<PathBuf>,
     /// The result as JSON; of `watch`, one line for each event
@@ -46,8 +46,8 @@ pub(super) enum CtlVerb {
     Schema,
     /// End the daemon as SIGTERM does, and wait until it has ended
     Shutdown {
-        /// Time in seconds after which the daemon exits even if its disks are not closed; the next daemon then recovers the
-        /// acknowledged writes
+        /// Time in seconds after which the daemon exits even if its disks are not closed; the next daemon then recovers
+        /// the acknowledged writes
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
         timeout_s: Option<u64>,
     },

@@ -1,5 +1,5 @@
-//! Output of `diffdisk ctl` for people. Members that are missing or of another type are left out, since the daemon may
-//! be of another version.
+//! Output of `diffdisk ctl` for people. Members that are missing or of another type are no error, since the daemon may
+//! be of another version: for such a member a placeholder, its value, or nothing is printed.
 
 use std::io::{Result, Write};
 

@@ -1,5 +1,6 @@
 //! Output of `diffdisk ctl stats` for people: for each disk its requests by kind, queues, layers, and other numbers.
-//! Members that are missing or of another type are left out, since the daemon may be of another version.
+//! Members that are missing or of another type are no error, since the daemon may be of another version: for such a
+//! member a placeholder, its value, or nothing is printed.
 
 use std::io::{Result, Write};
 

@@ -130,7 +130,7 @@ impl DiskArgs {
         Ok(SocketAccess { group, mode: self.socket_mode.unwrap_or(usual) })
     }
 
-    /// Returns the name of the disk in the log: its id, or else its file name.
+    /// Returns the name of the disk in the log and for clients: its id, or else its file name.
     pub(super) fn name(&self) -> String {
         let of_path = || self.path.file_name().unwrap_or(self.path.as_os_str()).to_string_lossy().into_owned();
         self.id.clone().unwrap_or_else(of_path)

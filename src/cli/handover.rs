@@ -1,10 +1,11 @@
 //! Assigns the sockets that the starting process hands over to disks.
 //!
 //! `--fd` belongs to the only disk on the command line. Sockets in `LISTEN_FDS` are assigned by name or path, never by
-//! order: a socket belongs to the disk whose id equals the socket's name in `LISTEN_FDNAMES` (`FileDescriptorName=`),
-//! or whose `socket` is the path on which the socket listens. Service managers give sockets default names, for example
-//! the name of the unit. If exactly one socket is left and has a default name, and exactly one disk has no socket, the
-//! socket is assigned to that disk. All other cases are refused: a guest must not get the disk of another guest.
+//! order: a socket belongs to the disk whose name (its id, or else its file name) equals the socket's name in
+//! `LISTEN_FDNAMES` (`FileDescriptorName=`), or whose `socket` is the path on which the socket listens. Service
+//! managers give sockets default names, for example the name of the unit. If exactly one socket is left and has a
+//! default name, and exactly one disk has neither a socket nor `--fd` nor the key `socket`, the socket is assigned to
+//! that disk. All other cases are refused: a guest must not get the disk of another guest.
 
 use std::path::{Path, PathBuf};
 

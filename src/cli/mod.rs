@@ -7,7 +7,7 @@
 //!   diffdisk    tool ──> images, settle ──> ops
 //!                │         │  └───────────> progress   a progress bar on a terminal
 //!               args       ├──────────────> output     text by print: for people, or JSON
-//!                          └─ ctl ──> control          the verb `ctl` (ctl_args, ctl_print)
+//!                          └─ ctl ──> control          the verb `ctl` (ctl_args, ctl_print, ctl_stats)
 //!   diffdiskd   serve ──> start ──> vhost
 //!                │  ├───> handover       sockets of the starting process (inherited_fd, systemd)
 //!                │  └───> serve_control  the control socket

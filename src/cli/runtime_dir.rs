@@ -100,8 +100,8 @@ fn is_on_tmpfs(folder: &Path) -> bool {
     rustix::fs::statfs(folder).is_ok_and(|s| s.f_type == TMPFS)
 }
 
-/// Returns the number of free bytes in the file system of a folder, or `u64::MAX` for a tmpfs without a size limit,
-/// which reports zero blocks.
+/// Returns the number of free bytes in the file system of a folder. Returns `u64::MAX` if the number cannot be queried,
+/// and for a tmpfs without a size limit, which reports zero blocks.
 fn free_bytes(folder: &Path) -> u64 {
     match rustix::fs::statvfs(folder) {
         Ok(s) if s.f_blocks > 0 => s.f_bavail.saturating_mul(s.f_frsize),

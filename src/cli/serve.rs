@@ -100,8 +100,8 @@ fn notify_manager(state: &str) {
     }
 }
 
-/// Serves each disk in a thread of its own, and removes it from the registry when it is closed. Returns when all threads
-/// have ended, with the first error.
+/// Serves each disk in a thread of its own, and removes the disk from the registry when it is no longer served. Returns
+/// when all threads have ended, with the first error.
 fn run_all(ready: Vec<ReadyDisk>, stop: &Arc<UnixStream>, registry: &Arc<DiskRegistry>) -> Result<()> {
     let start = |ready: ReadyDisk| {
         let (stop, registry) = (stop.clone(), registry.clone());

@@ -92,8 +92,8 @@ pub(super) struct DaemonArgs {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Create this control socket, by which `diffdisk ctl` and other programs of this user ask about the disks, watch events
-    /// and end the daemon; for --config also the key control. No control socket is created by default
+    /// Create this control socket, by which `diffdisk ctl` and other programs of this user ask about the disks, watch
+    /// events and end the daemon; for --config also the key control. No control socket is created by default
     #[arg(long, value_name = "PATH")]
     pub(super) control: Option<PathBuf>,
 

@@ -1,4 +1,4 @@
-//! The verb `settle`, and the option `--discard-journal` of all verbs.
+//! The verb `settle`, and the option `--discard-journal`.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::ops;
 use crate::storage::host::Host;
 
-/// Discards the live journals of the images that are arguments of `verb`.
+/// Discards the live journals of the images whose disks are arguments of `verb`. Does nothing for `create`, `info`,
+/// `children` and `ctl`. The journals of ancestors and of a new parent are not discarded.
 ///
 /// # Errors
 /// - `Busy` if another process holds a lock on an image

@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 
 /// The two ends of the socket by which signals, and the control socket, stop the daemon.
 pub(super) struct StopSocket {
-    /// Becomes readable when the daemon has to stop. No thread reads it, so it stays readable for every thread that polls
-    /// it.
+    /// Becomes readable when the daemon has to stop. No thread reads this end, so it stays readable for every thread
+    /// that polls it.
     pub(super) stop: Arc<UnixStream>,
     raised: UnixStream,
 }
@@ -24,7 +24,7 @@ impl StopSocket {
         let cannot = |e| Error::io("cannot prepare the end of the daemon", e);
         let raised = self.raised.try_clone().map_err(cannot)?;
         raised.set_nonblocking(true).map_err(cannot)?;
-        // The write fails only if the socket is full, and it is readable then.
+        // The write fails only if the socket is full, and then `stop` is readable already.
         Ok(move || drop((&raised).write(&[0])))
     }
 }

@@ -52,7 +52,8 @@ impl ReadyDisk {
         ServedDisk { name: self.name.clone(), disk: self.disk.clone(), server: self.server.status().clone() }
     }
 
-    /// Serves the disk until `stop` is readable.
+    /// Serves the disk until `stop` is readable, or until the front-end of a connection that was handed over
+    /// disconnects. Then closes the disk.
     ///
     /// # Errors
     /// - `Io` if requests in flight do not complete, or if waiting on the sockets fails
