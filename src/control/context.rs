@@ -6,8 +6,8 @@ use std::time::Duration;
 use super::event_hub::EventHub;
 use super::registry::DiskRegistry;
 
-/// A function that starts the end of the daemon and returns. After the given time, the daemon exits even if its storage
-/// does not respond.
+/// A function that starts the end of the daemon and returns. If a time is given, the daemon exits after this time even
+/// if its storage does not respond.
 pub type ShutdownRequest = Box<dyn Fn(Option<Duration>) + Send + Sync>;
 
 /// The daemon.

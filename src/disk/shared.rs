@@ -254,8 +254,8 @@ impl Disk {
     }
 
     /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to its waiters.
-    /// If the file system is full and the disk parks writes, leaves the running round to its other waiters, too, because
-    /// lanes can wait for space.
+    /// If the file system is full and the disk parks writes, leaves the running round to its other waiters, too,
+    /// because lanes can wait for space.
     fn lead_commit(&self, mailbox: &Arc<Mailbox>) -> Result<()> {
         // While the round runs, no change replaces the file that takes the writes.
         let version = self.version();
