@@ -22,7 +22,7 @@
 //! 4. `next` or `last_batch_head`, when the chain is completed: `used_idx` equals the ring's index, so the list of
 //!    completed heads (from `last_batch_head` along `next`) is not read. The head is resubmitted.
 //! 5. `used.idx`, or `inflight = 0` of some heads: the driver has the batch and may have reused its heads. `used_idx`
-//!    is less than the ring's index by the size of the batch. `resume` clears `inflight` of that number of heads of the
+//!    differs from the ring's index by the size of the batch. `resume` clears `inflight` of that number of heads of the
 //!    list, so they are not resubmitted.
 //! 6. `used_idx`: the heads of the batch are not in flight, and nothing is left to do.
 //!

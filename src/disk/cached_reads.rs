@@ -206,8 +206,8 @@ impl CachedReads {
         self.copied
     }
 
-    /// Takes a read whose copy failed: the copy took too long, or a page could not be read. The caller must start the
-    /// read as a task, whose operation reports the error if there is one.
+    /// Takes a read whose copy failed: the copy took too long, a page could not be accessed, or the file is not mapped
+    /// there any more. The caller must start the read as a task, whose operation reports the error if there is one.
     pub(super) fn next_failed(&mut self) -> Option<CachedRead> {
         self.failed.pop_front()
     }

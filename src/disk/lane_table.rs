@@ -45,7 +45,8 @@ pub(super) struct LaneStatus {
     /// Whether the engine of the lane has registered the new file, or why it has not. `None` if the lane has not
     /// reported that.
     pub(super) registered: Option<Result<(), String>>,
-    /// Whether the lane has reported, since its gate was closed last, that no write of the range is under way.
+    /// Whether no write of the range is under way: the lane has reported that since its gate was closed last, or it
+    /// started with a closed gate.
     pub(super) is_held: bool,
     /// The version with which the lane plans.
     pub(super) adopted: u32,
