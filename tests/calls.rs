@@ -13,8 +13,9 @@ use common::tool;
 const READS: usize = 10_000;
 const DEPTH: usize = 32;
 
-/// Queued 4 KiB reads from a child over a root, after each of them was made once: fewer than one system call for four
-/// reads. A read is copied from the page cache or shares a submission, and one interrupt reports many completions.
+/// Queued 4 KiB reads from a child over a root, after each page of the disk was read twice: fewer than one system call
+/// for four reads. A read is copied from the page cache or shares a submission, and one interrupt reports many
+/// completions.
 #[test]
 fn queued_reads_share_their_system_calls() {
     tool::require(&["strace"]);
@@ -34,8 +35,8 @@ fn queued_reads_share_their_system_calls() {
     assert!(total > 0 && total < READS / 4, "{total} system calls for {READS} reads");
 }
 
-/// Reads 4 KiB `count` times from scattered offsets, with `DEPTH` reads in flight. A multiple of the number of pages of
-/// the disk reads each page equally often.
+/// Reads 4 KiB `count` times from scattered offsets, with `DEPTH` reads in flight. If `count` is a multiple of the
+/// number of pages of the disk, each page is read equally often.
 fn read_many(guest: &mut Client, count: usize) {
     let pieces = usize::try_from(guest.capacity().expect("a size")).expect("a small disk") / 4096;
     let mut begun = 0;
@@ -52,7 +53,8 @@ fn read_many(guest: &mut Client, count: usize) {
 }
 
 /// A flush needs no, one or two syncs (crash-safety 5), for any number of writes before it. A guest's write causes
-/// exactly one write of the daemon. The daemon uses plain system calls here, so that strace records each operation.
+/// exactly one write of the daemon, unless the file grows or the session stamp is written. The daemon uses plain system
+/// calls here, so that strace records each operation.
 #[test]
 fn a_flush_costs_none_one_or_two_syncs() {
     tool::require(&["strace"]);
@@ -62,7 +64,7 @@ fn a_flush_costs_none_one_or_two_syncs() {
     let root = child.with_file_name("empty.vhd");
     let root_text = root.to_str().expect("a plain path");
     tool::diffdisk(["create", root_text, "--size", "64M"]).ok();
-    // New sectors of a child need two syncs, overwrites one, new blocks of a root one.
+    // New sectors of a child need two syncs. New blocks of a root need one sync, and so do overwritten sectors of both.
     for (image, fresh) in [(&child, 2), (&root, 1)] {
         let daemon = Daemon::start(image, &["--num-queues=1", "--io-engine=blocking"]);
         let mut guest = daemon.connect();
@@ -94,7 +96,7 @@ fn syncs(daemon: &Daemon, guest: &mut Client, count: u64, attempt: u64) -> (usiz
     let calls = |report: &str, name: &str| report.lines().filter(|l| l.contains(name)).count();
     let writes = traced(daemon, &ask, || (0..count).for_each(|page| write(guest, page)));
     let alone = calls(&writes, "fallocate") == 0 && calls(&writes, "fdatasync") == 0;
-    // The first write within a second writes a new generation to the session's stamp.
+    // A guest's write may come with a write of a new generation to the session stamp.
     let own = writes.lines().filter(|l| l.contains("pwrite") && !l.contains("ddstamp")).count() as u64;
     assert!(!alone || own == count, "a write that is answered is one write:\n{writes}");
     let new = calls(&traced(daemon, &ask, || guest.flush().expect("a flush")), "fdatasync");

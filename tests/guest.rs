@@ -17,7 +17,7 @@ use common::{digest, oracle};
 #[test]
 fn all_readers_agree_on_a_file_system_written_to_a_chain() {
     let mut chain = Chain::with_root(128, 1);
-    // A guest writes to the parent first, so that the top masks sectors of two layers.
+    // A guest writes to the parent first, so that the top hides sectors of two layers.
     chain.push_child("middle.vhd");
     let daemon = Daemon::start(chain.top(), &[]);
     Guest::boot(&daemon.socket(), "fill", &[]).finish();
@@ -116,7 +116,7 @@ fn trimmed_space_goes_back_to_the_host() {
     Guest::boot(&daemon.socket(), "trim", &[]).finish();
     daemon.stop();
     let after = chain.top_allocated();
-    // A block's bitmap and its unaligned ends stay allocated: a limit of an eighth is generous.
+    // The bitmap of a block and the unaligned ends of a trimmed range stay allocated. An eighth is more than they need.
     let expected = filled_bytes - filled_bytes / 8;
     assert!(before.saturating_sub(after) >= expected, "the child took {before} bytes, and {after} after the trim");
     chain.assert_sound();

@@ -278,7 +278,8 @@ fn chains_with_small_blocks_are_read_alike() {
     }
 }
 
-/// QEMU opens a child as if it had no parent. `check` must report the damage in a file that QEMU has written.
+/// QEMU opens a child as if it had no parent. `check --chain` must report the damage in a child to which QEMU has
+/// written.
 #[test]
 fn check_recognises_a_child_that_qemu_has_written_to() {
     tool::require(&["qemu-io"]);

@@ -1,5 +1,5 @@
-//! The live journal, tested with the real programs: the tool refuses the image of a killed daemon, and the next daemon
-//! replays the acknowledged writes.
+//! The live journal, tested with the real programs: verbs that read data refuse the image of a killed daemon, as does a
+//! read-only daemon. The next daemon that opens the image for writing replays the acknowledged writes.
 
 mod common;
 

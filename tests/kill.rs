@@ -2,7 +2,7 @@
 //!
 //! Several queues write, overwrite, zero, flush and read, and compare every byte read with the acknowledged writes.
 //! Meanwhile the daemon gets SIGKILL about every 200 ms: under load, at its start, and during the handshake.
-//! DIFFDISK_KILL_SECONDS sets the duration in seconds (60 by default).
+//! DIFFDISK_KILL_SECONDS sets the duration of the runs on all four images together, in seconds (60 by default).
 #![allow(clippy::host_endian_bytes, clippy::cast_possible_truncation, reason = "a test's pattern and small numbers")]
 
 mod common;
@@ -166,7 +166,8 @@ impl QueueLoad<'_> {
                 asked.iter().flatten().any(|a| a.kind != RequestKind::Flush && a.sector / STRIPE == stripe)
             };
             let stripe = loop {
-                // The range of writes grows, so that new blocks are allocated until the end of the run.
+                // The range of the requests grows up to the whole disk, so that new blocks are allocated over many
+                // kills.
                 grown = (tag / 8).clamp(64, of_queue);
                 let stripe = rng.below(grown) * QUEUES as u64 + queue;
                 if !busy(stripe) {

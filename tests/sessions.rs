@@ -295,9 +295,9 @@ fn a_guest_that_only_reads_does_not_change_the_image() {
     diffdisk(["check", text(&image), "--chain", runtime.option()]).ok();
 }
 
-/// Kills a daemon repeatedly. After a kill, an older copy of the image and a daemon with another runtime folder are
-/// refused, and the image may be moved or settled. No read of the next daemon returns a wrong byte, and no write is
-/// lost. DIFFDISK_SESSION_ROUNDS sets the number of rounds (12 by default).
+/// Kills a daemon repeatedly. After a kill, an older copy of the image or a daemon with another runtime folder is tried
+/// in some rounds and must be refused, and the image may be moved or settled. No read of the next daemon returns a
+/// wrong byte, and no write is lost. DIFFDISK_SESSION_ROUNDS sets the number of rounds (12 by default).
 #[test]
 fn random_successors_of_killed_daemons_lose_nothing_silently() {
     let rounds: u64 = std::env::var("DIFFDISK_SESSION_ROUNDS").map_or(12, |n| n.parse().expect("a number"));
@@ -319,7 +319,7 @@ fn random_successors_of_killed_daemons_lose_nothing_silently() {
             known[usize::try_from(n).expect("small")] = byte;
         };
         write(&mut guest, rng.below(16), 1 + (rng.below(255) as u8));
-        // The image is copied during the session, and a further write follows.
+        // In a third of the rounds the image is copied during the session. More writes follow, over a second later.
         let older = (rng.below(3) == 0).then(|| fs::read(&image).expect("a copy of the running image"));
         if older.is_some() {
             std::thread::sleep(Duration::from_millis(1100));
@@ -416,7 +416,7 @@ fn root_gets_the_name_of_the_killed_daemons_user() {
     assert_eq!(read_byte(&image, &RuntimeDir::new(), 5 * MIB), 6);
 }
 
-/// A backup of a closed image is valid. No later journal is replayed into it.
+/// A backup of a closed image is valid. The live journal of a later session is not replayed into the backup.
 #[test]
 fn a_closed_backup_put_back_in_place_keeps_its_contents() {
     let (folder, runtime) = (scratch("session-backup"), RuntimeDir::new());

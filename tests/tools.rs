@@ -33,8 +33,8 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).unwrap()
 }
 
-/// Runs `diffdisk` and returns its standard output. Panics unless it exits with `code` and prints nothing on standard
-/// error.
+/// Runs `diffdisk` and returns its standard output. Panics unless the program exits with `code` and prints nothing on
+/// standard error.
 #[track_caller]
 fn run_expecting(folder: &TempDir, line: &str, code: i32) -> String {
     let out = run(folder, line);
@@ -53,8 +53,8 @@ fn json(folder: &TempDir, line: &str) -> Value {
     serde_json::from_str(&ok(folder, line)).unwrap()
 }
 
-/// Runs `diffdisk`. Panics unless it fails with one line that begins with `start` and contains `why`, and prints
-/// nothing else.
+/// Runs `diffdisk`. Panics unless `diffdisk` fails with one line that begins with "diffdisk: ", `start` and a colon,
+/// and that contains `why`, and prints nothing else.
 #[track_caller]
 fn assert_fails(folder: &TempDir, line: &str, start: &str, why: &str) {
     let out = run(folder, line);
@@ -84,8 +84,8 @@ fn allocated(folder: &TempDir, name: &str) -> u64 {
     fs::metadata(folder.path().join(name)).unwrap().blocks() * 512
 }
 
-/// Writes a sector of a dynamic or differencing image as another program would: adds a new block with `bytes` as its
-/// sector `sector`, and sets the block's bitmap and BAT entry.
+/// Writes a sector of a dynamic or differencing image as another program would: adds a new block of 2 MiB with `bytes`
+/// as its sector `sector`, and sets that sector's bit in the bitmap and the BAT entry of the block.
 fn write_block(image: &Path, block: u32, sector: u64, bytes: &[u8; 512]) {
     let mut file = fs::read(image).unwrap();
     let footer = file.split_off(file.len() - 512);
@@ -201,7 +201,7 @@ fn parents_are_opened_only_below_allowed_folders() {
     let platforms: Vec<_> = child["parent"]["locators"].as_array().unwrap().iter().map(|l| &l["platform"]).collect();
     assert_eq!(platforms, ["W2ru", "W2ku"]);
 
-    // The existing part of the chain is printed, and the warning names the remedy.
+    // The part of the chain that may be opened is printed, and the warning names the option that allows the rest.
     let out = run(&d, "info c/leaf.vhd --chain --json");
     let message = String::from_utf8_lossy(&out.stderr).into_owned();
     assert_eq!(out.status.code(), Some(0), "{message}");
@@ -209,7 +209,7 @@ fn parents_are_opened_only_below_allowed_folders() {
     let cut: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(cut["chain"].as_array().unwrap().len(), 1);
     assert!(cut["parent"]["resolved"].is_null() && cut["chain"][0]["parent"]["resolved"].is_null());
-    // A missing parent is not reported as corruption.
+    // A parent outside the allowed folders is an error, and not reported as corruption.
     assert_fails(&d, "check c/leaf.vhd --chain", "check: c/leaf.vhd", "--allow-parents");
     let chain = json(&d, "info c/leaf.vhd --chain --json --allow-parents a");
     let chain = chain["chain"].as_array().unwrap();

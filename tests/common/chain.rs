@@ -20,7 +20,7 @@ pub struct Chain {
 
 impl Chain {
     /// Makes a chain of one dynamic root of `mebibytes` MiB. Every second MiB contains random bytes from `seed`, so
-    /// that a child which fails to mask its parent's data is noticed.
+    /// that a child which fails to hide its parent's data is noticed.
     pub fn with_root(mebibytes: u64, seed: u64) -> Self {
         println!("seed of the root's contents: {seed}");
         let folder = tempfile::tempdir().expect("a temporary folder");

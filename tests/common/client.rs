@@ -1,8 +1,8 @@
 //! A guest for tests: a vhost-user-blk client on the `virtio-driver` crate, with many requests in flight.
 //!
 //! Shared memory is one memfd divided into slots of 1 MiB. Each request in flight owns one slot. [`Client::submit`]
-//! queues a [`Command`], and [`Client::wait`] returns the next completion of any queue. `read`, `write` and the other
-//! methods submit and wait, in requests of at most one slot.
+//! queues a [`Command`], and [`Client::wait`] returns the next completion of any queue. `read` and `write` submit and
+//! wait, in requests of at most one slot. `flush`, `discard` and `write_zeroes` submit one request and wait.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -266,7 +266,8 @@ impl Client {
         self.run(Command::WriteZeroes { offset, len, unmap }).map(drop)
     }
 
-    /// Reads the whole disk in requests of `piece` bytes, over all queues, with a request in flight for each slot.
+    /// Reads the whole disk in requests of `piece` bytes, over all queues, with as many requests in flight as there are
+    /// slots.
     pub(crate) fn read_all(&mut self, piece: usize) -> io::Result<Vec<u8>> {
         let len = usize::try_from(self.capacity()?).map_err(io::Error::other)?;
         let mut disk = vec![0; len];

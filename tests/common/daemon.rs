@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::client::Client;
 
-/// Maximum wait for a daemon's socket, for a line in its log, and for its end after SIGTERM.
+/// Maximum wait for a daemon's socket, for a line in its log, and for its end.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A running daemon that serves one disk. Dropping this value kills the daemon.

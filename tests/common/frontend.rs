@@ -62,7 +62,8 @@ pub enum RestoredBase {
 /// Options of a connection.
 pub struct ConnectOptions<'a> {
     pub base: RestoredBase,
-    /// Whether to wait for the acknowledgement of each message. Otherwise all messages are sent at once.
+    /// Whether to wait for an acknowledgement of each message that has no reply, as soon as REPLY_ACK is negotiated.
+    /// Otherwise the front-end sends the next message at once.
     pub wait_for_ack: bool,
     /// Called before each message.
     pub before_message: &'a mut dyn FnMut(),
@@ -108,10 +109,10 @@ impl Machine {
     /// Connects to the back-end on `socket`, negotiates, and sends the memory and the current state of the rings.
     ///
     /// # Errors
-    /// The socket cannot be connected, or the back-end closed the connection.
+    /// The socket cannot be connected, the back-end closed the connection, or a reply took more than 30 seconds.
     ///
     /// # Panics
-    /// The back-end refused a message.
+    /// The back-end refused a message, or does not offer a feature that this front-end needs.
     pub fn connect(&mut self, socket: &Path, manners: &mut ConnectOptions<'_>) -> io::Result<UnixStream> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
@@ -250,7 +251,8 @@ impl Driver {
         assert!(slot < DEPTH);
         // SAFETY: the assertion bounds the slot, so its data lies in the mapping, which `self` keeps alive. Callers
         // pass only slots without a request in flight, so the back-end does not access the data. Only the driver of a
-        // queue has references to the queue's memory, and `&mut self` excludes a second one.
+        // queue makes references to the data of the queue's slots, each queue has one driver, and `&mut self` excludes
+        // a second reference.
         unsafe {
             std::slice::from_raw_parts_mut(self.memory.as_mut_ptr().add(self.slot_offset(slot) + 0x1000), MAX_DATA)
         }

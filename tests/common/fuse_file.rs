@@ -158,7 +158,7 @@ impl<T: FileContent> Filesystem for OneFile<T> {
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        // After this answer the kernel sends no further FLUSH, so closing the file waits for no reply.
+        // After this answer the kernel sends no further FLUSH, so later closes of the file wait for no reply.
         reply.error(Errno::ENOSYS);
     }
 

@@ -2,7 +2,7 @@
 //! numbers, temporary files, a byte-level VHD builder without `diffdisk::format`, the Linux guest, and other readers of
 //! VHD.
 //!
-//! Every test target compiles this module and uses a part of it.
+//! Most test targets compile this module and use a part of it. The others include single files of this folder.
 #![allow(dead_code, unreachable_pub)]
 
 pub(crate) mod chain;

@@ -1,6 +1,6 @@
 //! 7-Zip as an independent reader of VHD chains.
 //!
-//! 7-Zip finds parents in the folder of the child only, and ends with an error status on any defect.
+//! 7-Zip finds parents in the folder of the child only, and ends with an error status if it finds a defect.
 
 use super::digest::sha256_of_output;
 use std::path::Path;
@@ -13,7 +13,7 @@ pub fn sha256_of_disk(leaf: &Path) -> String {
     sha256_of_output(Command::new(program()).current_dir(folder).args(["e", "-so", "-bd", "-tVHD"]).arg(name))
 }
 
-/// Returns the name of the 7-Zip program: `7zz` on Debian 12, `7z` elsewhere.
+/// Returns the name of the 7-Zip program: `7zz`, or `7z` if there is no `7zz`.
 fn program() -> &'static str {
     ["7zz", "7z"].into_iter().find(|name| starts(name)).expect("7-Zip is installed; `make test` installs it")
 }

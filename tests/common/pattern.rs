@@ -22,7 +22,8 @@ pub(crate) fn sectors(tag: &str, first: u64, count: usize) -> Vec<u8> {
     data
 }
 
-/// Panics if the disks differ. The message contains the first differing sector and its contents in both disks.
+/// Panics if the disks differ. The message contains the first differing sector and the beginning of its contents in
+/// both disks, or the sizes if one disk is the beginning of the other.
 pub(crate) fn assert_same(what: &str, got: &[u8], want: &[u8]) {
     let differs = got.chunks(SECTOR).zip(want.chunks(SECTOR)).position(|(a, b)| a != b);
     if let Some(sector) = differs {

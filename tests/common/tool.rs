@@ -1,5 +1,5 @@
-//! Runs programs under a time limit and returns their output. [`lock_spawns`] prevents other threads from starting
-//! programs.
+//! Runs programs under a time limit and returns their output. [`lock_spawns`] keeps other threads from starting
+//! programs with [`start`].
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -73,15 +73,15 @@ pub(crate) fn start(command: &mut Command) -> std::io::Result<Child> {
     command.spawn()
 }
 
-/// Prevents other threads from starting programs until the returned guard is dropped. A test that opens images in its
-/// own process holds the guard: between fork and exec a child process shares all open files of this process, with their
-/// locks.
+/// Keeps other threads from starting programs with [`start`], and from taking this lock, until the returned guard is
+/// dropped. A test that opens images in its own process holds the guard: between fork and exec a child process shares
+/// all open files of this process, with their locks.
 pub(crate) fn lock_spawns() -> MutexGuard<'static, ()> {
     static SPAWN_LOCK: Mutex<()> = Mutex::new(());
     SPAWN_LOCK.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Waits for a program and kills it at `deadline`. Returns the exit code, and whether it was killed.
+/// Waits for a program and kills it at `deadline`. Returns the exit code, and whether the program was killed.
 pub(crate) fn wait(child: &mut Child, deadline: Instant) -> (Option<i32>, bool) {
     loop {
         if let Some(status) = child.try_wait().expect("the program can be waited for") {
@@ -95,7 +95,7 @@ pub(crate) fn wait(child: &mut Child, deadline: Instant) -> (Option<i32>, bool) 
     }
 }
 
-/// Returns whether `name` is a program on PATH.
+/// Returns whether a folder of PATH has a file `name`.
 pub(crate) fn on_path(name: &str) -> bool {
     std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()))
 }

@@ -1,9 +1,10 @@
 //! Builder of valid and invalid VHD files, written from the specification of the format. It shares no code with
 //! `diffdisk::format`, so that an error in that module is not repeated here.
 //!
-//! A file of [`VhdFile::create`] consists of a footer copy at 0, the header at 512, the BAT at 1536, eight sectors for
-//! locator data, blocks without gaps, and a footer. A fixed image consists of data and a footer. All bytes are written
-//! directly to the file, so huge images take no memory.
+//! A dynamic or differencing image of [`VhdFile::create`] consists of a footer copy at 0, the header at 512, the BAT at
+//! 1536, eight sectors for locator data, blocks without gaps, and a footer. A fixed image consists of data, of which at
+//! most the first MiB is written, and a footer. The bytes are written to the file in pieces, so huge images take little
+//! memory.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -15,7 +16,7 @@ use super::pattern;
 pub(crate) const FIXED: u32 = 2;
 pub(crate) const DYNAMIC: u32 = 3;
 pub(crate) const DIFFERENCING: u32 = 4;
-/// Offsets of header and BAT in a file of [`VhdFile::create`].
+/// Offsets of header and BAT in a dynamic or differencing image of [`VhdFile::create`].
 pub(crate) const HEADER_OFFSET: u64 = 512;
 pub(crate) const BAT_OFFSET: u64 = 1536;
 /// BAT entry of an unallocated block.

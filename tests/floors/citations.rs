@@ -69,7 +69,7 @@ fn rules() -> BTreeSet<String> {
 }
 
 /// Returns the sections that a comment cites: the name of a document, then numbers separated by commas. A number
-/// without a point counts as a section only if it ends the sentence or the parenthesis.
+/// without a point counts as a section only if no word follows the number directly.
 fn section_citations(comment: &str) -> Vec<String> {
     let mut found = Vec::new();
     for document in DOCUMENTS {

@@ -1,5 +1,5 @@
 //! Checks the floors of the crate: a module uses only modules of lower floors, itself, and the shared modules. Modules
-//! on one floor do not use each other. An external crate is used only by the modules that are listed for it.
+//! on one floor do not use each other. An external crate in `HOMES` is used only by the modules that are listed for it.
 
 mod circles;
 mod citations;

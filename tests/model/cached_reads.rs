@@ -53,8 +53,8 @@ fn run(seed: u64) -> u64 {
             let (written, read) = (range(), [range(), range(), range(), range()]);
             if random.below(4) == 0 {
                 disk.discard(vec![written]);
-                // A discarded range of a child does not show the parent's data; a discarded range of a root reads as
-                // zeros.
+                // A discarded sector may keep its contents or read as zeros, so the model takes over what the disk
+                // reads.
                 model[bytes_of(written)].copy_from_slice(&disk.read(written));
             } else {
                 let data: Vec<u8> = (0..written.bytes()).map(|_| random.below(256) as u8).collect();
@@ -106,7 +106,7 @@ fn a_read_fails_if_copy_and_operation_fail() {
     assert!(failed > 5 && disk.lane.copied_reads() > copies + 5, "{failed} of 40 failed");
 }
 
-/// A planned copy may fail and become an operation, so it counts as an operation for the capacity of a lane.
+/// A planned copy may fail and become an operation, so the capacity of a lane counts the copy as an operation.
 #[test]
 fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     let host = host(2);
@@ -132,7 +132,7 @@ fn as_many_reads_as_there_is_room_for_are_answered_once_each() {
     assert_eq!(disk.lane.push_capacity(), room);
 }
 
-/// Without the option no read is a copy.
+/// If `page_cache_reads` is off, no read is a copy.
 #[test]
 fn no_read_is_a_copy_if_they_are_off() {
     let copies = |on| {

@@ -1,5 +1,6 @@
-//! Early writeback: if a guest flushes after every few writes, the daemon starts writeback in the kernel before the
-//! flush, without any other effect. Unflushed writes are committed in the background.
+//! Early writeback: if a guest flushes regularly, with enough writes between two flushes, the daemon starts writeback
+//! in the kernel before the next flush. The contents of the disk do not depend on early writeback. Unflushed writes are
+//! committed in the background.
 
 use std::sync::atomic::Ordering;
 

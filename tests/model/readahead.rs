@@ -15,8 +15,8 @@ use crate::testing::{TestDisk, TestMemory};
 
 const SIZE: u64 = 24 << 20;
 
-/// Makes a chain of four layers. The disk consists of pieces of 64 KiB; of each five consecutive pieces, one has data
-/// in each layer, and the last has no data.
+/// Makes a chain of four layers. The disk consists of pieces of 64 KiB; of five consecutive pieces, each of the first
+/// four has data in another layer, and the last has no data.
 fn chain(direct: bool) -> ChainModel {
     let mut chain = ChainModel::new(7, EngineKind::Uring, direct);
     for layer in 0..4 {

@@ -28,8 +28,8 @@ fn change_versions(disk: &Arc<Disk>, stop: &AtomicBool) -> Vec<Duration> {
     pauses
 }
 
-/// Writes, reads, zeroes and flushes a part of the disk, and compares each read with the expected bytes. Returns the number
-/// of requests, and the expected bytes.
+/// Writes, reads, zeroes and flushes a part of the disk, and compares each read with the expected bytes. Returns the
+/// number of requests, and the expected bytes at the end.
 fn verify_under_load(
     disk: &Arc<Disk>,
     engine: EngineKind,
@@ -111,7 +111,7 @@ fn changes_of_several_threads_are_serial() {
     chain.push("dynamic", 64 * KIB, 1024 * KIB);
     let TestDisk { disk, lane, .. } = chain.open(false);
     drop(lane);
-    // More changes than there are slots: a slot that is not freed, or freed twice, would end them.
+    // There are more changes than file slots: if a file slot is not freed, or is freed twice, later changes fail.
     let done: usize = std::thread::scope(|scope| {
         let change =
             || (0..2000).filter(|_| VersionChange::move_top(&disk).is_ok_and(|change| change.run().is_ok())).count();
@@ -140,7 +140,7 @@ fn a_read_only_disk_has_no_top_to_move() {
 fn a_thread_that_does_not_respond_ends_the_change_and_not_the_disk() {
     let mut chain = ChainModel::new(92, EngineKind::Auto, false);
     chain.push("dynamic", 64 * KIB, 1024 * KIB);
-    // Nobody polls the first lane while the change runs.
+    // No thread polls the first lane while the change runs.
     let mut silent = chain.open(false);
     let mut other = TestDisk::new(silent.disk.clone(), EngineKind::Auto);
     let late = VersionChange::move_top(&silent.disk).expect("no other change").run().expect_err("a lane is silent");
@@ -151,7 +151,7 @@ fn a_thread_that_does_not_respond_ends_the_change_and_not_the_disk() {
         disk.flush();
         assert_eq!(disk.read(range), [5; 6 * 512]);
     }
-    // The slots of changes that failed are used again.
+    // The file slots of changes that failed are used again.
     for _ in 0..3 {
         let change = VersionChange::move_top(&silent.disk).expect("no other change");
         assert_eq!(VersionChange::move_top(&silent.disk).err().map(|e| e.kind()), Some(ErrorKind::Busy));
@@ -190,7 +190,7 @@ mod simulated {
         disk.submit(Work::Write { range: SectorRange::between(start, start + 1), from })
     }
 
-    /// Takes steps until the change is done, or waits for lanes that were polled fifty times.
+    /// Takes steps until the change is done, or until a step has waited for fifty polls of the lanes.
     fn advance(change: &mut VersionChange, disks: &mut [&mut TestDisk]) -> ChangeStep {
         let mut waits = 0;
         loop {

@@ -1,4 +1,4 @@
-// Writes the disk of a VHD chain as one dynamic VHD, read by vhd-lib 0.7.2.
+// Reads a VHD chain with vhd-lib 0.7.2 and writes its disk as one dynamic VHD.
 // usage: NODE_PATH=target/oracles/node_modules node vhdlib.js OUT LEAF PARENT GRANDPARENT ...
 'use strict'
 const fs = require('fs')

@@ -1,4 +1,5 @@
-//! Checks the state after a crash: the image opens, `check` finds no corruption, and each sector has an allowed value.
+//! Checks the state after a crash: the image opens, `check` finds no corruption except, in some outcomes, a missing
+//! trailing footer, and each sector has an allowed value.
 //!
 //! A crash outcome is the set of unsynced writes, lengths and names ("units") that survive the crash.
 
@@ -26,7 +27,8 @@ struct ImageContents {
     has_trailing_footer: bool,
 }
 
-/// Checks crash outcomes. Each distinct image is checked once, and the result is cached.
+/// Checks crash outcomes. Results are cached by the contents of the image, so an image is checked again only after the
+/// cache was cleared.
 #[derive(Default)]
 pub(crate) struct Checker {
     checked: HashMap<u64, Result<Arc<ImageContents>, String>>,
@@ -35,7 +37,7 @@ pub(crate) struct Checker {
     pub(crate) trailing_footer_may_be_missing: bool,
     /// Number of checked states.
     pub(crate) states: u64,
-    /// Number of distinct images among the checked states.
+    /// Number of checked states whose image was not in the cache.
     pub(crate) distinct: u64,
     /// Whether the last checked image had its trailing footer before recovery.
     pub(crate) had_trailing_footer: bool,
@@ -43,7 +45,7 @@ pub(crate) struct Checker {
     pub(crate) recovery_crashes: u64,
     /// Number of checked states with torn sectors.
     pub(crate) torn: u64,
-    /// Number of changes of the version that ended.
+    /// Number of completed changes of the version.
     pub(crate) changes: u64,
 }
 
@@ -62,8 +64,9 @@ impl Checker {
         self.changes += other.changes;
     }
 
-    /// Checks the crash outcomes of a machine: all if there are fewer than [`EXHAUSTIVE_LIMIT`] units, otherwise a
-    /// sample of `sample` outcomes, but at least two.
+    /// Checks crash outcomes of a machine. With fewer than [`EXHAUSTIVE_LIMIT`] units, checks every outcome without
+    /// torn sectors, and four with torn sectors. Otherwise checks a sample of `sample` outcomes, but at least two, some
+    /// with torn sectors.
     pub(crate) fn explore(
         &mut self,
         host: &SimHost,
@@ -135,8 +138,9 @@ impl Checker {
         })
     }
 
-    /// Checks a machine after a crash or kill. With `needs_tail` the trailing footer must be present. With
-    /// `acknowledged` every acknowledged action must be kept. Returns the contents of the disk.
+    /// Checks a machine after a crash or kill. With `needs_tail` the trailing footer must be present, unless
+    /// `trailing_footer_may_be_missing` is set. With `acknowledged` every acknowledged action must be kept. Returns the
+    /// contents of the disk.
     pub(crate) fn check_state(
         &mut self,
         after: &SimHost,

@@ -1,5 +1,5 @@
-//! R1: every short workload on every layout. At every step of a workload's last action all crash outcomes are checked,
-//! or a sample if there are many.
+//! R1: short workloads on four layouts. At every step of a workload's last action all crash outcomes are checked, or a
+//! sample if there are many.
 
 use diffdisk::storage::sim::CompletionOrder;
 use diffdisk::units::SectorRange;
@@ -24,7 +24,7 @@ pub(crate) enum Action {
     Reopen,
     Kill,
     Discard,
-    /// A flush whose sync fails, then a crash.
+    /// A flush whose first sync fails, if the flush needs one, then a crash.
     FailSync,
 }
 
@@ -53,7 +53,7 @@ pub(crate) fn run_all(
     let mut runs = 0;
     for number in (share..kinds.pow(len)).step_by(of) {
         let acts: Vec<Action> = (0..len).map(|n| ALL[number / kinds.pow(n) % kinds]).collect();
-        // The second of two consecutive flushes or reopens has no effect.
+        // Two consecutive flushes or reopens are left out, since the second has no effect.
         if acts.windows(2).any(|w| w[0] == w[1] && matches!(w[0], Action::Flush | Action::Reopen)) {
             continue;
         }

@@ -1,5 +1,5 @@
 //! R9: the file system becomes full at every point of a script. The script runs with no free page, with one, with two,
-//! and so on, until the limit affects no operation.
+//! and so on, until the limit affects no request.
 
 use diffdisk::disk::{Allocation, WhenFull};
 use diffdisk::storage::sim::{FaultPlan, Random};

@@ -63,8 +63,8 @@ impl Model {
         }
     }
 
-    /// Checks the contents of a disk after a crash or, with `acknowledged`, after a kill. A kill must keep every
-    /// acknowledged action.
+    /// Checks the contents of a disk. With `acknowledged` every acknowledged action must be kept, as after a kill of a
+    /// process with a live journal. Otherwise only flushed actions must be kept, as after a crash.
     pub(crate) fn check(&self, values: &[Value], acknowledged: bool) -> Result<(), String> {
         for (number, (sector, value)) in self.0.iter().zip(values).enumerate() {
             let from = if acknowledged { sector.acknowledged } else { 0 };
@@ -87,7 +87,8 @@ impl Model {
         *self = Model::new(values);
     }
 
-    /// Reduces the model to the contents of the disk after a kill. These are acknowledged, but not durable.
+    /// Removes the values that are later than the contents of the disk after a kill. The contents count as
+    /// acknowledged, but not as durable.
     pub(crate) fn reset_after_kill(&mut self, values: &[Value]) {
         for (sector, value) in self.0.iter_mut().zip(values) {
             let at = sector.values.iter().rposition(|(_, v)| v == value).expect("it was checked");
@@ -128,7 +129,7 @@ pub(crate) fn value(sector: u64, found: &[u8]) -> Value {
     if whole && u64::from(place) == if value == 0 { 0 } else { sector } { value } else { GARBAGE }
 }
 
-/// Returns whether the bytes of a sector are data of the guest or the parent, and not metadata.
+/// Returns whether the bytes of a sector are data of the guest or the parent, and neither metadata nor zeros.
 pub(crate) fn is_data(found: &[u8]) -> bool {
     let pairs = found.as_chunks::<8>().0;
     let (value, place) = found[..8].split_at(4);

@@ -1,5 +1,5 @@
-//! R2: random requests on every layout, with crashes, kills, faults and two lanes; crash outcomes are checked at random
-//! steps.
+//! R2: random requests on every layout, with crashes, kills, faults and one or two lanes; crash outcomes are checked at
+//! random steps.
 
 use diffdisk::storage::sim::{FaultPlan, Random};
 use diffdisk::units::SectorRange;

@@ -221,8 +221,8 @@ fn kill_copy(host: &SimHost, seed: u64) -> SimHost {
 }
 
 /// Injects each fault at each step, one per run, then kills the process: with `soon` after the action that reached the
-/// step, otherwise after all actions. The reopened disk must have all acknowledged values. If a sync failed, the open
-/// must fail with `Poisoned`.
+/// step, otherwise after all actions. If a sync failed, the next open must fail with `Poisoned`. Otherwise the reopened
+/// disk must have all acknowledged values.
 pub(crate) fn faults(layout: &Layout, soon: bool) -> CheckResult {
     for fault in [Fault::Io, Fault::NoSpace, Fault::Short] {
         for step in 1.. {
@@ -459,9 +459,9 @@ pub(crate) fn non_successors(layout: &Layout) -> CheckResult {
     check_reopen(&host, &written, layout)
 }
 
-/// On a file system that other machines use: after each acknowledged write another machine refuses the image, even if
-/// the machine of the daemon was cut off, and all that this machine did not sync is lost. After a clean end the other
-/// machine opens the image.
+/// On a file system that several machines use, another machine refuses the image after each acknowledged write, even if
+/// the machine of the daemon was cut off and its unsynced writes are lost. After a clean end the other machine opens
+/// the image.
 pub(crate) fn shared_file_system(layout: &Layout) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
     host.set_faults(FaultPlan { shared_file_system: true, ..FaultPlan::default() });
@@ -503,8 +503,8 @@ pub(crate) fn unsynced_stamp(layout: &Layout) -> CheckResult {
     }
 }
 
-/// A parent whose daemon was killed. A read-only open and a check of the child are refused, and a daemon without the
-/// journal of the parent. A daemon with the journal replays it into the parent.
+/// A parent whose daemon was killed. A read-only open and a check of the child are refused, and so is a daemon without
+/// the journal of the parent. A daemon with the journal replays it into the parent.
 pub(crate) fn killed_parent(layout: &Layout) -> CheckResult {
     let (host, mut written) = (layout.host(7), WrittenValues::default());
     let mut guest = open(&host).map_err(error_line)?;

@@ -152,7 +152,8 @@ impl<'a> World<'a> {
         self.changes = Some(random);
     }
 
-    /// Begins a change of the version, or takes a step of the change in progress, or gives the change up.
+    /// At random: begins a change of the version, takes a step of the change in progress, gives the change up, or does
+    /// nothing.
     fn step_change(&mut self) -> Result<(), String> {
         let (Some(random), Some(disk)) = (&mut self.changes, &self.disk) else { return Ok(()) };
         match &mut self.change {
@@ -349,7 +350,7 @@ impl<'a> World<'a> {
         self.host.set_faults(plan);
     }
 
-    /// Fails a sync in the middle of a flush. All later writes and flushes must fail.
+    /// Fails the next sync of a flush. If the flush made a sync, the write and the flush that follow must fail.
     pub(crate) fn fail_sync(&mut self) -> Result<(), String> {
         let plan = FaultPlan { failing_syncs: vec![self.host.counts().syncs + 1], ..FaultPlan::default() };
         self.set_faults(plan);
@@ -425,7 +426,7 @@ impl<'a> World<'a> {
         self.may_fail = false;
     }
 
-    /// Kills the process; the next process opens the disk.
+    /// Kills the process; the next process opens the disk. If a sync has failed, cuts the power instead.
     pub(crate) fn kill(&mut self) -> Result<(), String> {
         if self.is_poisoned() {
             return self.crash();
