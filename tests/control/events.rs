@@ -59,7 +59,8 @@ fn a_client_that_never_reads_loses_the_oldest_of_10000_events() {
 }
 
 impl Served {
-    /// Raises at least `count` events while one client does not read and another one does.
+    /// Raises at least `count` events while one client does not read and another client does. The first client then
+    /// gets the events, or notices of the number of lost ones.
     fn daemon_events(self, count: u64) {
         let (mut slow, mut quick) = (self.connect(), self.connect());
         slow.call("watch", &json!({}));

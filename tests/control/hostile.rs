@@ -1,5 +1,5 @@
-//! Clients that break the rules, send half of a message, do not read, or are too many. Others are served as before, and
-//! the daemon ends.
+//! Clients that break the rules, send half of a message, do not read, or are too many. Other clients are served as
+//! before, and the daemon can be ended.
 
 use std::fs;
 use std::io::{ErrorKind, Write};
@@ -130,7 +130,7 @@ fn of_1000_clients_100_are_served_and_the_others_are_refused() {
     assert_eq!(refused, 900);
     let log = served.daemon.log();
     assert_eq!(log.matches("are refused").count(), 1, "one line for all: {log}");
-    // One leaves, and another one is served.
+    // When a client leaves, another client is served.
     all.swap_remove(0);
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -144,8 +144,8 @@ fn of_1000_clients_100_are_served_and_the_others_are_refused() {
     served.stop();
 }
 
-/// A client sends requests and never reads; others send half a message and wait. Meanwhile the daemon's memory stays
-/// bounded, another client is served, and the daemon ends.
+/// Twenty clients send requests and never read. Twenty others send half a message and wait. Meanwhile the daemon's
+/// memory stays bounded, another client is served, and the daemon ends.
 #[test]
 fn clients_that_do_not_read_or_finish_block_no_other_and_not_the_end() {
     let served = Served::start(&[]);
@@ -183,7 +183,7 @@ fn clients_that_do_not_read_or_finish_block_no_other_and_not_the_end() {
         deaf.push(stream);
     }
     good.call("disks", &json!({}));
-    // Then the daemon has handled all that it will handle before the clients read.
+    // When the daemon is idle, it has handled all requests that it will handle before the clients read.
     wait_until_idle(served.daemon.pid());
     let grown = resident(served.daemon.pid()).saturating_sub(before);
     assert!(grown < 128 << 20, "20 clients that do not read take {grown} bytes");
@@ -209,7 +209,7 @@ fn a_client_that_has_ended_its_side_gets_its_answers() {
     ids.sort_unstable();
     assert_eq!(ids, [Some(1), Some(2)]);
     assert_eq!(rpc.receive(), None, "then the connection is closed");
-    // Without events to wait for, a client that has gone leaves no descriptor behind.
+    // The daemon closes the connection of a client that has gone, even if it has no event to send to this client.
     let descriptors = || fs::read_dir(format!("/proc/{}/fd", served.daemon.pid())).expect("the daemon").count();
     let before = descriptors();
     for _ in 0..50 {

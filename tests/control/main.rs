@@ -60,7 +60,7 @@ impl Served {
         Rpc::connect(&self.control)
     }
 
-    /// Ends the daemon by SIGTERM. Panics if it does not end well.
+    /// Ends the daemon by SIGTERM. Panics if the exit status is not 0 or the control socket remains.
     fn stop(self) -> TempDir {
         self.daemon.stop();
         assert!(!self.control.exists(), "the socket is removed");

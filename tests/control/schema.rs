@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// Checks a value.
+/// Checks `value` against `schema`. The error names the violated keyword.
 pub fn check(schema: &Value, value: &Value) -> Result<(), String> {
     let fail = |why: &str| Err(format!("{why}: {value} against {schema}"));
     let keywords = schema.as_object().ok_or("a schema is an object")?;

@@ -11,7 +11,7 @@ use super::common::daemon::Daemon;
 use super::common::tool::{DIFFDISKD, Finished, run};
 use super::{Served, create_chain, diffdisk};
 
-/// Runs a daemon on a disk of its own in `folder` that is expected to fail.
+/// Runs a daemon that is expected to fail, on a disk of its own in `folder`.
 fn fail_to_start(folder: &std::path::Path, options: &[&str]) -> Finished {
     let image = create_chain(folder);
     let mut command = Command::new(DIFFDISKD);

@@ -27,7 +27,7 @@ fn work(served: &Served) -> super::common::client::Client {
     repeat(20, &|n| Command::Write { offset: n * 8192, data: &[7; 8192] });
     repeat(3, &|_| Command::Flush);
     repeat(20, &|n| Command::Read { offset: n * 4096, len: 4096 });
-    // What was never written has no layer.
+    // Sectors that were never written are in no layer.
     repeat(20, &|n| Command::Read { offset: SIZE / 2 + n * 4096, len: 4096 });
     repeat(2, &|n| Command::Discard { offset: SIZE - 131_072 + n * 65_536, len: 65_536 });
     repeat(1, &|_| Command::WriteZeroes { offset: 0, len: 4096, unmap: false });
@@ -77,7 +77,8 @@ fn statistics_agree_with_the_work_of_a_guest() {
     served.stop();
 }
 
-/// Each line is a comment, or `name{labels} value`. The numbers are those of the JSON report.
+/// Each line is a comment, or `name{labels} value`. The numbers equal the work of the guest, as do those of the JSON
+/// report.
 #[test]
 fn prometheus_text_parses_and_agrees_with_json() {
     let served = Served::start(&[]);

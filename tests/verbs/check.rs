@@ -1,5 +1,5 @@
-//! `check --repair` with kills at every failpoint, stops at every step, power cuts, faults, and full file systems: the
-//! guest's disk does not change, the undo file contains all replaced bytes, and the next repair completes the work.
+//! `check --repair` with kills at every failpoint, and with power cuts and faults at every step: the guest's disk does
+//! not change, the undo file contains all replaced bytes, and the next repair completes the work.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -79,7 +79,7 @@ fn front_and_space(bytes: &mut VhdBytes) {
     bytes.0[300] ^= 1;
 }
 
-/// Removes the trailing footer, and adds a block and bits beyond the end of the disk.
+/// Replaces the trailing footer by other bytes, and adds a block and bits beyond the end of the disk.
 fn tail_and_pointers(bytes: &mut VhdBytes) {
     bytes.take_footer();
     let (to, stride) = (bytes.0.len().next_multiple_of(512), bytes.stride());

@@ -212,8 +212,8 @@ fn places(host: &SimHost, path: &Path, blocks: usize) -> Vec<u32> {
 }
 
 /// Makes a root whose first blocks have page-aligned data, as XenServer and old versions of this program place them.
-/// `slots` are the positions of these blocks in a gapless row. The first 64 sectors of each block have data. Returns
-/// the BAT entries.
+/// `slots` are the positions of these blocks in a row of blocks that are 7 sectors apart. The first 64 sectors of each
+/// block have data. Returns the BAT entries.
 fn at_pages(fixture: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
     fixture.dynamic("i.vhd", LARGE, 64 * SECTORS);
     let (path, mut footer) = (fixture.path("i.vhd"), [0; 512]);
@@ -237,7 +237,7 @@ fn at_pages(fixture: &Fixture<'_>, host: &SimHost, slots: &[u64]) -> Vec<u32> {
 
 #[test]
 fn page_aligned_blocks_move_only_into_gaps() {
-    // Slots of the blocks before and after compaction.
+    // Positions of the blocks, as `at_pages` takes them, before and after compaction.
     let cases: [(&[u64], &[u64]); 5] = [
         (&[0, 1, 2, 3, 4], &[0, 1, 2, 3, 4]),
         (&[3, 0, 1, 2], &[3, 0, 1, 2]),

@@ -59,7 +59,7 @@ impl<'a> Fixture<'a> {
         self.sized_child(name, parent, block, None);
     }
 
-    /// Makes a child with the given number of sectors, or with the size of its parent.
+    /// Makes a child with `sectors` sectors, or with the size of its parent if `sectors` is `None`.
     pub(crate) fn sized_child(&self, name: &str, parent: &str, block: u32, sectors: Option<u64>) {
         let child = ChildSpec {
             parent: self.path(parent),

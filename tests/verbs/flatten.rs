@@ -25,8 +25,8 @@ fn flattened(env: &dyn Env, folder: &Path, keep: Option<&str>) -> Result<u64> {
     ops::flatten::flatten(env, &folder.join("i.vhd"), keep.as_deref(), &Policy::default(), &mut |_| Ok(()))
 }
 
-/// Makes five layers with several block sizes. The second layer is smaller than the first and also masks parts of it
-/// with zeros. Beyond the end of the second layer, the third layer reads as zeros.
+/// Makes five layers with several block sizes. The second layer is smaller than the first, and hides parts of the first
+/// layer by zeros. Beyond the end of the second layer, the third layer reads as zeros.
 fn chain(fixture: &Fixture<'_>) {
     fixture.dynamic("r.vhd", 2 * SMALL, 200);
     fixture.write("r.vhd", &[(0, 60, R), (150, 200, R)]);

@@ -34,7 +34,8 @@ fn children_are_listed_by_the_uuid_that_they_record() {
     for name in ["here/b.vhd", "here/a.vhd", "there/c.vhd"] {
         diffdisk(["create", &text(&at(name)), "--parent", &root]).ok();
     }
-    // None of these is a child: a grandchild, a child of another image, a damaged image, a FIFO, a dangling link.
+    // None of these is a child: a grandchild, a child of another image, a damaged image, a FIFO, a dangling link. The
+    // link `second-name.vhd` leads to a child, which is listed once.
     let policy = ["--allow-parents", &text(&at("here"))];
     diffdisk([&["create", &text(&at("there/g.vhd")), "--parent", &text(&at("there/c.vhd"))], &policy[..]].concat())
         .ok();

@@ -1,5 +1,5 @@
-//! Tests of the verbs that change images: their results, and kills at every failpoint, each followed by a second run of
-//! the verb.
+//! Tests of the verbs: their results, and kills at the failpoints of verbs that write files, each followed by a second
+//! run of the verb.
 
 mod chain_spec;
 mod check;

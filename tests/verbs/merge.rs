@@ -64,7 +64,8 @@ impl MergeFixture {
         diffdisk(self.args())
     }
 
-    /// Checks that the remaining images show the same disks as before the merge, and that `check` finds no corruption.
+    /// Checks that CHILD and the kept descendants show the same disks as before the merge, and that `check` finds no
+    /// corruption. If CHILD is removed, the receiver must show the disk of CHILD.
     #[track_caller]
     fn assert_same(&self, when: &str) {
         let (child, chain) = (self.case.merged_layers[0], &self.case.chain);
@@ -105,7 +106,7 @@ impl MergeFixture {
     }
 }
 
-/// Makes the images of a case with blocks of 256 KiB and disks of 4 MiB.
+/// Makes the images of a case, with blocks of 256 KiB and disks of 4 MiB unless the case has other sizes.
 fn merge_fixture(name: &str) -> MergeFixture {
     MergeFixture::new(all(64).into_iter().find(|case| case.name == name).expect("a case"))
 }

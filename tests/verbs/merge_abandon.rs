@@ -43,8 +43,8 @@ fn read(host: &SimHost, path: &Path) -> Result<Option<Vec<u8>>, String> {
     Ok(Some(disk))
 }
 
-/// Checks that each parent of CHILD, opened by itself, shows its own disk or CHILD's, or is refused, and that CHILD and
-/// the kept descendants show their disks. Returns whether an image was refused.
+/// Checks that each parent of CHILD down to the receiver, opened by itself, shows its own disk or CHILD's, or is
+/// refused, and that CHILD and the kept descendants show their disks. Returns whether an image was refused.
 fn check(case: &MergeCase, host: &SimHost) -> Result<bool, String> {
     let disk = |mut values: Vec<u8>, layer: usize| {
         values.resize(usize::try_from(case.chain.sectors(layer)).expect("small"), 0);
@@ -87,7 +87,8 @@ fn abandon_merge(case: &MergeCase, host: &SimHost) -> Result<Option<Abandoned>, 
     }
 }
 
-/// Stops a merge at a step and abandons it. Abandoning is stopped at each of its steps.
+/// Stops a merge at a step and abandons the merge. For one of four outcomes of the stop, abandoning is stopped at each
+/// of its steps, too.
 fn abandoned_after(case: &MergeCase, step: u64, random: &mut Random, seen: &mut [u64; 3]) -> Result<(), String> {
     let first = host(case);
     first.stop_at(step);

@@ -24,7 +24,7 @@ fn root() -> Layer {
 }
 
 /// Returns a child with data over its parent's data and over unallocated space, in whole blocks and in parts, and with
-/// zeros that mask its parent's data.
+/// zeros that hide its parent's data.
 fn child(parent: usize) -> Layer {
     let writes =
         [(3, 9, 2), (12, 14, 0), (32, 40, 0), (47, 48, 2), (60, 64, 2), (72, 80, 0), (88, 112, 2), (127, 128, 2)];

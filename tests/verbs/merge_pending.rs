@@ -11,7 +11,7 @@ use crate::common::temp::scratch;
 use crate::common::tool::{DIFFDISKD, Finished, diffdisk, run};
 use crate::failpoints;
 
-/// A folder with parent, child and grandchild, with data.
+/// A folder with a parent, a child with data, and a grandchild.
 struct PendingFixture(tempfile::TempDir);
 
 impl PendingFixture {
@@ -161,7 +161,7 @@ fn an_abandoned_merge_can_be_finished() {
             );
             assert_eq!(shown(&fixture.at("grand")), before, "{when}");
             if partial {
-                // Other verbs accept both CHILD and the partly overwritten parent.
+                // After abandoning, `compact` accepts CHILD and the partly overwritten parent.
                 diffdisk(["compact".into(), fixture.at("child")]).ok();
                 diffdisk(["compact".into(), fixture.at("parent")]).ok();
             }

@@ -35,7 +35,8 @@ impl MergeCase {
             .run(&mut |_| Ok(()))
     }
 
-    /// Checks that the remaining images show the same disks as before the merge.
+    /// Checks that CHILD and the kept descendants show the same disks as before the merge. If CHILD is removed, the
+    /// receiver must show the disk of CHILD.
     fn check(&self, host: &SimHost) -> Result<(), String> {
         for &kept in &self.kept {
             check_disk(host, &self.at(kept), &self.chain.expected(kept))?;
@@ -49,7 +50,7 @@ impl MergeCase {
         }
     }
 
-    /// Returns the disk that the ancestor shows after the merge.
+    /// Returns the disk that the receiver shows after the merge.
     fn shown(&self) -> Vec<u8> {
         let mut shows = self.chain.expected(self.merged_layers[0]);
         shows.resize(usize::try_from(self.chain.sectors(self.into)).expect("small"), 0);

@@ -1,5 +1,5 @@
-//! The modification time of a parent: verbs that keep its disk restore the time, verbs that change its disk advance it.
-//! Opening a child of a changed parent warns.
+//! The modification time of a parent: verbs that leave the parent's disk unchanged restore the time, and verbs that
+//! change the parent's disk advance the time. Opening a child of a changed parent warns.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -79,7 +79,7 @@ fn resized_disks_have_their_size() {
     }
 }
 
-/// QEMU reads roots only. A child that becomes a root gets a geometry that does not shorten its disk.
+/// QEMU reads only roots correctly. A child that becomes a root gets a geometry that does not shorten its disk.
 #[test]
 fn a_child_that_stands_alone_has_its_size() {
     require(&["qemu-img"]);

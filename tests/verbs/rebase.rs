@@ -1,4 +1,5 @@
-//! `rebase`: an image gets another parent and keeps its disk. With `--unsafe` its disk changes.
+//! `rebase`: an image gets another parent and keeps its disk. With `--unsafe` only the parent link changes, so the
+//! image may show another disk.
 
 use std::path::Path;
 

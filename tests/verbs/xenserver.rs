@@ -19,8 +19,8 @@ fn header_at(file: &File) -> u64 {
     number(file, 512 + 16, 8) + (number(file, 512 + 28, 4) * 4).next_multiple_of(512)
 }
 
-/// Turns an image of this library, which has free space after the BAT, into an image of tapdisk. Its batmap marks all
-/// allocated blocks as fully present.
+/// Turns an image of this library into an image of tapdisk, with a batmap that marks all allocated blocks as fully
+/// present. The image must have two free sectors after the BAT.
 pub(crate) fn make(fixture: &Fixture<'_>, name: &str) {
     let file = fixture.env.open(&fixture.path(name), Access::Write).expect("it opens");
     let (table, entries, at) = (number(&file, 512 + 16, 8), number(&file, 512 + 28, 4), header_at(&file));

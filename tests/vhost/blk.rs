@@ -47,7 +47,7 @@ impl Guest {
         Guest { queues: made, transport, memory, config }
     }
 
-    /// Notifies the daemon and waits for the completion of one request. Returns 0 or an error number.
+    /// Notifies the daemon and waits for the completion of one request. Returns 0 or a negative error number.
     fn finish(&mut self, queue: usize) -> i32 {
         self.transport.get_submission_notifier(queue).notify().unwrap();
         loop {

@@ -119,7 +119,7 @@ impl ManualGuest {
         front_end.set(SET_VRING_ENABLE, [0u32, 1].as_bytes(), &[])
     }
 
-    /// Writes a request for sector 8 into the avail ring, without publishing the index.
+    /// Writes a request into the avail ring, without publishing the index. Requests for a range are for sector 8.
     pub(crate) fn prepare(&self, ask: GuestRequest) {
         let slot = self.submitted % SLOTS;
         let offset = u64::from(slot);
@@ -189,7 +189,7 @@ impl ManualGuest {
         index
     }
 
-    /// Waits until all requests are completed. Returns false after 20 seconds.
+    /// Waits until all requests are completed. Returns false after 21 seconds.
     pub(crate) fn wait(&self) -> bool {
         let begun = std::time::Instant::now();
         while self.completed() != self.submitted {

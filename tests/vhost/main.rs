@@ -203,7 +203,8 @@ fn invalid_messages_are_refused_and_the_connection_stays() {
     assert_eq!(guest.read(0, 512, 512).unwrap(), [9; 512]);
 }
 
-/// After each of these messages the daemon closes the connection. The daemon must then serve the next front-end.
+/// Each of these messages ends the connection, and so does a front-end that hangs up in the middle of a message. The
+/// daemon must then serve the next front-end.
 #[test]
 fn closed_connections_do_not_disturb_the_next_front_end() {
     let (_dir, mut daemon) = started(&["--num-queues=1"]);

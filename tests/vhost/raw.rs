@@ -51,7 +51,7 @@ impl FrontEnd {
         FrontEnd(socket)
     }
 
-    /// Connects and negotiates the features.
+    /// Negotiates the features over a connected socket.
     pub(crate) fn negotiated(socket: UnixStream) -> FrontEnd {
         let mut front_end = FrontEnd::new(socket);
         front_end.send_message(SET_OWNER, &[], &[]);
@@ -75,7 +75,7 @@ impl FrontEnd {
         assert_eq!(sent, message.len());
     }
 
-    /// Sends a message that has no reply.
+    /// Sends a message and asks for no acknowledgement.
     pub(crate) fn send_message(&mut self, request: u32, body: &[u8], files: &[BorrowedFd<'_>]) {
         self.send(request, 1, body, files);
     }

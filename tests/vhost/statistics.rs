@@ -21,7 +21,7 @@ use super::rng::Rng;
 const MIB: u64 = 1 << 20;
 /// Size of the disk.
 const SIZE: u64 = 16 * MIB;
-/// Unit of all requests. One layer has each page, or none has it.
+/// Unit of requests. Each page is read from one layer, or from none.
 const PAGE: u64 = 4096;
 /// Number of pages that the root has: those of the first half of the disk. A root has whole blocks.
 const ROOT_PAGES: u64 = SIZE / PAGE / 2;
@@ -163,7 +163,8 @@ fn make_chain(folder: &Path, socket: &Path) -> std::path::PathBuf {
     child
 }
 
-/// Random requests of all kinds on two queues. Requests that are in flight together do not overlap, except reads.
+/// Requests of all kinds on two queues, with reads and writes of random ranges. Requests in flight at the same time are
+/// of one kind, so it is known from which layer each page is read.
 #[test]
 fn statistics_equal_what_the_client_has_sent() {
     let folder = tempfile::tempdir().unwrap();
@@ -173,7 +174,7 @@ fn statistics_equal_what_the_client_has_sent() {
     let mut guest = served.connect(&socket);
     let mut rng = Rng::from_env("statistics_equal_what_the_client_has_sent");
     let mut expected = Expected::default();
-    // The layer that has each page: the child (0), the root (1), none (2).
+    // The layer from which each page is read: the child (0), the root (1), none (2).
     let mut owner: Vec<usize> = (0..SIZE / PAGE).map(|page| if page < ROOT_PAGES { 1 } else { 2 }).collect();
     for round in 0..60 {
         let kind = [RequestKind::Read, RequestKind::Read, RequestKind::Write][round % 3];
@@ -229,7 +230,7 @@ fn statistics_equal_what_the_client_has_sent() {
     expected.check_layers(&disk.statistics());
 }
 
-/// Compares the reports for programs with the numbers.
+/// Compares the JSON and Prometheus reports with the statistics.
 fn check_texts(statistics: &DiskStatistics) {
     let read = &statistics.total.requests.read;
     let json = serde_json::to_value(statistics).unwrap();

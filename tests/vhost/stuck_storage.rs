@@ -157,7 +157,7 @@ fn the_signal_ends_a_daemon_whose_storage_does_not_answer() {
     drop(stuck);
 }
 
-/// The control socket answers what needs no file system, and its time limit ends the daemon.
+/// The control socket answers methods that need no file system, and the time limit of `shutdown` ends the daemon.
 #[test]
 fn the_control_socket_does_not_wait_for_the_storage() {
     let Some((dir, mut daemon, _guest, _front_end, stuck)) = stuck_request() else { return };

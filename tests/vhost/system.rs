@@ -91,7 +91,8 @@ fn the_system_configuration_applies_to_both_programs() {
     let (_, printed) = with(&config, &make.replace("root.vhd", "root2.vhd").replace("a.vhd", "a2.vhd")).unwrap();
     assert!(!printed.contains("warn"), "a folder that is allowed needs no option: {printed}");
     let info = "diffdisk info vms/a.vhd --chain";
-    // Without `rm`, the shell may read the log of the daemon before, and kill the new one before it has started.
+    // Without `rm`, the shell may read the log of the previous daemon, and kill the new daemon before its start is
+    // complete.
     let serve = "rm -f log; diffdiskd --blk-file=vms/a.vhd --socket-path=a.sock 2>log & daemon=$!; \
         while kill -0 $daemon 2>/dev/null && ! grep -q 'queues of' log; do sleep 0.02; done; \
         kill $daemon 2>/dev/null || true; wait $daemon || { cat log; exit 1; }";

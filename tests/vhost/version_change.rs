@@ -1,4 +1,5 @@
-//! Changes of the version of a disk that this process serves over its real socket. Queues without a ring take part, too.
+//! Changes of the version of a disk that this process serves over its real socket. Queues without a ring also take
+//! part.
 
 use diffdisk::disk::VersionChange;
 use diffdisk::image::{ImageKind, ImageSpec, create};
