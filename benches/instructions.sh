@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Counts the instructions of a look-up and of a whole read, from the virtqueue and back, on an engine that does nothing.
 # valgrind counts two runs with different numbers of requests. The difference of the two counts is the cost of the
-# additional requests, which is the same on any machine.
+# additional requests, which does not depend on the speed or the load of the machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

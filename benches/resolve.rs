@@ -1,8 +1,8 @@
 //! Cost of resolving sectors: nanoseconds per `plan_read`, by depth of the chain and by the fragmentation of a block
 //! over its layers. The cost must not depend on the depth.
 //!
-//! With `--instructions NAME` the bench only repeats one operation, so that valgrind can count its instructions
-//! (`benches/instructions.sh`).
+//! With `--instructions NAME COUNT` the bench only repeats one operation COUNT times, so that valgrind can count its
+//! instructions (`benches/instructions.sh`).
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // no other crate uses it
 

@@ -13,7 +13,8 @@ use crate::baseline_reads::{BLOCK, DEPTH, measure, pages};
 use crate::harness::random_stream;
 use crate::sample::Sample;
 
-/// Number of copies per batch. The data of all copies is prefetched before the first copy.
+/// Number of copies per batch. The first four cache lines of each copy's data are prefetched before the first copy of
+/// the batch.
 const BATCH: usize = 16;
 const LINE: usize = 64;
 

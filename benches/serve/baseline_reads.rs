@@ -1,4 +1,4 @@
-//! Baseline of reads, without a server: this process reads the served file by io_uring in batches, and by preadv(2).
+//! Baseline of reads, without a server: this process reads the served file by io_uring in batches, and by pread(2).
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -63,8 +63,8 @@ pub fn pages(files: &[PathBuf]) -> Vec<(Rc<File>, u64)> {
     pages
 }
 
-/// Measures random reads of the data in the files of a chain by preadv(2). The result is the cost of data that is
-/// spread over several files, without a server.
+/// Measures random reads of the data in the files of a chain by pread(2). The result is the cost of data that is spread
+/// over several files, without a server.
 pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
     let pages = pages(files);
     let mut memory = vec![0; DEPTH * BLOCK];
@@ -78,7 +78,7 @@ pub fn preadv_chain(files: &[PathBuf], time: Duration) -> Sample {
     })
 }
 
-/// Measures random reads of 4 KiB by preadv(2), one after another.
+/// Measures random reads of 4 KiB by pread(2), one after another.
 pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
@@ -93,7 +93,7 @@ pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
 }
 
 /// Measures random reads of 4 KiB by io_uring, 32 per submit. With `defer` the ring uses deferred task work, otherwise
-/// cooperative task work, as the daemon does.
+/// cooperative task work. On a kernel without these modes the ring uses neither.
 pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);
@@ -113,9 +113,10 @@ pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample
         for page in memory.chunks_mut(BLOCK) {
             let at = rng.below(region / BLOCK as u64) * BLOCK as u64;
             let read = opcode::Read::new(types::Fixed(0), page.as_mut_ptr(), BLOCK as u32).offset(at).build();
-            // SAFETY: the buffer must be valid and unused until the read completes. `memory` lives longer than the
-            // ring's reads, because `submit_and_wait` below waits for all reads of the batch. Until then only the
-            // kernel accesses the pages, and each read of the batch has a page of its own.
+            // SAFETY: the buffer must be valid and unused until the read completes. `submit_and_wait` below waits for
+            // all reads of the batch, and `memory` lives until then. Until then only the kernel accesses the pages, and
+            // each read of the batch has a page of its own. If `submit_and_wait` fails, the panic frees `memory` while
+            // reads may be in flight. No code catches this panic, so the process ends soon after.
             unsafe { ring.submission().push(&read).expect("there is room for a batch") };
         }
         ring.submit_and_wait(DEPTH).expect("the batch is taken");

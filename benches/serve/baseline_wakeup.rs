@@ -1,4 +1,4 @@
-//! Baseline of wake-ups and polling, without a server and without virtqueues: one thread reads with preadv(2) for a
+//! Baseline of wake-ups and polling, without a server and without virtqueues: one thread reads with pread(2) for a
 //! consumer thread on another processor. The consumer sleeps until it is woken, or polls memory.
 
 use std::fs::File;

@@ -64,7 +64,7 @@ pub fn fresh(path: &Path, load: &Load) -> Sample {
     sample
 }
 
-/// Measures sequential overwrites of the size of `load`, one at a time, in a file that is filled with data and read
+/// Measures sequential overwrites of `load.block` bytes, one at a time, in a file that is filled with data and read
 /// into the page cache like the images of the comparison.
 pub fn over(path: &Path, load: &Load, time: Duration) -> Sample {
     let file = File::create(path).expect("a file can be made");

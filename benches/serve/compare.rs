@@ -26,7 +26,7 @@ pub struct Bench {
     pub results: Results<Sample>,
 }
 
-/// A server that runs for the whole comparison.
+/// Starts a server that runs for the whole comparison. Returns the candidate that measures this server.
 fn served<'a>(system: &str, kind: &Kind, image: &Path, load: Load) -> Candidate<'a> {
     let server = Server::start(kind, image);
     let mut guest = server.connect(1);
@@ -137,7 +137,8 @@ fn read_servers<'a>(bench: &Bench) -> Vec<Candidate<'a>> {
     all
 }
 
-/// Measures latencies with one request in flight. Guest and server both sleep between requests, or both poll.
+/// Measures latencies with one request in flight. In the first comparison the guest sleeps between requests. In the
+/// second, the guest and `diffdiskd` poll.
 pub fn latency(bench: &mut Bench) {
     let (vhd, raw) = (bench.disks.striped_chain(Format::Vhd, 16), bench.disks.striped_chain(Format::Raw, 1));
     for (name, poll, extra, most) in [
@@ -220,7 +221,7 @@ fn fresh(bench: &mut Bench, name: &str, load: Load) {
     bench.compare(name, all);
 }
 
-/// Measures small writes into an empty overlay.
+/// Measures small random writes, and sequential writes of 1 MiB, into an empty overlay.
 pub fn fresh_writes(bench: &mut Bench) {
     let name = "rand write 4 KiB, qd 32, fresh";
     let load = Load { write: true, order: Order::Shuffled, until: Until::Count(bench.writes()), ..bench.random_read() };
@@ -280,7 +281,8 @@ fn label(format: Format) -> &'static str {
     }
 }
 
-/// Measures sequential reads and writes. The targets compare with the fastest other system.
+/// Measures sequential reads and writes. For requests of 1 MiB a target compares `diffdiskd` with the fastest other
+/// server. For reads, a target also compares chains of 16 layers.
 pub fn sequential(bench: &mut Bench) {
     let formats = [Format::Vhd, Format::Raw, Format::Qcow2, Format::Vpc];
     for (write, block, depth) in

@@ -1,7 +1,8 @@
-//! The served disks. All disks have the same data, in one file or spread over the layers of a chain.
+//! The served disks. All disks with data have the same data, in one file or spread over the layers of a chain.
 //!
-//! Read-only disks are created once, kept in `target/bench/disks`, and read into the page cache before use. Disks that
-//! are written to are created for every run.
+//! Read-only disks and the disks of [`Disks::writable`] are created once and kept in `target/bench/disks`. The striped
+//! chains, the copy in large folios and the writable disks are read into the page cache before use. Children into which
+//! fresh blocks are written are created for every run.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -30,7 +31,7 @@ fn layer_of(chunk: u64, layers: u64) -> u64 {
 /// Version of the disks that [`Disks`] creates. The version must be increased when the contents of the disks change.
 const LAYOUT: &str = "2";
 
-/// A format of images, and the program that creates them.
+/// A format of images. The format determines the programs that create and serve the images.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     Vhd,
@@ -272,9 +273,9 @@ pub fn drop_page_cache(path: &Path) {
     fadvise(&file, 0, None, Advice::DontNeed).expect("the host takes advice");
 }
 
-/// Removes a file and waits until the file system has discarded the space of the file. If the file system discards
-/// freed space, a kernel thread does so after unlink(2), on the processor of the last process that had the file open.
-/// The discard of a file with many extents takes about a second.
+/// Removes a file and waits until no block device has completed a discard for 100 ms, at most 20 s. If the file system
+/// discards freed space, a kernel thread does so after unlink(2), on the processor of the last process that had the
+/// file open. The discard of a file with many extents takes about a second.
 pub fn remove_and_wait(path: &Path) {
     fs::remove_file(path).expect("it was made a moment ago");
     let start = Instant::now();

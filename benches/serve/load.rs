@@ -34,7 +34,7 @@ const QUEUE_SIZE: u16 = 512;
 pub enum Order {
     /// Random, with repetition.
     Random,
-    /// A pseudo-random permutation: each block once, so that every write goes to a new place.
+    /// A pseudo-random permutation: no block is used again before every block has been used once.
     Shuffled,
     /// Sequential.
     Sequential,
@@ -45,7 +45,7 @@ pub enum Order {
 pub enum Until {
     /// The load ends after this time.
     Time(Duration),
-    /// The load ends after this number of requests.
+    /// The load ends after this number of requests, or after ten minutes.
     Count(u64),
 }
 

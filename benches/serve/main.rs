@@ -1,10 +1,11 @@
 //! The daemon under load, compared with qemu-storage-daemon in the same run.
 //!
-//! Each comparison starts all its servers and then loads them in rounds, so that other load of the machine affects all
-//! servers. The guest ([`load`]) and the server have a processor each. The table shows medians. Ratios are medians of
-//! the ratios of two runs in the same round. `--full` measures longer and more often. Arguments without `--` select
-//! comparisons. `--disks` only creates the chains. The results are written to `target/bench/serve.json`, with plots in
-//! the same folder.
+//! Each comparison loads its servers in rounds, so that other load of the machine affects all servers. Most comparisons
+//! start all servers before the first round; the others start a server for each round or run. The guest ([`load`]) and
+//! the server have a processor each, except in the comparison of two queues. The table shows medians. Ratios are
+//! medians of the ratios of two runs in the same round. `--full` measures longer and more often. Arguments without `--`
+//! select comparisons. `--disks` only creates the chains. The results are written to `target/bench/serve.json`, with
+//! plots in the same folder.
 #![allow(clippy::cast_possible_truncation, reason = "a bench's small numbers")]
 #![allow(missing_docs, unreachable_pub)] // no other crate uses it
 

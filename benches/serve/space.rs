@@ -20,7 +20,7 @@ const BLOCK: &str = "diffdiskd, block";
 const QCOW2: &str = "QSD qcow2";
 const KIB: f64 = 1024.0;
 
-/// Measures the disk space of overlays and the cost of sparse allocation.
+/// Measures the disk space of overlays.
 pub fn space(bench: &mut Bench) {
     scattered_writes(bench);
     reads_alone(bench);
@@ -135,7 +135,7 @@ fn spread_over_layers(bench: &mut Bench) {
     files.iter().for_each(|file| drop(fs::remove_file(file)));
 }
 
-/// Measures fresh writes, flushes, commits, and reads afterwards, with both kinds of allocation.
+/// Measures fresh writes, flushes, commits, and reads afterwards, with both kinds of allocation and with qcow2.
 pub fn allocation(bench: &mut Bench) {
     let writes = bench.writes();
     let fresh = Load {

@@ -7,8 +7,8 @@ use std::process::Command;
 use crate::harness::{self, Bound, Pace, Results};
 use crate::run::{Run, run};
 
-/// A program that takes part in a comparison. The function `prepare` prepares a run, which is not measured, and returns
-/// the command to measure.
+/// A program that takes part in a comparison. The function `prepare` makes the preparations for a run, which are not
+/// measured, and returns the command to measure.
 pub struct Candidate<'a> {
     system: &'static str,
     prepare: Box<dyn FnMut() -> Command + 'a>,

@@ -32,7 +32,7 @@ pub(crate) fn ring(dir: &Path, files: u8) -> PathBuf {
     dir.join("r0.vhd")
 }
 
-/// Creates a child `c.vhd` of `p.vhd`. `parent` creates the parent, or creates nothing.
+/// Creates a child `c.vhd` of `p.vhd`. `parent` creates `p.vhd`, which may be invalid, or creates nothing.
 fn pair(dir: &Path, parent: impl Fn(&Path)) -> PathBuf {
     parent(&dir.join("p.vhd"));
     VhdFile::create(&dir.join("c.vhd"), VhdSpec::child(SIZE, BLOCK, id(1), "p.vhd")).path
@@ -49,7 +49,8 @@ fn with_locator(name: &'static str, add: impl Fn(&VhdFile) + 'static) -> Case {
     })
 }
 
-/// Expects that the chain is refused when it is opened. The leaf alone is valid, so `info` and `check` accept it.
+/// Expects that the chain is refused when it is opened. `info` accepts the leaf alone, and `check` finds at most a
+/// defect of the leaf's parent strings.
 pub(crate) fn refused_as_chain(words: &'static [&'static str]) -> Expected {
     Expected::ChainRefused { words, memory_mib: 64 }
 }

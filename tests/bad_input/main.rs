@@ -2,7 +2,8 @@
 //!
 //! A case builds a file and states the expected result. Then `info`, `check`, `convert` and the daemon open the file. A
 //! refusal must be one line that contains the path, the reason, and the offset of the defect if there is one, and must
-//! take at most 64 MiB of memory. No case may change a file.
+//! take at most 64 MiB of memory, or the amount that the case allows. Only a daemon that serves an accepted image
+//! writable may change a file.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -27,8 +27,8 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Panics unless the conditions that hold for every input are met: no signal (panic, abort, time limit), no
-    /// backtrace, and at most [`MEMORY_MIB`] of memory, whatever numbers the file contains.
+    /// Panics unless the conditions that hold for every input are met: no signal (abort, time limit), no panic, and at
+    /// most [`MEMORY_MIB`] of memory, whatever numbers the file contains.
     pub(crate) fn assert_sane(&self, what: &str) {
         self.assert_sane_within(what, MEMORY_MIB);
     }

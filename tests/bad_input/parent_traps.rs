@@ -100,7 +100,7 @@ fn with_string(code: &'static str, text: &'static str) -> Trap {
 }
 
 /// Returns a trap whose child names `p.vhd` in the child's folder. `lay` creates an entry of that name that is not a
-/// valid parent.
+/// valid parent, or creates nothing.
 fn with_file(name: &'static str, lay: impl Fn(&TrapFolders, &Path) + 'static) -> Trap {
     trap(format!("p.vhd is {name}"), move |place| {
         lay(place, &place.inside.join("p.vhd"));
@@ -298,7 +298,7 @@ fn no_parent_string_opens_a_file_outside() {
     assert!(failed.is_empty(), "\n{}", failed.join("\n"));
 }
 
-/// Opens the trap's child with every program and verb.
+/// Opens the trap's child with `info`, `info --chain` and `convert`, and with the daemon if the parent must be refused.
 fn run_trap(trap: &Trap) {
     let folder = temp::scratch("trap");
     let place = TrapFolders::within(folder.path());

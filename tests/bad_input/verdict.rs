@@ -38,8 +38,9 @@ pub(crate) enum Expected {
     Readable,
     /// The image can be read and served read-only. A writable start is refused.
     ReadOnly,
-    /// The file alone is valid, so `info` and `check` accept it. Every command that opens the chain refuses it within
-    /// `memory_mib`, and the reason contains one of `words`.
+    /// `info` accepts the file alone, and `check` finds at most a defect of the file's parent strings. Every command
+    /// that opens the chain refuses the chain within `memory_mib`, and the reason contains one of `words`. If the
+    /// parent does not exist, `info --chain` only warns.
     ChainRefused { words: &'static [&'static str], memory_mib: i64 },
     /// All programs refuse the image, and the reason contains one of `words`. `check` exits with one of the codes in
     /// `check`.
@@ -96,7 +97,8 @@ pub(crate) fn run_case(case: &Case) -> Result<(), String> {
     })
 }
 
-/// Returns the hash and the modification time of every regular file in a folder.
+/// Returns the hash and the modification time of every regular file in a folder. Instead of the hash of a file above 1
+/// GiB, returns its length.
 pub(crate) fn snapshot(folder: &Path) -> BTreeMap<PathBuf, (String, SystemTime)> {
     let mut seen = BTreeMap::new();
     for entry in fs::read_dir(folder).expect("the folder is readable") {
@@ -194,7 +196,8 @@ fn assert_chain_refused(image: &Path, words: &[&str], memory_mib: i64) {
     }
 }
 
-/// Returns whether the line contains `at byte N` such that the offset N lies in `place`.
+/// Returns whether the line contains `at byte N` such that the offset N can lie in `place`. Returns true for
+/// [`ErrorLocation::Nowhere`].
 fn points_at(line: &str, place: ErrorLocation, len: u64) -> bool {
     let offsets = line.split("at byte ").skip(1).filter_map(|rest| {
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();

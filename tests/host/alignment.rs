@@ -1,5 +1,5 @@
-//! Direct I/O is used if the file system supports it, otherwise buffered I/O with a warning in the log. The data is
-//! correct in both cases (crash-safety 3).
+//! With `--direct` the daemon uses direct I/O if the file system supports direct I/O of the file, otherwise buffered
+//! I/O with a warning in the log. The data is correct in both cases (crash-safety 3).
 
 use std::fs;
 use std::fs::File;

@@ -1,5 +1,5 @@
-//! A full file system: writes fail or wait, by option; flushes and reads still succeed; no data is lost, and writes
-//! succeed again when there is space (crash-safety 4.1, 6.2; R9).
+//! A full file system: writes fail or wait, by option; reads still succeed, and so do flushes unless the file system
+//! copies on write; no data is lost, and writes succeed again when there is space (crash-safety 4.1, 6.2; R9).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -209,8 +209,8 @@ impl FullFs {
         Daemon::start(&self.image, &options.each_ref().map(String::as_str))
     }
 
-    /// Checks that the image has no space allocated beyond the end of the file: ext4 keeps the space that a failed
-    /// fallocate has allocated.
+    /// On ext4, checks that little space is allocated to the image beyond the end of the file: ext4 keeps the space
+    /// that a failed fallocate has allocated.
     fn assert_no_leak(&self) {
         let _settled = self.mounted.available();
         let m = fs::metadata(&self.image).expect("the image");

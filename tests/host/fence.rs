@@ -1,7 +1,7 @@
 //! I/O of a killed daemon continues in the kernel; its successor must wait for this I/O (crash-safety 8; R7).
 //!
-//! The medium delays a write while the first daemon is killed, and a second daemon is started at once. The medium's log
-//! shows whether the second daemon accessed the image before the delayed write took effect.
+//! The medium delays a write or a read of the first daemon. The first daemon is killed meanwhile, and a second daemon
+//! is started at once. The second daemon must not serve the image before the delayed request has completed.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::common::daemon::Daemon;
 use crate::common::temp::RuntimeDir;
 use crate::common::tool::diffdisk;
 
-/// Delay of each request on the medium.
+/// Delay of the requests that are in flight when the first daemon is killed.
 const LATENCY: Duration = Duration::from_secs(3);
 /// First sector, and number of sectors, of the write that is in flight when the daemon is killed.
 const PLACE: (u64, u64) = (640, 16);

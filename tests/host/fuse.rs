@@ -1,8 +1,8 @@
 //! A disk that logs its requests, delays them, and fails them: a FUSE file system with one file, served by this
 //! process.
 //!
-//! The file's bytes are in memory. Every write, sync and punch is logged in the order in which it takes effect. A loop
-//! device on the file makes it the medium of a kernel file system.
+//! The file's bytes are in memory. Every write, sync, punch and zeroing that succeeds is logged, in the order in which
+//! they take effect. A loop device on the file makes it the medium of a kernel file system.
 //!
 //! The test process itself must not access files below the mount point: if the process were killed during such an
 //! access, it would wait for an answer that only it could give. Programs started by the test may access these files.
@@ -43,7 +43,7 @@ pub(crate) struct Entry {
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
-    /// Notified when a request arrives or takes effect.
+    /// Notified when a write or a delayed read arrives, and when a change or a sync takes effect.
     applied: Condvar,
     delay_ms: AtomicU64,
     read_delay_ms: AtomicU64,
@@ -56,12 +56,12 @@ struct Shared {
 struct State {
     pages: Pages,
     log: Vec<Entry>,
-    /// Data of delayed writes.
+    /// Data of the writes that have not taken effect yet.
     held_writes: Vec<Arc<[u8]>>,
     /// Number of delayed reads, and the time when the last one was answered.
     held_reads: usize,
     last_late_read: Option<Instant>,
-    /// Arrival times of reads, writes, syncs and punches.
+    /// Arrival times of reads, writes, syncs, allocations, punches and zeroings.
     arrivals: Vec<Instant>,
 }
 
@@ -127,7 +127,7 @@ impl FuseDisk {
         self.shared.read_delay_ms.store(millis(delay), Ordering::SeqCst);
     }
 
-    /// Sets whether writes fail with EIO and have no effect.
+    /// Sets whether writes, allocations, punches and zeroings fail with EIO and have no effect.
     pub(crate) fn fail_writes(&self, on: bool) {
         self.shared.fail_writes.store(on, Ordering::SeqCst);
     }

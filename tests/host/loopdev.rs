@@ -35,7 +35,8 @@ impl FsKind {
         }
     }
 
-    /// Returns the size in bytes of a small device for the file system. mkfs.xfs and mkfs.btrfs refuse smaller devices.
+    /// Returns the size in bytes of a small device for the file system. mkfs.xfs and mkfs.btrfs refuse much smaller
+    /// devices.
     pub(crate) fn size(self) -> u64 {
         match self {
             FsKind::Ext4 => 128 << 20,
@@ -69,7 +70,8 @@ impl FsKind {
     }
 }
 
-/// Returns whether this process can mount file systems. Without root it prints that the test is skipped.
+/// Returns whether this process can mount file systems. Without root it prints that the test is skipped. Panics if a
+/// program that mounting needs is not installed.
 pub(crate) fn can_mount(test: &str) -> bool {
     if !rustix::process::geteuid().is_root() {
         eprintln!("{test}: skipped: needs root");
@@ -115,7 +117,7 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts a device, or a file through a new loop device.
+    /// Mounts a device, or a file through a loop device.
     pub(crate) fn mount(kind: FsKind, what: &Path) -> Mounted {
         Mounted::try_mount(kind, what).unwrap_or_else(|why| panic!("cannot mount {}: {why}", what.display()))
     }
