@@ -93,7 +93,7 @@ pub fn preadv(path: &Path, region: u64, time: Duration) -> Sample {
 }
 
 /// Measures random reads of 4 KiB by io_uring, 32 per submit. With `defer` the ring uses deferred task work, otherwise
-/// cooperative task work. On a kernel without these modes the ring uses neither.
+/// cooperative task work, like the ring of the daemon. On a kernel without these modes the ring uses neither.
 pub fn io_uring(path: &Path, region: u64, time: Duration, defer: bool) -> Sample {
     let file = File::open(path).expect("the image can be read");
     warm(&file, region);

@@ -1,5 +1,6 @@
 //! A full file system: writes fail or wait, by option; reads still succeed, and so do flushes unless the file system
-//! copies on write; no data is lost, and writes succeed again when there is space (crash-safety 4.1, 6.2; R9).
+//! copies the writes of a commit to new places; no data is lost, and writes succeed again when there is space
+//! (crash-safety 4.1, 6.2; R9).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

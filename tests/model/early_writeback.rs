@@ -1,6 +1,7 @@
 //! Early writeback: if a guest flushes regularly, with enough writes between two flushes, the daemon starts writeback
-//! in the kernel before the next flush. The contents of the disk do not depend on early writeback. Unflushed writes are
-//! committed in the background.
+//! in the kernel before the next flush. This needs io_uring, writes through the page cache, and a disk that is not
+//! write-through. The contents of the disk do not depend on early writeback. Unflushed writes are committed in the
+//! background.
 
 use std::sync::atomic::Ordering;
 
