@@ -14,7 +14,8 @@ use crate::harness::random_stream;
 use crate::processors::{pin_this_thread, processors};
 use crate::sample::Sample;
 
-/// Number of reads between two notifications: half of the queue depth, as in the daemon.
+/// Number of reads between two notifications: half of the queue depth. In the daemon the number depends on the time per
+/// request.
 const BATCH: usize = DEPTH / 2;
 
 fn reader(path: &Path, region: u64) -> impl FnMut(&mut [u8]) {
