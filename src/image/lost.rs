@@ -1,8 +1,9 @@
 //! Finds the lost sectors of a disk: those after the point at which the file was cut off (O12).
 //!
-//! A sector after the end of the data is lost if its bit is set, or if its bitmap sector is after the end, too. The
-//! rule is the same for roots and children: programs that ignore bits set all of them, so a clear bit never belongs to
-//! a written sector. An unclean shutdown may cut a block off in sectors with clear bits only, which loses nothing.
+//! A sector that is not completely before the end of the data is lost if its bit is set, or if its bitmap sector is not
+//! completely before the end, either. The rule is the same for roots and children: programs that ignore bits set all of
+//! them, so a clear bit never belongs to a written sector. An unclean shutdown may cut a block off in sectors with
+//! clear bits only, which loses nothing.
 //!
 //! A bitmap is read only if its block is the only one that contains the end of the data. If several blocks contain it,
 //! they overlap: the image is refused anyway, and all sectors of these blocks after the end count as lost.

@@ -8,9 +8,9 @@
 //! - An operation that changes the contents advances the time by at least a second, so that a child created within the
 //!   same second detects the change. The file's time may thus lie up to a second in the future.
 //!
-//! A killed process leaves the time of its last write, so an unchanged parent may be reported as changed: a false
-//! alarm, never a missed change. A power cut may restore the time of the last sync of the whole file, which is part of
-//! every clean close.
+//! A killed process leaves the time of its last write, so an unchanged parent may be reported as changed, which is a
+//! false alarm. A change can be missed only if the last write before the kill was not later than the recorded second. A
+//! power cut may restore the time of the last sync of the whole file, which is part of every clean close.
 
 use crate::error::Result;
 use crate::storage::{File, ModifiedTime};
@@ -54,8 +54,8 @@ impl SavedMtime {
         Ok(self.file.stat()?.last_change() != self.before && self.set(self.before)?)
     }
 
-    /// Sets the time. Returns false if only the file's owner may set it: the file keeps its new time, and children warn
-    /// without need.
+    /// Sets the time. Returns false if this process may not set it, because only the file's owner may: the file keeps
+    /// the time that it has now.
     fn set(&self, time: ModifiedTime) -> Result<bool> {
         match self.file.set_modified(time) {
             Err(e) if e.is_denied() => {
@@ -78,7 +78,8 @@ impl SavedMtime {
         put_back.map(|()| done)
     }
 
-    /// Advances the time, durably, to a later second than the saved one, because the disk's contents have changed.
+    /// Advances the time, durably, to a later second than the saved one, because the disk's contents have changed. If
+    /// this process may not set the time, the file keeps the time that it has now.
     ///
     /// # Errors
     /// `Io`.

@@ -1,5 +1,5 @@
-//! Identifies files without a footer at their end. An open uses the result only in its message, since the guest of a
-//! raw disk can write the identified bytes. `repair` removes the padding after a fixed disk.
+//! Identifies files without a valid footer at their start or end. An open uses the result only for its error, since the
+//! guest of a raw disk can write the identified bytes. `repair` removes the padding after a fixed disk.
 
 use crate::error::Result;
 use crate::format::footer::FOOTER_BYTES;

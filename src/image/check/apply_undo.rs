@@ -12,7 +12,7 @@
 //!
 //! The image has a valid footer before and after the repair (in a padded fixed image, before the padding). The trailing
 //! footer is restored before the copy at the start is replaced. A call that completes an interrupted undo accepts each
-//! sector only if its contents are those from before or from after the repair.
+//! saved sector only if its contents are those from before or from after the repair.
 
 use super::undo_file::{UndoHeader, UndoState};
 use crate::error::{Error, ErrorKind, Result};

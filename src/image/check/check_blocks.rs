@@ -1,7 +1,7 @@
 //! The part of a check that reads blocks: compares bitmaps with the batmap, the end of the disk and the data.
 //!
-//! A bitmap is read only if it can break a rule; most blocks of a child cannot. Data is read only under clear bits of a
-//! root, only where the file has no hole, and at most [`MAX_DATA_BYTES`] of it.
+//! A bitmap is read only if it can break a rule. Most bitmaps of a child cannot, if diffdisk or XenServer placed the
+//! blocks. Data is read only under clear bits of a root, only outside of holes, and at most [`MAX_DATA_BYTES`] of it.
 
 use super::report::{Report, Suspects};
 use crate::error::Result;
@@ -31,11 +31,11 @@ pub(super) type OnPosition<'a> = dyn FnMut(u64) -> Result<()> + 'a;
 /// The program that placed the blocks of an image, as far as its metadata identifies it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum PlacementWriter {
-    /// Diffdisk: data is always aligned to a page, and mostly to more than a page.
+    /// Diffdisk: data is aligned to a page, and mostly to more than a page, except after [`PACKED_FROM`].
     Diffdisk,
-    /// XenServer, with the same alignment. Other programs may have added blocks without changing the creator.
+    /// XenServer: data is aligned to a page. Other programs may have added blocks without changing the creator.
     XenServer,
-    /// Another program, which may place blocks anywhere.
+    /// A program that is not identified, and may place blocks anywhere.
     Unknown,
 }
 
@@ -43,7 +43,8 @@ fn writer_of(image: &Image) -> PlacementWriter {
     let footer = image.footer();
     let ours = footer.creator == *b"win " && footer.creator_version == 0x000A_0000 && footer.creator_host == *b"Wi2k";
     match image.table_offset() {
-        // Windows puts the table directly after the header, which is not page-aligned.
+        // Windows has the same creator, but puts the table directly after the header, at an offset that is not aligned
+        // to a page.
         Some(table) if ours && table.is_multiple_of(PAGE) => PlacementWriter::Diffdisk,
         Some(_) if footer.creator_is_tap() => PlacementWriter::XenServer,
         _ => PlacementWriter::Unknown,
@@ -67,8 +68,8 @@ pub(super) fn check_blocks(image: &Image, report: &mut Report, come_to: &mut OnP
     };
     let (mut suspects, mut budget) = (Vec::new(), MAX_DATA_BYTES);
     let entries = &sparse.placed.entries;
-    // A single packed block may be page-aligned by chance. Of two adjacent packed blocks of 2 MiB, as XenServer makes
-    // them, at most one is: their distance is not a multiple of a page.
+    // A single packed block may be page-aligned by chance. Of two adjacent packed blocks of 2 MiB (XenServer's block
+    // size) at most one is, because their distance is not a multiple of a page.
     let aligns = entries.windows(2).any(|pair| aligned(pair[0].0) && aligned(pair[1].0));
     // All bitmaps of a root are read; of a child, only those that can break a rule.
     let wanted = |&&(place, block): &&(BlockPlace, BlockIndex)| {

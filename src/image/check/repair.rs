@@ -63,13 +63,13 @@ struct RepairPlan {
 }
 
 /// Repairs the image in a file that is locked exclusively. If two footers contradict each other, the one that `take`
-/// chooses is copied over the other. Returns the path of the undo file; `None` if there was nothing to repair. In an
-/// image that has lost sectors, only such a footer is replaced.
+/// chooses is copied over the other. Returns the path of the undo file; `None` if nothing was changed. In an image that
+/// has lost sectors, only the footer that `take` rejects is replaced.
 ///
 /// # Errors
 /// - `Io`, `NoSpace`.
-/// - `Invalid`, `Refused` if the image cannot be opened at all. At most padding was removed, or a footer replaced as
-///   `take` requested.
+/// - `Invalid`, `Refused`, `Unsupported` if the image cannot be opened at all. At most padding was removed, or a footer
+///   replaced as `take` requested.
 pub fn repair(env: &dyn Env, file: &File, take: Option<FooterChoice>) -> Result<Option<PathBuf>> {
     let mut undo = None;
     if let Some((plan, uuid)) = RepairPlan::plan_before_open(file, take)? {

@@ -6,13 +6,14 @@ use crate::format::bat::BlockPlace;
 use crate::format::{Defect, Severity};
 use crate::units::{BlockIndex, SectorRange};
 
-/// Blocks of a child whose bitmaps have every bit set, although a writer of children sets only the bits of written
-/// sectors.
+/// Blocks of a child that may mask data of the parent: all their sectors on the disk are present, although a writer of
+/// children marks only written sectors. If the image's creator aligns blocks, only blocks that are not aligned to a
+/// page are suspects.
 #[derive(Clone, Debug)]
 pub struct Suspects {
     /// Whether the alignment of the blocks proves that a program other than the image's creator placed them.
     pub placed_by_another: bool,
-    /// The blocks and their places, in file order.
+    /// The blocks and their places, in file order, at most 4096.
     pub blocks: Vec<(BlockIndex, BlockPlace)>,
 }
 
@@ -24,7 +25,7 @@ const MAX_LISTED: u64 = 1000;
 pub struct Report {
     /// The violations found, at most a thousand of each kind.
     pub defects: Vec<Defect>,
-    /// Blocks that may mask data of the parent.
+    /// Blocks that may mask data of the parent; `None` if there are none.
     pub suspects: Option<Suspects>,
     /// The ranges of the disk that are lost, ascending.
     pub lost: Vec<SectorRange>,

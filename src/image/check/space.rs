@@ -30,8 +30,8 @@ pub(in crate::image) fn are_places_trusted(defects: &[Defect]) -> bool {
     })
 }
 
-/// Finds unreferenced space: the gap before the footer, and gaps between blocks if they are allocated in the file
-/// system.
+/// Finds unreferenced space: the gap at the end of the data, and those other gaps in which the file system has
+/// allocated a part of a whole page.
 pub(in crate::image) fn unreferenced_space(image: &Image) -> Result<Vec<Range<u64>>> {
     let (Some(sparse), end) = (image.sparse(), image.data_end()) else { return Ok(Vec::new()) };
     let mut free = unreferenced(&sparse.metadata, &sparse.placed, sparse.header.block_size, end);

@@ -213,7 +213,7 @@ impl UndoFile {
     /// Records the repaired image's contents, so that an undo can detect later changes. Returns the undo file's path.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`: the repair is done, but an undo will refuse this undo file.
+    /// The errors of [`Image::inspect`], and `NoSpace`: the repair is done, but an undo may refuse this undo file.
     pub(super) fn finish(mut self) -> Result<PathBuf> {
         let (before, len_after) = (self.end, self.image.stat()?.len);
         for range in std::mem::take(&mut self.saved) {

@@ -75,7 +75,7 @@ impl Offline {
         }
     }
 
-    /// Cuts the file after its last block, and frees space that is allocated in it but unwritten.
+    /// Cuts the file after its last block or metadata, and frees space that is allocated in it but unwritten.
     ///
     /// # Errors
     /// `NoSpace`, `Io`: the disk's contents are unchanged.
@@ -93,8 +93,8 @@ impl Offline {
         let mut sources: Vec<(BlockPlace, BlockIndex)> =
             self.sparse().places.iter().map(|(block, place)| (*place, *block)).collect();
         sources.sort_unstable();
-        // No block moves only to become aligned. If all blocks are page-aligned, they stay so; if another writer packed
-        // them, they may move anywhere.
+        // No block moves only to become aligned. If all blocks are page-aligned, they stay so. If some blocks are
+        // packed, all blocks may move anywhere.
         let is_aligned = |place: BlockPlace| place.data(block_size).byte_offset().is_multiple_of(layout::PAGE);
         let packed = sources.iter().any(|(place, _)| !is_aligned(*place));
         let (mut batch, mut any) = (Vec::new(), false);

@@ -172,7 +172,8 @@ impl Offline {
 
     // The file's end.
 
-    /// Extends the file if `end` lies after the trailing footer, so that the space up to `end` is allocated and zero.
+    /// Extends the file if `end` lies after the start of the trailing footer. The space up to `end` is zero, and is
+    /// allocated if the file system can do that.
     ///
     /// The new footer is durable before the old one is wiped, so one of them is valid at every moment.
     ///
@@ -191,8 +192,8 @@ impl Offline {
         Ok(())
     }
 
-    /// Writes a second footer at byte `at`, in unused space. Durable on return. If `at` is after the end of the file,
-    /// the second footer becomes the trailing one.
+    /// Writes a second footer at byte `at`, in unused space, unless the trailing footer is there. Durable on return. If
+    /// `at` is after the trailing footer, the second footer becomes the trailing one.
     ///
     /// # Errors
     /// - `NoSpace`: the file is unchanged.
@@ -259,9 +260,9 @@ impl Offline {
     }
 }
 
-/// Extends a file of `len` bytes, durably: allocates the space after `len` and ends the file with a footer at byte
-/// `footer_at`. If the allocation or the write fails, the file keeps its old length. If the sync fails, the file has
-/// the new length.
+/// Extends a file of `len` bytes, durably: allocates the space after `len`, if the file system can do that, and ends
+/// the file with a footer at byte `footer_at`. If the allocation or the write fails, the file keeps its old length. If
+/// the sync fails, the file has the new length.
 pub(super) fn lengthen(file: &File, len: u64, footer_at: u64, footer: &[u8; SECTOR_BYTES]) -> Result<()> {
     let longer = match file.allocate(len, footer_at + SECTOR - len) {
         Err(e) if e.kind() != ErrorKind::Unsupported => Err(e),

@@ -175,7 +175,9 @@ pub fn check_reparent(image: &Image, link: Option<&ParentLink>) -> Result<()> {
     ReparentedMetadata::of(image, link).map(drop)
 }
 
-/// Returns whether no interrupted reparent has left traces in the image. Repeating the reparent removes them.
+/// Returns whether no interrupted reparent has left traces in the image. Repeating the reparent removes them. Other
+/// causes of the same traces are not distinguished: footers that differ, or space between the last block and the
+/// footer.
 pub fn is_reparent_finished(image: &Image) -> bool {
     let Some(sparse) = image.sparse() else { return true };
     let is_alike = |d: &Defect| !matches!(d, Defect::FootersDiffer { .. } | Defect::FooterKindsDiffer { .. });
@@ -260,7 +262,8 @@ fn free_text_space(image: &Image, home: u64) -> Vec<Range<u64>> {
     let after_header = home + HEADER_BYTES;
     taken.push(home..after_header);
     let mut free = Vec::new();
-    // Texts are placed only before the table: the space before the first block may contain another program's data.
+    // After the header, texts are placed only before the table. If the table is before the header, the space up to the
+    // first block may contain another program's data.
     let table = image.table_offset().unwrap_or(0);
     if table > after_header {
         free.push(clip(after_header..table, &taken));

@@ -43,6 +43,7 @@ impl Offline {
     ///
     /// # Errors
     /// - `Invalid` if the format does not allow the size.
+    /// - `Refused` if the block table would be too large.
     /// - `NoSpace`, `Io`: the disk has its old or new size, and repeating the call is safe.
     /// - the error that `exposed` returns: the disk has its old size.
     pub fn grow(mut self, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<()> {
@@ -104,7 +105,7 @@ impl Offline {
         Ok(())
     }
 
-    /// Cuts the file after its last block: completes an interrupted [`Offline::grow`].
+    /// Cuts the file after its last block or metadata: completes an interrupted [`Offline::grow`].
     ///
     /// # Errors
     /// `NoSpace`, `Io`: the contents of the disk are unchanged.

@@ -33,8 +33,8 @@ pub enum Allocation {
     /// Writes allocate the space of data. Growth reserves only the pages of bitmaps.
     #[default]
     Sparse,
-    /// Growth reserves whole blocks. The file is less fragmented, and a write into a placed block never fails for lack
-    /// of space.
+    /// Growth reserves whole blocks. The file is less fragmented. A write into a block that was placed in this way does
+    /// not fail for lack of space, if the file system guarantees it.
     Block,
 }
 
@@ -46,8 +46,8 @@ pub(super) struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves all bytes from sector `from` to the end of the last of `places`, or to the end of `ends` if that is not
-    /// empty.
+    /// Reserves all bytes from sector `from` to the end of the last of `places`, or to the end of `ends` if `ends` is
+    /// not empty.
     pub(super) fn whole(
         from: FileSector,
         places: impl Iterator<Item = Range<FileSector>>,

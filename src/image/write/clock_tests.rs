@@ -78,7 +78,7 @@ impl SharedImage {
         let mut random = Random::new(self.seed ^ number << 32);
         let block_size = self.image.image().block_size().unwrap();
         for _ in 0..150 {
-            // Most ranges have a few sectors, as full bitmap sectors are not evicted any more.
+            // Most ranges are short, so that few bitmap sectors become full: a full one has no frame to evict.
             let longest = if random.chance(1, 40) { 3000 } else { [1, 3][random.index(2)] };
             let start = random.below(self.sectors.len() as u64);
             let range = SectorRange::between(start, (start + 1 + random.below(longest)).min(self.sectors.len() as u64));

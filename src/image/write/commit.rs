@@ -13,13 +13,13 @@
 //! - Before C1 no pointer in the file refers to new data.
 //! - Between C1 and C3 a crash may leave any subset of the pointers. A bit without its BAT entry cannot be reached. A
 //!   BAT entry without its bits means that the sectors are absent, as the space was durably zero before the block got
-//!   it. Both together refer to data that is durable since C1.
+//!   it. Both together refer to data that is durable since C1 or, in a new block of a dynamic root, to data or zeros.
 //! - Pointers change only from unused to used, and from clear to set. So each sector of a torn page is valid.
 //! - S is copied *before* C1, so a bit that is set during C1 is not written in C2.
 //! - The journal slots of S are ended after C3, by one store.
 //!
 //! Number of syncs: 0 if nothing was written, 1 for overwrites and for new blocks of a dynamic root, 2 for all other
-//! new bits. A sync is repeated if growth syncs at the same time.
+//! new bits. The first commit after an open syncs in any case. A sync is repeated if growth syncs at the same time.
 //!
 //! A failed sync poisons the image: the kernel may have dropped the pages, and the next sync would succeed without
 //! them. After a failed write in C2, S is dirty again, and the next commit starts at C1.
@@ -268,7 +268,8 @@ impl Writable {
         let tail = self.free_tail();
         let blocks = indices.iter().map(|index| sparse.bitmaps.block_of(*index).0);
         let blocks: BTreeSet<BlockIndex> = blocks.filter(|block| tail.fresh.contains(block)).collect();
-        // `reserve` claims a journal slot for each block, so a block has none only if all slots were in use.
+        // `reserve` claims a journal slot for each block. So a block has none only if all slots were in use, or if a
+        // commit with the block failed.
         let has_no_slot = |block: &BlockIndex| {
             let first = sparse.bitmaps.first_sector_of(*block);
             sparse.bitmaps.lock_resident(first).state.journal_slot.is_none()

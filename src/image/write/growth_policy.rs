@@ -90,7 +90,7 @@ impl Writable {
         let Some(bitmaps) = self.bitmaps().filter(|_| tail.neighbor_run >= SEQUENTIAL_BLOCKS) else { return false };
         let index = bitmaps.first_sector_of(tail.last_placed.saturating_sub(IN_FLIGHT_BLOCKS));
         let mut all = true;
-        // In a root all bits of a new block are set, so this is always true.
+        // In a root all bits of a new block are set, so the lengths of its writes do not matter.
         bitmaps.each_run(index, 0, bitmaps.bits_per_sector(), |is_set, _| all &= is_set) && all
     }
 

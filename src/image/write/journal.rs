@@ -2,7 +2,8 @@
 //!
 //! When a daemon is killed, its guest keeps running and never repeats acknowledged writes. So the next daemon needs
 //! every mark. The journal is a mapped file on tmpfs: it survives a kill, and is lost in a kernel crash or a power cut,
-//! which end the guest, too. A mark costs one store.
+//! which end the guest, too. A mark costs a few stores, and no
+//! system call.
 //!
 //! The journal consists of 64-bit words, whose positions are in `journal_layout.rs`: a header (identity, generations of
 //! the stamp, last commit, sum over the BAT), then slots. A slot has all bits of one bitmap sector, and the place of
@@ -154,7 +155,7 @@ impl Journal {
         self.shm[CURRENT_GENERATION].store(generation, Ordering::Release);
     }
 
-    /// Whether the file was truncated, so that stores are lost.
+    /// Whether an access to the journal raised SIGBUS, usually because the file was truncated. Stores are lost then.
     #[inline]
     pub(super) fn is_lost(&self) -> bool {
         self.shm.is_lost()
@@ -277,8 +278,8 @@ impl Journal {
     /// Begins a commit that writes the BAT entries of `blocks`, and returns its epoch. Slots that are claimed from now
     /// on belong to the next epoch. The caller takes the snapshot afterwards.
     ///
-    /// `unaccounted` means that there was no free slot when some of the blocks got their places. If this commit is
-    /// killed, the sum over the BAT cannot be checked.
+    /// `unaccounted` means that some of the blocks have no slot. If the daemon is killed during this commit, the sum
+    /// over the BAT cannot be checked.
     pub(super) fn begin_commit(&self, blocks: BTreeSet<BlockIndex>, unaccounted: bool) -> u64 {
         let mut state = self.lock();
         if unaccounted {

@@ -5,7 +5,7 @@
 //!   then JOURNAL_SLOTS x 68   slot: epoch | bitmap sector | place | placed by | 64 words of bitmap
 //! ```
 
-/// Number of slots: bitmap sectors that can be marked between two commits.
+/// Number of slots: bitmap sectors whose marks the journal can record between two commits.
 pub const JOURNAL_SLOTS: u32 = 4096;
 
 /// First word of a journal; contains the version.

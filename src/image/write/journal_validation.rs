@@ -200,7 +200,7 @@ fn block_of(slot: &ReplaySlot, image: &Image) -> Option<BlockIndex> {
 }
 
 /// Whether the slots have all bits that their bitmap sectors have in the file. The bits of two slots for one bitmap
-/// sector are combined.
+/// sector are combined. False if the data of the file ends before one of the bitmap sectors.
 fn include_file_bits(slots: &[ReplaySlot], image: &Image) -> Result<bool> {
     let (Some(table), Some(block_size)) = (image.bat(), image.block_size()) else { return Ok(true) };
     let sectors = block_size.sectors().min(SECTOR_BITS);

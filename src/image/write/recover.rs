@@ -134,7 +134,7 @@ pub(in crate::image) fn recover(
 /// as soon as the block has a place.
 ///
 /// # Errors
-/// `Io`.
+/// `NoSpace`, `Io`.
 fn clear_stale_claims(image: &Image) -> Result<()> {
     let Some(mut batmap) = Batmap::read(image)? else { return Ok(()) };
     let placed = |block| image.bat().is_some_and(|table| table.place(block).is_some());

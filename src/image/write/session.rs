@@ -8,8 +8,8 @@
 //!   end         end all slots by one store; trim truncates the file with the stamp; then the journal is removed
 //! ```
 //!
-//! The generation is renewed by each commit with new bits, after a replay, and before the first mark of each second is
-//! acknowledged.
+//! The generation is renewed by each commit with new bits, after a replay, and before the first mark of new bits in
+//! each second is acknowledged.
 //!
 //! A session begins with the first write or a poison, so a guest that only reads does not change the file. The stamp is
 //! in the sector before the footer. If a block ends there, the stamp is written together with a second footer after the
@@ -224,7 +224,7 @@ impl Session {
         made.or_else(|| self.create_journal_and_stamp(image).inspect_err(|e| self.abandon(&e.line())).ok())
     }
 
-    /// Begins the session: writes its stamp at file sector `at`, and `footer` in the sector after it.
+    /// Begins the session: writes its stamp at file sector `at` and, if given, `footer` in the sector after the stamp.
     ///
     /// # Errors
     /// `Io`, `NoSpace`: the session has not begun. If `may_retry`, the caller may try again; otherwise the session is
@@ -266,7 +266,7 @@ impl Session {
         }
     }
 
-    /// Checks that the journal's file was not truncated; if it was, abandons the journal and returns false.
+    /// Checks that the journal is not lost; if it is, abandons the journal and returns false.
     pub(super) fn check_journal(&self, journal: &Journal) -> bool {
         let lost = journal.is_lost();
         if lost {

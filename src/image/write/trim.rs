@@ -46,7 +46,8 @@ impl Writable {
         self.finish_mtime()
     }
 
-    /// The file sector after the last block whose BAT entry is in the file.
+    /// The file sector after the last block whose BAT entry is in the file; the end of the metadata if no block ends
+    /// later.
     fn used_end(&self) -> FileSector {
         let Some(block_size) = self.image().block_size() else {
             return FileSector::containing(self.image().data_end());

@@ -40,7 +40,7 @@ pub struct Writable {
     /// Whether writes or punches have completed since the last sync. True at first, as the previous process may have
     /// left data in the page cache.
     pub(super) unsynced: AtomicBool,
-    /// Bitmap sectors with bits that are not in the file.
+    /// Bitmap sectors that the next commit writes.
     dirty: Mutex<Vec<BitmapSectorIndex>>,
     poison: OnceLock<String>,
     pub(super) durability: DurabilityState,
@@ -58,7 +58,8 @@ pub struct Writable {
     pub(super) content_changed: AtomicBool,
 }
 
-/// Error of [`Writable::reserve`]: the free tail has no space for the block. The caller retries after a step of growth.
+/// Error of [`Writable::reserve`]: the free tail has no space for the block, or no BAT entry can refer to the next
+/// place. The caller begins a step of growth, which fails in the second case, and then retries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NeedsGrowth;
 
@@ -148,7 +149,7 @@ impl Writable {
     /// and writes the stamp. Idempotent.
     ///
     /// # Errors
-    /// [`NeedsGrowth`] if the free tail has no space for the block.
+    /// [`NeedsGrowth`] if the free tail has no space for the block, or no BAT entry can refer to the next place.
     pub fn reserve(&self, block: BlockIndex) -> Result<BlockPlace, NeedsGrowth> {
         let table = self.image.bat().expect("a fixed image reserves no blocks");
         if let Some(place) = table.place(block) {

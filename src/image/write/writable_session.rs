@@ -19,9 +19,9 @@ impl Writable {
 
     /// Begins the session if it has not begun. `tail` is the free tail of this image.
     ///
-    /// The stamp is written to the sector before the footer. If the last block occupies that sector, the stamp and a
-    /// second footer are written after the existing footer. The next step of growth overwrites the existing footer with
-    /// zeros; `trim` removes the second one.
+    /// The stamp is written to the sector before the footer. If a block or metadata occupies that sector, the stamp and
+    /// a second footer are written after the existing footer. The next step of growth overwrites the existing footer
+    /// with zeros; `trim` removes the second one.
     pub(super) fn begin_session(&self, tail: &mut FreeTail) {
         let Some(session) = self.session().filter(|session| !session.is_begun()) else { return };
         let Some(stamp) = session.prepared_stamp(self.image()) else { return };

@@ -16,8 +16,9 @@
 //! - A sector that was read from the file is inserted only if it was absent during the whole read: the entry in the
 //!   table counts evictions.
 //!
-//! A bitmap sector is *dirty* if memory has bits that the file does not have. It is *ordered* if its bits must not be
-//! written to the file before the data of their sectors is durable (crash-safety 5).
+//! A bitmap sector is *dirty* if the next commit writes it: marks have set bits that no commit has taken yet, or a
+//! journal slot has its bits. It is *ordered* if its bits must not be written to the file before the data of their
+//! sectors is durable (crash-safety 5).
 
 use std::sync::atomic::Ordering;
 
@@ -224,7 +225,8 @@ impl Bitmaps {
         frame
     }
 
-    /// Inserts the bitmap of a block that is about to get its place. No reader can reach it before the block has one.
+    /// Inserts the bitmap of a block that is about to get its place. No reader looks at the bitmap before the block has
+    /// its place.
     pub(in crate::image::write) fn insert_fresh(&self, block: BlockIndex, bits: InitialBits) {
         for index in self.bitmap_sectors_of(block) {
             let word = if bits == InitialBits::Set { u64::MAX } else { 0 };
@@ -314,7 +316,8 @@ impl Bitmaps {
         }
     }
 
-    /// Whether these bits are set already, and are in the file or in the journal.
+    /// Whether a mark of these bits has nothing to do: they are set already, and the bitmap sector needs no commit for
+    /// the mark (see [`FrameState::unwritten`] and [`FrameState::not_journaled`]).
     #[inline]
     fn is_marked(&self, index: BitmapSectorIndex, bit: u32, count: u32) -> bool {
         match self.read_optimistic(index) {
@@ -324,8 +327,8 @@ impl Bitmaps {
     }
 
     /// Sets the bits of a range of one block. Calls `on_new(index, frame, bits)` for each bitmap sector in which a bit
-    /// was clear, that was never written to the file, or that has bits neither in the file nor in the journal. Adds
-    /// bitmap sectors that are not in memory to `absent`, and does not mark them.
+    /// was clear, or of which [`FrameState::unwritten`] or [`FrameState::not_journaled`] is set. Adds bitmap sectors
+    /// that are not in memory to `absent`, and does not mark them.
     #[inline]
     pub(in crate::image::write) fn mark(
         &self,

@@ -1,9 +1,9 @@
 //! Eviction of bitmap sectors from their frames by the clock algorithm.
 //!
 //! The clock hand passes over the frames. A bitmap sector that was read since the hand last passed stays for another
-//! round. A bitmap sector that is not clean, or that a request in flight has pinned, is never evicted. If no
-//! frame can be evicted, the pool grows beyond its limit. That growth is bounded: commits limit the number of dirty
-//! sectors, and the depth of the queues limits the number of pinned ones.
+//! turn of the hand. A bitmap sector that is not clean, or that a request in flight has pinned, is never evicted. If
+//! the hand finds no frame to evict within [`MAX_TRIES`] frames, the pool grows beyond its limit. That growth is
+//! bounded: commits limit the number of dirty sectors, and the depth of the queues limits the number of pinned ones.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -33,8 +33,8 @@ struct Clock {
 }
 
 impl FramePool {
-    /// Creates an empty pool for at most `len` frames. An allocation tries to evict a bitmap sector if `max_frames`
-    /// frames are in use.
+    /// Creates an empty pool for at most `len` frames. An allocation tries to evict a bitmap sector if `max_frames` or
+    /// more frames are in use.
     pub(super) fn new(len: usize, max_frames: usize) -> FramePool {
         FramePool {
             frames: SparseArray::new(len, BitmapFrame::new),
@@ -86,9 +86,10 @@ impl FramePool {
         (number, self.frames.get_or_init(number as usize).lock())
     }
 
-    /// Moves the hand until it has evicted a bitmap sector, and returns the frame. `None` if no frame could be evicted.
+    /// Moves the hand until it has evicted a bitmap sector, and returns the number of the frame. `None` if the hand
+    /// found no frame to evict.
     fn evict_one(&self, clock: &mut Clock, table: &EntryTable) -> Option<u32> {
-        // At most two rounds, as the first one may only clear the `used` flags, and at most `MAX_TRIES` frames. If most
+        // At most two turns, as the first one may only clear the `used` flags, and at most `MAX_TRIES` frames. If most
         // frames cannot be evicted, a new frame is cheaper than a longer search. The next allocation continues from
         // here.
         for _ in 0..(2 * clock.made as usize).min(MAX_TRIES) {

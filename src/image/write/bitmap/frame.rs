@@ -1,6 +1,6 @@
 //! A frame: the bits of one bitmap sector in memory, with a lock for changes, and reads without a lock.
 //!
-//! A frame exists as long as the image is open, and is assigned to one bitmap sector at a time, its *owner*
+//! A frame exists as long as the image is open, and is assigned to at most one bitmap sector at a time, its *owner*
 //! (`clock.rs`). The *tag* of a frame contains the index of the owner and counts the changes of owner.
 //!
 //! - A reader takes no lock. It reads the tag before and after the bits: if both are equal, the bits are those of the
@@ -23,8 +23,8 @@ pub(crate) struct BitmapFrame {
     tag: AtomicU64,
     /// Whether the bits were read since the hand of the clock last passed.
     used: AtomicBool,
-    /// Whether a mark must take the lock even if its bits are set, as some bits are neither in the file nor in the
-    /// journal yet.
+    /// Whether a mark must take the lock even if its bits are set: another mark is setting bits now, or `unwritten` or
+    /// `not_journaled` of the state is set.
     owes_commit: AtomicBool,
     words: OnceLock<Box<[AtomicU64]>>,
     state: Mutex<FrameState>,
@@ -45,11 +45,12 @@ pub(crate) struct FrameState {
     /// Whether the BAT entry of the block is not in the file yet.
     pub(crate) unplaced: bool,
     /// Whether some bits are neither in the file nor in the journal. A write that relies on such bits must wait for a
-    /// commit.
+    /// commit. Never set with `Durability::FlushOnly`, as no write waits for a commit then.
     pub(crate) not_journaled: bool,
     /// Whether the bits may be written to the file only after a sync of the data.
     pub(crate) ordered: bool,
-    /// The journal slot that has the bits.
+    /// The journal slot that has the bits. If the bitmap sector is not dirty, the slot only records the place of a
+    /// fresh block.
     pub(crate) journal_slot: Option<JournalSlot>,
     /// Number of pins; the bitmap sector is not evicted while there are any.
     pub(crate) pins: u32,
@@ -105,7 +106,7 @@ impl BitmapFrame {
         LockedFrame { frame: self, state: self.state.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// Locks the frame; `None` if another thread has locked it.
+    /// Locks the frame; `None` if another thread has locked it, or has panicked with the lock.
     pub(crate) fn try_lock(&self) -> Option<LockedFrame<'_>> {
         Some(LockedFrame { frame: self, state: self.state.try_lock().ok()? })
     }
