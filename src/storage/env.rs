@@ -17,8 +17,8 @@ use crate::error::Result;
 /// Interface to everything outside the process: files, clocks, random numbers, engines. A simulated host makes all of
 /// them deterministic.
 ///
-/// Paths come from an operator, so symbolic links are followed. Code that makes more than one call on a folder, or uses
-/// a path that an image contains, uses an open [`Folder`].
+/// Paths come from an operator, so symbolic links are followed, unless the method says otherwise. Code that makes more
+/// than one call on a folder, or uses a path that an image contains, uses an open [`Folder`].
 pub trait Env: Send + Sync {
     /// Opens a regular file. [`File::folder`] returns the folder part of the path. Opening never blocks, and reads no
     /// data.

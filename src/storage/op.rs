@@ -99,7 +99,7 @@ impl Op {
 
 /// Completed operation.
 ///
-/// The operation was carried out in full, or failed: engines continue short transfers. A read that reaches the end of
+/// The operation was carried out in full, or failed: engines continue short transfers. A read of bytes after the end of
 /// the file fails with [`io::ErrorKind::UnexpectedEof`]. After an error the payload of a read has unspecified contents.
 #[derive(Debug)]
 pub struct Completion {

@@ -1,4 +1,4 @@
-//! Prefetch instructions of the processor.
+//! Prefetch instructions of the processor. The functions do nothing on processors other than x86-64.
 #![allow(unsafe_code)]
 
 use std::hint::black_box;

@@ -44,8 +44,8 @@ impl Shm {
         Shm(ShmKind::Heap(Arc::new(HeapWords { words, _lock: Box::new(lock) })))
     }
 
-    /// Returns whether an access hit a page that the file no longer has. Stores from then on do not reach the file, so
-    /// no successor finds them.
+    /// Returns whether an access raised SIGBUS, usually because another process truncated the file. Stores from then on
+    /// do not reach the file, so no successor finds them.
     #[inline]
     pub fn is_lost(&self) -> bool {
         match &self.0 {

@@ -10,8 +10,8 @@
 //! - *Code with a failure exit* (a `FixUp`): the handler moves the interrupted thread to that exit.
 //!
 //! For any other access, the handler that was installed before this one is installed again, and the access is repeated.
-//! A SIGBUS that another process sent has the default action. The report that memory failed which no thread has
-//! accessed is ignored.
+//! A SIGBUS that a process sent has the default action. A report about failed memory that no thread has accessed is
+//! ignored.
 //!
 //! The handler replaces the whole mapping and not just the page: otherwise a front-end could split a mapping page by
 //! page until the daemon reaches the kernel's limit of mappings.
@@ -203,7 +203,7 @@ extern "C" fn handle_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: 
         return;
     }
     if code <= 0 {
-        // The signal was sent by another process and not caused by an access. SAFETY: signal and raise are
+        // The signal was sent by a process and not caused by an access. SAFETY: signal and raise are
         // async-signal-safe. The signal is delivered when this handler returns.
         unsafe {
             libc::signal(signal, libc::SIG_DFL);

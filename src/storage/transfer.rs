@@ -23,12 +23,12 @@ pub(super) struct Transfer {
     remaining: Vec<libc::iovec>,
 }
 
-/// Memory for the next call.
+/// Memory for the next system call of a transfer.
 pub(super) enum IoBuffers {
     /// Address and length of one buffer.
     Single(*mut u8, u32),
-    /// Address and number of an array of iovecs. The array stays in place until the next call of
-    /// [`Transfer::next_buffers`].
+    /// Address and length of an array of iovecs. The array stays in place until the next call of
+    /// [`Transfer::next_buffers`], as long as the payload and the transfer exist.
     Vectored(*const libc::iovec, u32),
 }
 

@@ -81,7 +81,7 @@ pub struct ModifiedTime {
 pub struct Origin {
     /// Boot id of the kernel.
     pub boot: Uuid,
-    /// Id derived from the machine id, the same for every boot. The machine id cannot be computed from it.
+    /// Id derived from the machine id or, if there is none, from the host name. The same for every boot.
     pub machine: Uuid,
     /// User id.
     pub user_id: u32,
@@ -132,7 +132,8 @@ pub struct DirectRules {
 /// Result of looking for a file without opening it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FilePresence {
-    /// There is no regular file, or the path lies in a file system that is never searched (`/proc`, `/sys`, `/dev`).
+    /// There is no regular file, or the path lies in a kernel file system, which is never searched (`/proc`, `/sys`,
+    /// `/dev` and others).
     Absent,
     /// There is a regular file.
     Present,

@@ -21,7 +21,8 @@ const WRITER_BYTES: &[i64] = &[100, 101, 103, 201, 203];
 /// QEMU's bytes for a reader: uses read; does not share write and resize.
 const READER_BYTES: &[i64] = &[100, 201, 203];
 
-/// All bytes that a process may have locked while it has a file open: the byte of diffdisk, and those of QEMU.
+/// Bytes by which a file is recognized as in use: the byte of diffdisk, and those bytes of QEMU that concern reads,
+/// writes and the length.
 pub(super) const IN_USE_BYTES: [i64; 7] = [OWN_BYTE, 100, 101, 103, 200, 201, 203];
 
 /// Maximum number of descriptors that are examined to find the holder of a lock.

@@ -33,7 +33,7 @@ fn user_name(user_id: u32, passwd: &str) -> Option<String> {
     })
 }
 
-/// Derives an id from a machine id. The machine id cannot be computed from the result: machine-id(5) forbids its
+/// Derives an id from a machine id, so that images do not contain the machine id itself: machine-id(5) forbids its
 /// publication, and images are copied to other machines.
 fn derive_id(id: &str) -> Uuid {
     let sum = |salt: u64| {

@@ -65,7 +65,7 @@ impl HostRuntimeFolder {
     }
 
     /// Creates a file without a name and allocates its space. On a full tmpfs the allocation fails, so no later access
-    /// causes SIGBUS.
+    /// causes SIGBUS for lack of space.
     fn create_unnamed(&self, bytes: u64) -> Result<OwnedFd> {
         let failed = |what: &str, e: Errno| Error::io(what, e.into()).at_path(&self.path);
         let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;

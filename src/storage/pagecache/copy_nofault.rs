@@ -1,9 +1,11 @@
-//! A copy that returns false, instead of ending the process, if a page of either side cannot be read or written.
+//! A copy that returns false, instead of ending the process, if a page of an unguarded mapping cannot be read or
+//! written.
 //!
 //! A page of a mapped file is unavailable if the file was truncated or its disk fails: the kernel then sends SIGBUS.
-//! The handler (`sigbus.rs`) calls [`fix_up`]. If the interrupted instruction belongs to the copy, `fix_up` moves the
-//! instruction pointer to the copy's failure exit. gVisor's `safecopy` and the kernel's own copies to user space use
-//! the same technique.
+//! If the page belongs to guarded memory, the handler (`sigbus.rs`) replaces that memory by zeros, and the copy
+//! continues. Otherwise the handler calls [`fix_up`]. If the interrupted instruction belongs to the copy, `fix_up`
+//! moves the instruction pointer to the copy's failure exit. gVisor's `safecopy` and the kernel's own copies to user
+//! space use the same technique.
 //!
 //! The copy exists only for x86-64; elsewhere [`is_available`] returns false.
 #![allow(unsafe_code)]
@@ -17,8 +19,8 @@ pub(super) fn is_available() -> bool {
     cfg!(target_arch = "x86_64") && sigbus::install_fix_up(fix_up)
 }
 
-/// Copies `len` bytes. Returns false if a page of either side is unavailable; then a part of the bytes may have been
-/// copied.
+/// Copies `len` bytes. Returns false if a page of either side is unavailable and not in guarded memory; then a part of
+/// the bytes may have been copied.
 ///
 /// # Safety
 /// - [`is_available`] has returned true.

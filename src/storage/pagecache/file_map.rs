@@ -111,7 +111,7 @@ impl FileMap {
         if let Some(from) = region.resident_start(within, len) {
             return Residency::Resident(from);
         }
-        // If no bit is missing, the file has grown since the last query.
+        // If no bit is missing, the range ends after the end that the file had at the last query.
         let page = region.first_missing(within / PAGE, end.div_ceil(PAGE)).unwrap_or((end - 1) / PAGE);
         let misses = &region.misses[page / 64];
         // Threads may overwrite each other's count, which only delays the query.

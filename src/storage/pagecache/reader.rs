@@ -9,8 +9,8 @@
 //! A page may have left memory since the kernel reported it as resident. The copy then waits for the disk, and delays
 //! the whole queue. The reader limits this in three ways:
 //!
-//! - If a batch has taken more than a millisecond and caused major page faults, its remaining reads become operations
-//!   of the engine.
+//! - During a batch, a check follows every eight chunks. If the batch has taken more than a millisecond and the thread
+//!   had major page faults, the copy in progress ends, and its read becomes an operation of the engine.
 //! - If a batch was slow and the thread had major page faults, the residency bits of the whole batch are cleared, and
 //!   nothing is copied for a hundred times the duration of the batch. So a queue waits for at most a hundredth of its
 //!   time.
@@ -191,8 +191,9 @@ impl PageCache for PageCacheReader {
                 // SAFETY:
                 // - `copy_nofault` is available: a reader exists only if it is.
                 // - Source: `found.from` is the address of `within` in a mapped region of a file in this reader's
-                //   tables (checked above). `find` has returned `found` only for a range inside the region. The map
-                //   cache or the file holds the region, and neither changes while `self` is borrowed here.
+                //   tables (checked above). `find` has returned `found` only for a range inside the region; a range of
+                //   `CachedRange::new` has no address of a mapping. The map cache or the file holds the region: `self`
+                //   is borrowed exclusively, and a file never unmaps a region before it is closed.
                 // - Destination: `for_each_run` passes runs of `into`, which its owner keeps mapped and writable.
                 // - Guest memory and file mappings do not overlap, and no reference to either is ever formed.
                 whole = unsafe { copy_nofault::copy(start.wrapping_add(done), to, chunk) };

@@ -1,4 +1,5 @@
-//! The simulated engine: operations complete in an order drawn from the seed, and a crash may interrupt them.
+//! The simulated engine: operations complete in an order drawn from the seed ([`CompletionOrder`]), and a crash may
+//! interrupt them.
 
 use std::io;
 use std::os::fd::BorrowedFd;

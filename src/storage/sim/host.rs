@@ -27,7 +27,8 @@ impl SimHost {
         SimHost(SharedMachine::new(machine))
     }
 
-    /// Returns all changes that are not durable, in order: names, then files by number, then operations in flight.
+    /// Returns all changes that are not durable, in order: names, then, for each file by its number, the changes of the
+    /// file and the effects of its operations in flight.
     pub fn unsynced(&self) -> Vec<DurableUnit> {
         let mut units = Vec::new();
         survivors(&self.0.lock(), &mut |_, _| None, &mut |_, unit| {

@@ -256,7 +256,8 @@ impl Inode {
         self.pages.extend(pages);
     }
 
-    /// Frees the pages that lie completely in a range.
+    /// Frees the pages that lie completely in a range. If the range includes the end of the file, the page at the end
+    /// of the range is freed, too.
     pub(super) fn release(&mut self, offset: u64, len: u64) {
         let end = offset + len;
         let last = if end >= self.now.len { end.div_ceil(PAGE) } else { end / PAGE };

@@ -21,12 +21,14 @@ impl SimHost {
         self.0.lock().random = Random::new(seed);
     }
 
-    /// Starts to keep a copy of the machine before each change, for [`take_recording`](Self::take_recording).
+    /// Starts to keep a copy of the machine before each step that is not a read, for
+    /// [`take_recording`](Self::take_recording).
     pub fn start_recording(&self) {
         self.0.lock().recording = Some(Vec::new());
     }
 
-    /// Ends the recording. Returns the machine before each change since [`start_recording`](Self::start_recording).
+    /// Ends the recording. Returns the machine before each step that is not a read, since
+    /// [`start_recording`](Self::start_recording).
     pub fn take_recording(&self) -> Vec<SimHost> {
         let recorded = self.0.lock().recording.take().unwrap_or_default();
         recorded.into_iter().map(SimHost::from).collect()

@@ -74,7 +74,7 @@ pub(super) struct SimMachine {
     pub(super) stop_at: Option<u64>,
     /// Number of completions that engines may still return; no limit if `None`.
     pub(super) completion_limit: Option<u64>,
-    /// Copies of the machine before each change, while it is being recorded.
+    /// Copies of the machine before each step that is not a read, while the machine is being recorded.
     pub(super) recording: Option<Vec<SimMachine>>,
     pub(super) clock: i64,
     /// Shared memory by name, which outlives the process.
@@ -164,7 +164,7 @@ impl SimMachine {
         if self.dead { Err(io::Error::other("the simulated machine has stopped")) } else { Ok(()) }
     }
 
-    /// Counts a step. Fails if the fault plan contains it.
+    /// Counts a step. Fails if the fault plan contains the step, or if the machine ends at it or has ended before.
     pub(super) fn step(&mut self, step: StepKind) -> io::Result<()> {
         self.check_alive()?;
         self.counts.steps += 1;

@@ -11,8 +11,9 @@
 //! sector may come back, and an fsync of a file does not make its name durable. The model is kinder in two respects: a
 //! sector is either old or new (unless [`SimHost::crash_torn`] tears it), and a rename is either done or not.
 //!
-//! Operations of a simulated engine complete in `reap` (some) and `wait` (at least one), never on their own. The engine
-//! has no descriptor to wait on: its user calls `wait` while operations are outstanding.
+//! Operations of a simulated engine complete in `reap` (some or, in the order [`CompletionOrder::Pushed`], all), in
+//! `wait` (at least one), and when the engine is dropped (all), never on their own. The engine has no descriptor to
+//! wait on: its user calls `wait` while operations are outstanding.
 //!
 //! ```text
 //!   env  inspect                           Env; observation by tests

@@ -68,7 +68,9 @@ struct SlabEntry {
 }
 
 // SAFETY: the iovecs in `entries` point to bytes of payloads that `entries` owns. The bytes are heap memory, or guest
-// memory that the owner in the payload keeps mapped. Neither this memory nor the ring's mappings are tied to a thread.
+// memory that the owner in the payload keeps mapped. (Iovecs of a completed operation may remain in its `transfer`;
+// `Transfer::next_buffers` clears them before it uses the list again.) Neither this memory nor the ring's mappings are
+// tied to a thread.
 // If the kernel ties the ring to a thread, it rejects calls of other threads with an error. All methods that access the
 // ring take `&mut self`, except `wake_fd`, which only reads the descriptor's number.
 unsafe impl Send for UringEngine {}
