@@ -1,8 +1,8 @@
 //! Case-insensitive look-up of a path below an open folder, as in Windows: each component is the exact name or, if
 //! there is none, the only name that differs in case alone.
 //!
-//! Each component is opened relative to the folder of the component before it, and no symbolic link is followed. So the
-//! look-up cannot leave the folder in which it begins.
+//! The exact path is tried first, by one call that cannot leave the folder in which the look-up begins. After that,
+//! each component is opened relative to the folder of the component before it. No symbolic link is followed.
 
 use std::cell::Cell;
 use std::ffi::{OsStr, OsString};

@@ -36,7 +36,7 @@ pub struct CheckedFile {
 }
 
 /// Checks every rule for a file and, if `parents` is given, for all its parents. Returns the results, youngest file
-/// first. Takes shared locks, and calls `progress` with the number of checked bytes of all files. Live journals are
+/// first. Takes shared locks, and calls `progress` with the number of bytes checked so far. Live journals are
 /// searched in the folders `runtime`.
 ///
 /// # Errors

@@ -40,6 +40,7 @@ const MAX_NAMED: usize = 3;
 ///
 /// # Errors
 /// - `Refused`, with the names of children
+/// - `NotFound` if the folder of `parent` no longer exists
 /// - `Io`
 pub fn refuse_if_parent(env: &dyn Env, parent: &Image) -> Result<()> {
     let children = children_of(env, parent)?;

@@ -8,16 +8,16 @@ use crate::error::{Result, none_if_not_found};
 use crate::image::ImageIdentity;
 use crate::storage::{Access, Env, File, ModifiedTime};
 
-/// Inode, length and time of last change. Two equal stamps show that a file is the same, and was not written to in
-/// between. A write is missed only if it follows another write within one tick of the kernel's clock, a few
-/// milliseconds.
+/// Inode, length and modification time. Two equal stamps show that a file is the same, and was not written to in
+/// between. A write is missed only if it follows another write within one tick of the kernel's clock (a few
+/// milliseconds), or if a program sets the time back afterwards.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FileStamp {
     /// The inode number.
     pub(super) ino: u64,
     /// The length in bytes.
     pub(super) len: u64,
-    /// The time of the last change.
+    /// The modification time.
     pub(super) modified: ModifiedTime,
 }
 

@@ -1,10 +1,10 @@
 //! Cache of the cells of the frozen layers, with a limit on its memory.
 //!
-//! A cell of one run takes only its entry in a table. Lists of runs take at most [`MAX_RUN_BYTES`] together; when a new
-//! list exceeds the limit, a table with that list alone replaces the full one, and other cells are loaded again when
-//! they are needed. So a chain that is fragmented into single sectors cannot exhaust memory. A look-up takes no lock
-//! and changes no reference count that queues share: each queue keeps a [`FrozenCacheHandle`], and releases it
-//! before it sleeps.
+//! A cell of one run takes only its entry in a table. The lists of runs of one table take at most [`MAX_RUN_BYTES`]
+//! together; when a new list exceeds the limit, a table with that list alone replaces the full one, and other cells are
+//! loaded again when they are needed. So a chain that is fragmented into single sectors cannot exhaust memory. A
+//! look-up takes no lock and changes no reference count that queues share: each queue keeps a [`FrozenCacheHandle`],
+//! and releases it before it sleeps.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};

@@ -24,7 +24,8 @@ const CHUNK: usize = 64 << 10;
 
 /// Finds the blocks among `suspects` of a child that hold zeros over data of the parents. If the alignment proves that
 /// another program placed the suspects, adds a defect for each block found, and removes the defect that only reports
-/// that program if all suspects were compared. Otherwise adds one defect with the number of blocks found.
+/// that program if all suspects were compared. Otherwise adds one defect with the number of blocks found, if there are
+/// any.
 ///
 /// # Errors
 /// - the errors of [`Image::open`] for a parent

@@ -17,8 +17,8 @@
 //! A stamp is a [`FileStamp`]: `<inode> <bytes> <last change, seconds.nanoseconds>`. It has no device number, which may
 //! change at the next boot.
 //!
-//! Paths are relative to the record's folder, so that the folder may move. Bytes that are not printable ASCII are
-//! escaped as `%XX`.
+//! Paths are relative to the record's folder, so that the folder may move. Bytes that are not printable ASCII, and `%`,
+//! are escaped as `%XX`.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};

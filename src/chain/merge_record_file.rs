@@ -72,8 +72,8 @@ impl MergeRecord {
         Ok(ExistingRecord::None)
     }
 
-    /// Returns all valid records in a folder. Skips damaged records, files that may not be read, and a folder that
-    /// cannot be listed.
+    /// Returns all valid records in a folder. Skips damaged records, names that lead to no regular file, and files that
+    /// this process may not read. If the process may not list the folder, returns no records.
     ///
     /// # Errors
     /// `Io`.

@@ -18,7 +18,8 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, FileSlot, Lock};
 use crate::units::SECTOR;
 
-/// The images of a disk, youngest first; at least one. The last one is a root.
+/// The images of a disk, youngest first; at least one. The last one is a root, unless a parent is missing
+/// ([`Chain::until_missing`]).
 #[derive(Debug)]
 pub struct Chain {
     images: Vec<Image>,
@@ -149,8 +150,7 @@ impl Chain {
     }
 
     /// The images, youngest first, that record an earlier modification time than their parent has, each with that
-    /// parent.
-    /// Writes by an unfinished merge of a younger image do not count.
+    /// parent. A parent that receives an unfinished merge of a younger image does not count.
     pub fn outdated(&self) -> impl Iterator<Item = (&Image, &Image)> {
         self.outdated.iter().map(|&number| (&self.images[number], &self.images[number + 1]))
     }

@@ -4,10 +4,11 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::storage::File;
 
-/// The purpose for which a chain is opened. It decides the locks on its files.
+/// The purpose for which a chain is opened. The mode decides the locks on the files of the chain, and whether an image
+/// that has lost sectors is accepted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum OpenMode {
-    /// Reads headers. Takes no locks, so another process may be writing.
+    /// Reads metadata. Takes no locks, so another process may be writing.
     Inspect,
     /// Reads the disk. Fails if another process holds a file of the chain locked for writing.
     Read,

@@ -2,8 +2,8 @@
 //!
 //! The child records the modification time of the parent's file, rounded down to seconds. The parent counts as changed
 //! if its current time, rounded in the same way, is later. A write by another program within the recorded second is not
-//! detected; writers of this crate move the time to a later second ([`SavedMtime`](crate::image::SavedMtime)). A
-//! recorded 0 means that no time was recorded.
+//! detected. When diffdisk closes an image that it has written to, it moves the time to a later second
+//! ([`SavedMtime`](crate::image::SavedMtime)). A recorded 0 means that no time was recorded.
 
 use super::warning;
 use crate::error::Result;

@@ -1,5 +1,5 @@
-//! Planning: converts a range of the disk to extents. Planning reads no file: it returns the bitmaps that are missing,
-//! and the caller loads these bitmaps and plans again.
+//! Planning: converts a range of the disk to extents. Planning reads no file (except `plan_read_now` and
+//! `plan_read_uncached`): it returns the bitmaps that are missing, and the caller loads these bitmaps and plans again.
 //!
 //! ```text
 //!   plan_* ──> extents                        (nearly always)
@@ -7,8 +7,9 @@
 //! ```
 //!
 //! Bitmaps are usually loaded at most twice: the lower layers of a block are looked up only after its bits in the top
-//! are loaded. They are loaded more often if other queues evict bitmaps because memory is short. The loop ends, because
-//! the caller pins the bitmaps that it has loaded.
+//! are loaded. They are loaded more often if other queues evict bitmaps because memory is short. The caller pins the
+//! bitmap sectors of the top that it has loaded. Cells are not pinned: a cell is loaded again if other queues have
+//! filled the frozen cache meanwhile.
 
 use super::frozen::CellRead;
 use super::frozen_cache::{CELL_SECTORS, FrozenCacheHandle};

@@ -10,8 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, SessionState};
 use crate::storage::{Access, Env, Lock};
 
-/// Replays the live journal of each parent of the image at `path` that has one in the policy's runtime folders. Returns
-/// the number of such parents.
+/// Replays the live journal of each parent of the image at `path` whose session has not ended on this machine. Returns
+/// the number of such parents. If the policy has no runtime folders, does nothing and returns 0.
 ///
 /// # Errors
 /// - the errors of [`Chain::open`] in mode `Inspect`

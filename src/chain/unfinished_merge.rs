@@ -148,7 +148,7 @@ pub(super) fn check_chain(
     Ok(receiving)
 }
 
-/// Logs a warning for each unfinished merge into an image of which only headers are read.
+/// Logs a warning for each unfinished merge into an image, and refuses none.
 ///
 /// # Errors
 /// `Io`.

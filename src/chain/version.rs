@@ -1,5 +1,6 @@
 //! A version of the disk: an optional writable layer ([`Top`]) over the read-only layers ([`Frozen`]). Queues plan
-//! their requests with a version. A version never changes: a live operation replaces it by another one.
+//! their requests with a version. The layers of a version never change: a live operation replaces the version by
+//! another one.
 
 use std::sync::Arc;
 
