@@ -1,8 +1,9 @@
 //! Sector bitmaps as 64-bit words: the most significant bit of word 0 is sector 0, as in the bytes of the file.
 //!
 //! Every request searches bitmaps, so runs are found a word at a time. A bitmap that threads share is an array of
-//! atomic words. Bits of a shared bitmap are set and never cleared. A bit is set with release order after the data of
-//! its sector was written, so that a thread that loads the set bit with acquire order sees that data.
+//! atomic words. Bits of a shared bitmap are set and never cleared while the words belong to the same bitmap sector. A
+//! bit is set with release order after the data of its sector was written, so that a thread that loads the set bit with
+//! acquire order sees that data.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

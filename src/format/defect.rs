@@ -176,7 +176,8 @@ pub enum Defect {
         ["block-cut-off", O12, Corruption, NotReadable, false, Invalid, *at]
         "{sectors} sectors of block {block} are lost: the file was truncated before them. Restore the image from a \
          complete copy; `convert --salvage` copies what is left";
-    /// The bitmap of the last block, which is not whole, marks sectors after the end of the disk as present.
+    /// The bitmap of the last block marks sectors after the end of the disk as present, in a bitmap sector that has
+    /// other bits clear.
     BitsBeyondDisk { block: BlockIndex, bits: u32, at: u64 }
         ["bits-beyond-disk", _, Cosmetic, Warning, true, Invalid, *at]
         "the bitmap of the last block ({block}) marks {bits} sectors after the end of the disk as present";

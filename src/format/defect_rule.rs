@@ -3,7 +3,7 @@
 /// Consequence of a defect: the ways in which programs may still use the image.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Consequence {
-    /// The image is read and written. Programs that read or write its data log a warning.
+    /// The image is read and written. An open of its chain logs a warning, unless the defect is a note.
     Warning,
     /// The image is read, and not written until the defect is repaired.
     NotWritable,

@@ -2,7 +2,8 @@
 //!
 //! A valid footer at the end takes precedence. The copy at the start of the file is chosen only if the footer at the
 //! end is missing or damaged, and only if the copy belongs to a dynamic or differencing disk. The start of a fixed
-//! image is sector 0 of the disk, which the guest can write. So no guest can change the type of its disk.
+//! image is sector 0 of the disk, which the guest can write. So no guest can change the type of its disk, as long as
+//! the file has its footer.
 
 use crate::format::defect::Defect;
 use crate::format::footer::{DiskType, FOOTER_BYTES, Footer};
@@ -15,7 +16,7 @@ pub enum FooterSource {
     Trailing,
     /// The last 511 bytes of the file.
     Trailing511,
-    /// The first 512 bytes of the file, since the end has no footer.
+    /// The first 512 bytes of the file, since the end has no valid footer.
     Front,
 }
 
@@ -70,7 +71,7 @@ enum TrailingFooter {
         source: FooterSource,
         at: u64,
     },
-    /// A recognised footer that is not supported.
+    /// A recognised footer that is not supported, or has a wrong checksum and belongs to a fixed disk.
     Refused(Defect),
     /// A footer with a wrong checksum, of a disk that is not fixed.
     Damaged {

@@ -6,12 +6,13 @@
 //! ```
 //!
 //! Metadata and guest data share no 4 KiB page: the BAT begins at a page boundary and takes whole pages, and block data
-//! begins at a page boundary, directly after its bitmap (crash-safety 3).
+//! begins at a page boundary, directly after its bitmap (crash-safety 3). Only packed blocks (see below) share pages.
 //!
 //! The data of blocks of 256 KiB and more is aligned to a larger [unit](alignment), up to 64 KiB, so that guest writes
 //! of that size fill whole folios of the page cache. Compared with data aligned to pages (ext4, Linux 6.18), sequential
 //! reads of 128 KiB went from 90,000 to 130,000 a second, writes of 1 MiB from 7,500 to 9,800; alignment to 2 MiB is no
-//! faster. The gaps take at most 1/32 of the file, and no space on the file system once they are punched.
+//! faster. The gaps between such blocks take at most 1/32 of the file, and no space on the file system once they are
+//! punched.
 //!
 //! A BAT entry can address 2 TiB. Near that limit blocks are aligned to pages, or packed without gaps, if not all
 //! blocks of the disk would fit otherwise. Existing images are read and written with their blocks wherever they are.

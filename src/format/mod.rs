@@ -18,7 +18,7 @@
 //! XenServer        ... BAT | batmap header | batmap (a bit for each block: whole or not) | ...
 //! ```
 //!
-//! All numbers are big-endian; only the text in locators is UTF-16 little-endian.
+//! All numbers are big-endian; only the text in locators of Windows is UTF-16 little-endian.
 //!
 //! | question | module |
 //! | --- | --- |

@@ -159,7 +159,7 @@ pub fn encode_macx(path: &Path) -> Result<Vec<u8>> {
 pub fn encode_parent_name(path: &Path) -> Result<[u8; 512]> {
     let mut text = join_parts(path, false, "/")?;
     if normalise(text.as_bytes()).ok().as_ref().map(ParentPath::as_path) != Some(Path::new(&text)) {
-        // Without `./` the text would be decoded to another path: it begins like a drive letter.
+        // Without `./` the text would be decoded to another path, for example because it begins like a drive letter.
         text.insert_str(0, "./");
     }
     let units: Vec<u16> = text.encode_utf16().collect();

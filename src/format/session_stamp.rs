@@ -41,7 +41,7 @@ pub struct SessionStamp {
     pub generation: u64,
     /// The boot id of the kernel that ran when the session began.
     pub boot: Uuid,
-    /// The machine id of the system, which stays the same over reboots.
+    /// An id derived from the machine id of the system, which stays the same over reboots.
     pub machine: Uuid,
     /// User id of the daemon.
     pub user_id: u32,

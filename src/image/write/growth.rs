@@ -360,8 +360,7 @@ impl Growth {
     fn undo(&mut self, source: io::Error) -> Error {
         let file = self.image.file();
         let mut tail = self.image.free_tail();
-        // While `syncing` is set, commits repeat their syncs: the sync below may be the only one that reports a
-        // failure.
+        // While `syncing` is set, commits repeat their syncs: a failure may be reported to the sync below alone.
         tail.syncing = true;
         let mut back = Ok(());
         if mutant::enabled(Mutant::UndoCutsStamp) && self.phase == GrowthPhase::Wipe {
