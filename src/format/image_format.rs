@@ -1,5 +1,5 @@
-//! Recognises formats of disk images by their first bytes. Only errors use the result: diffdisk never chooses a
-//! format by these bytes, since the guest of a raw disk can write them.
+//! Recognises formats of disk images by their first bytes. Only errors and warnings use the result: diffdisk
+//! never chooses a format by these bytes, since the guest of a raw disk can write them.
 
 /// Number of bytes at the start of a file that [`ImageFormat::probe`] needs.
 pub const PROBE_BYTES: usize = 512;

@@ -52,7 +52,7 @@ pub struct LostRange {
     pub length: u64,
 }
 
-/// A violation of a rule of the format.
+/// A violation of a rule of the format, or an observation that is no defect.
 #[derive(Clone, Debug, Serialize)]
 pub struct FoundDefect {
     /// Path of the file, if a chain was requested.
@@ -129,7 +129,7 @@ pub fn check(
 ///   live journal of a killed daemon, if an unfinished merge forbids the repair, or if a file was replaced after the
 ///   first check
 /// - `NotFound` if there is no file at `path`
-/// - `Invalid` if a file cannot be opened, for another reason than its padding or footers
+/// - `Invalid`, `Refused`, `Unsupported` if a file cannot be opened, for another reason than its padding or footers
 /// - `Io`, `NoSpace`; errors of `progress`
 pub fn repair(
     env: &dyn Env,

@@ -23,8 +23,8 @@ pub struct Compacted {
 }
 
 /// Frees space that the image at `path` does not need: blocks with the same contents as the parents (in a root, blocks
-/// of zeros), runs of zeros in other blocks, gaps between blocks, and space after the last block. The contents of the
-/// disk and of the disks of its children never change.
+/// of zeros), runs of zeros in other blocks, gaps between blocks, and space after all blocks and metadata. The contents
+/// of the disk and of the disks of its children never change.
 ///
 /// # Errors
 /// After any error the image is valid. The same call completes the work.

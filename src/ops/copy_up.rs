@@ -101,7 +101,8 @@ fn file_ids(version: &Version) -> Result<BTreeMap<FileSlot, FileId>> {
 }
 
 impl CopyUp<'_> {
-    /// Returns the first sector at or after `at` that is in an allocated block of a layer of either chain.
+    /// Returns the first sector at or after `at` that is in an allocated block of an old or a new parent, or `u64::MAX`
+    /// if there is none.
     fn next_allocated(&self, version: &Version, at: u64) -> u64 {
         let new = self.new.iter().flat_map(|new| new.frozen().layers());
         let all = version.frozen().layers().iter().chain(new);

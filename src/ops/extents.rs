@@ -11,7 +11,7 @@ use crate::units::{SECTOR, SectorRange};
 /// Maximum number of sectors that are planned at once: 64 MiB.
 pub(super) const WINDOW_SECTORS: u64 = 1 << 17;
 
-/// Iterator over the extents of a chain, ascending and without gaps.
+/// Iterator over the extents of a version without a top, ascending and without gaps.
 pub(super) struct Extents<'a> {
     version: &'a Version,
     /// The first sector that no returned or planned extent covers.

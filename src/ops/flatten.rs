@@ -28,7 +28,7 @@ use crate::units::SECTOR;
 /// - `Refused` if `keep` is not among the parents, or if an unfinished merge forbids the change
 /// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `Unsupported` if the path of `keep` cannot be recorded in the child
-/// - `NoSpace`, `Io` while copying; errors of `progress`
+/// - `NoSpace`, `Io`, `Poisoned` while copying; errors of `progress`
 pub fn flatten(
     env: &dyn Env,
     path: &Path,

@@ -23,7 +23,7 @@ pub(super) struct ImageWriter<'a> {
     /// Bytes of the disk written since the last commit.
     uncommitted: u64,
     write_behind: WriteBehind,
-    /// End of the last block when the file was opened.
+    /// End of all blocks and metadata when the file was opened.
     initial_end: u64,
 }
 
@@ -49,8 +49,8 @@ impl<'a> ImageWriter<'a> {
         })
     }
 
-    /// Grows the file by the space of `blocks` blocks. If there is not enough space for all of them, the file does not
-    /// grow.
+    /// Grows the file, so that it has space for `blocks` more blocks. If the file system lacks the space for all of
+    /// them, the file does not grow. A file that needs no growth is not changed.
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -83,8 +83,9 @@ impl<'a> ImageWriter<'a> {
         })
     }
 
-    /// Sets the bits of a range and makes its sectors zero, so that the range hides the parents. The zeros need no data
-    /// space. The change is durable after the next [`ImageWriter::commit`].
+    /// Sets the bits of a range and makes its sectors zero, so that the range hides the parents. Where the
+    /// file system can free ranges of a file, the zeros need no data space. The change is durable after the next
+    /// [`ImageWriter::commit`].
     ///
     /// # Errors
     /// `NoSpace`, `Io`, `Poisoned`.
@@ -153,10 +154,11 @@ impl<'a> ImageWriter<'a> {
         self.uncommitted
     }
 
-    /// Frees unused space, and truncates the file after its last block. The caller must have committed all writes.
+    /// Frees unused space, and truncates the file after its blocks and metadata. The caller must have committed all
+    /// writes.
     ///
     /// # Errors
-    /// `Io`, `Poisoned`.
+    /// `Io`, `Poisoned`; with copy on write also `NoSpace`.
     pub(super) fn close(&self) -> Result<()> {
         let image = &self.top().image;
         if image.bitmaps().is_some() {

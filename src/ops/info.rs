@@ -44,7 +44,7 @@ pub struct ImageInfo {
     pub blocks_allocated: Option<u64>,
     /// The session of the daemon that has or had the image open. `None` if the image was closed.
     pub session: Option<SessionInfo>,
-    /// A process that holds a lock on the image. `None` if there is none.
+    /// A process that holds a lock on the image. `None` if no such process was found.
     pub in_use: Option<InUse>,
     /// UUID of the image.
     pub uuid: String,

@@ -27,7 +27,7 @@ pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Po
 ///   merge forbids the change
 /// - `Invalid`, `Unsupported`, `NotFound`, `Io`
 pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Image> {
-    // Symbolic links are resolved, because recorded paths to the parent are relative to the folder of the link's
+    // Symbolic links are resolved, because a relative path to the parent starts at the folder that contains the link's
     // target.
     let file = env.open(&env.canonical(path)?, Access::Write)?;
     file.lock(Lock::Exclusive)?;

@@ -1,4 +1,5 @@
-//! `rebase`: replaces the parent of a child without changing the contents of the child's disk.
+//! `rebase`: replaces the parent of a child. The contents of the child's disk do not change, unless only the link is
+//! replaced.
 
 use std::path::Path;
 
@@ -25,7 +26,7 @@ pub struct Rebased {
 }
 
 /// Makes the image at `path` a child of the image at `parent`. Data of the old parents that the new parent lacks is
-/// copied into the child first, so the contents of the disk never change.
+/// copied into the child first, so without `only_link` the contents of the disk never change.
 ///
 /// With `only_link` nothing is copied, and the old parents need not exist. The disk then has the sectors of the child
 /// over the disk of the new parent. The same call completes an interrupted call.
@@ -36,7 +37,7 @@ pub struct Rebased {
 ///   too deep, or if an unfinished merge forbids the change
 /// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of either chain
 /// - `Unsupported` if the path of the new parent cannot be recorded in the child
-/// - `NoSpace`, `Io` while copying; errors of `progress`
+/// - `NoSpace`, `Io`, `Poisoned` while copying; errors of `progress`
 pub fn rebase(
     env: &dyn Env,
     path: &Path,

@@ -29,8 +29,8 @@ pub struct Resized {
 /// # Errors
 /// After any error the disk has its old or its new size.
 /// - `Invalid` if the format does not allow the size
-/// - `Refused` for a smaller size without `shrink`, if a byte that would be cut off is not zero, or if an unfinished
-///   merge forbids the change
+/// - `Refused` for a smaller size without `shrink`, if a byte that would be cut off is not zero, if the block table
+///   would be too large, or if an unfinished merge forbids the change
 /// - `Invalid`, `Refused`, `Unsupported`, `Busy`, `NotFound`, `Io` for a file of the chain
 /// - `NoSpace`, `Io`; errors of `progress`
 pub fn resize(
