@@ -172,8 +172,7 @@ impl Lane {
             && !self.jobs.is_running(JobKind::Growth)
     }
 
-    /// Waits until the lane is idle. Requests of this lane fail that still wait for space on the file system, or for a
-    /// step of growth by another lane, when the lane has no operation in flight.
+    /// Waits until the lane is idle. Requests of this lane that wait for space on the file system fail.
     ///
     /// # Errors
     /// Those of [`Lane::poll`].
@@ -196,7 +195,7 @@ impl Lane {
             } else if self.stalled_commit.take() {
                 self.stalled_commit.commit_ended();
                 self.disk.group_commit.hand_over(&self.mailbox);
-            } else if !self.parked.is_empty() && !self.jobs.is_running(JobKind::Growth) {
+            } else if !self.parked.is_empty() && !self.is_growing() {
                 let parked = std::mem::take(&mut self.parked);
                 self.resume_tasks(parked, false);
             } else if !self.has_queued_punch() {
@@ -205,6 +204,11 @@ impl Lane {
                 self.mailbox.sleep();
             }
         }
+    }
+
+    /// Whether this lane or another one carries out a step of growth.
+    fn is_growing(&self) -> bool {
+        self.jobs.is_running(JobKind::Growth) || self.versions.current().top().is_some_and(|top| top.image.is_growing())
     }
 
     fn dispatch_completion(&mut self, completion: Completion) {

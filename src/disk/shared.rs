@@ -40,7 +40,7 @@ pub struct Disk {
     pub(super) is_changing: AtomicBool,
     /// Whether [`Disk::close`] was called. No change begins then, unless `close` ran out of time waiting for an earlier
     /// change.
-    is_closed: AtomicBool,
+    pub(super) is_closed: AtomicBool,
     pub(super) group_commit: GroupCommit,
     pub(super) punch_lock: PunchLock,
     pub(super) full_host: Arc<FullHost>,

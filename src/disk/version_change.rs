@@ -88,7 +88,11 @@ impl ChangeTurn {
             let what = "another change of the disk is in progress, or the disk is being closed";
             return Err(Error::new(ErrorKind::Busy, what));
         }
-        Ok(ChangeTurn(disk.clone()))
+        let turn = ChangeTurn(disk.clone());
+        if disk.is_closed.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::Busy, "the disk is closed"));
+        }
+        Ok(turn)
     }
 }
 
