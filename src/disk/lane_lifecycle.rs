@@ -45,10 +45,7 @@ impl Disk {
         };
         let counters = self.lane_counters.add_lane();
         let (mut ops, mut cached_reads) = (OpQueue::new(engine), CachedReads::new(page_cache, counters.clone()));
-        let added = self.lanes.add(&mailbox, current.epoch(), |change| match &change.new_file {
-            Some((slot, file)) => ops.register(*slot, file).and_then(|()| cached_reads.register(*slot, file)),
-            None => Ok(()),
-        });
+        let added = self.lanes.add(&mailbox, current.epoch(), &mut ops, &mut cached_reads);
         let (id, held) = added.map_err(|e| Error::io("cannot register a file with the I/O engine", e))?;
         drop(current);
         let versions = LaneVersions::new(version);

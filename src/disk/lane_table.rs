@@ -54,34 +54,30 @@ pub(super) struct LaneStatus {
     pub(super) oldest: u32,
 }
 
-/// The part of a change that a new lane must carry out itself.
-pub(super) struct ChangeInProgress {
-    pub(super) new_file: Option<(FileSlot, File)>,
-    pub(super) held: Option<SectorRange>,
-}
-
 impl LaneTable {
-    /// Adds a lane that plans with the version `epoch`. `prepare` registers the new file of a change with the lane's
-    /// engine. The events of the change that are posted from now on reach the lane. Returns the number of the lane and
-    /// the range for which its gate must be closed.
+    /// Adds a lane that plans with the version `epoch`, and registers the new file of a change with the engine and the
+    /// page cache of the lane. The events of the change that are posted from now on reach the lane. Returns the number
+    /// of the lane and the range for which its gate must be closed.
     ///
     /// # Errors
-    /// Those of `prepare`; the lane is not added then.
+    /// Those of [`OpQueue::register`]; the lane is not added then.
     pub(super) fn add(
         &self,
         mailbox: &Arc<Mailbox>,
         epoch: u32,
-        prepare: impl FnOnce(&ChangeInProgress) -> io::Result<()>,
+        ops: &mut OpQueue,
+        cached_reads: &mut CachedReads,
     ) -> io::Result<(LaneId, Option<SectorRange>)> {
         let mut state = self.lock();
-        let change = ChangeInProgress { new_file: state.new_file.clone(), held: state.held };
-        prepare(&change)?;
+        if let Some((slot, file)) = &state.new_file {
+            ops.register(cached_reads, *slot, file)?;
+        }
         let id = state.next_id;
         state.next_id += 1;
-        let (registered, is_held) = (change.new_file.map(|_| Ok(())), change.held.is_some());
+        let (registered, is_held) = (state.new_file.as_ref().map(|_| Ok(())), state.held.is_some());
         let status = LaneStatus { registered, is_held, adopted: epoch, oldest: epoch };
         state.lanes.push(LaneEntry { id, mailbox: mailbox.clone(), status });
-        Ok((id, change.held))
+        Ok((id, state.held))
     }
 
     /// Removes a lane. A change waits for it no longer.
@@ -129,8 +125,7 @@ impl LaneTable {
         let new_file = |state: &LaneTableState| state.new_file.clone().filter(|_| state.changes == change);
         let found = new_file(&self.lock());
         let Some((slot, file)) = found else { return };
-        let registered = ops.register(slot, &file).and_then(|()| cached_reads.register(slot, &file));
-        let result = registered.map_err(|e| e.to_string());
+        let result = ops.register(cached_reads, slot, &file).map_err(|e| e.to_string());
         let mut state = self.lock();
         // The change may have been given up meanwhile, and another begun.
         let is_awaited = new_file(&state).is_some();

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 
+use super::cached_reads::CachedReads;
 use crate::storage::{Engine, File, FileSlot, Op};
 
 /// A lane's engine, and the operations for which the engine had no room.
@@ -46,12 +47,13 @@ impl OpQueue {
         }
     }
 
-    /// Registers a file with the engine.
+    /// Registers a file with the engine and with the page cache of a lane.
     ///
     /// # Errors
-    /// Those of [`Engine::register`].
-    pub(super) fn register(&mut self, slot: FileSlot, file: &File) -> io::Result<()> {
-        self.engine.register(slot, file)
+    /// Those of [`Engine::register`] and [`CachedReads::register`].
+    pub(super) fn register(&mut self, cached_reads: &mut CachedReads, slot: FileSlot, file: &File) -> io::Result<()> {
+        self.engine.register(slot, file)?;
+        cached_reads.register(slot, file)
     }
 
     /// Removes the file in a slot from the engine. No operation uses the slot.

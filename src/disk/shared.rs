@@ -290,9 +290,9 @@ impl Disk {
     /// the image.
     pub fn close(&self) -> Result<()> {
         // No change begins from here on. A change that is in progress ends soon, since there are no lanes.
+        self.is_closed.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + CHANGE_TIMEOUT;
-        let was_closed = self.is_closed.swap(true, Ordering::SeqCst);
-        while !was_closed && self.is_changing.swap(true, Ordering::SeqCst) && Instant::now() < deadline {
+        while self.is_changing.load(Ordering::SeqCst) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
         let version = self.version();

@@ -85,9 +85,9 @@ impl ChangeTurn {
     /// `Busy` if another change of the disk is in progress, or the disk is closed.
     pub(super) fn take(disk: &Arc<Disk>) -> Result<ChangeTurn> {
         if disk.is_changing.swap(true, Ordering::SeqCst) {
-            let what = "another change of the disk is in progress, or the disk is being closed";
-            return Err(Error::new(ErrorKind::Busy, what));
+            return Err(Error::new(ErrorKind::Busy, "another change of the disk is in progress"));
         }
+        // The flag is checked after the turn is taken: `Disk::close` sets it, and then waits for the turn to end.
         let turn = ChangeTurn(disk.clone());
         if disk.is_closed.load(Ordering::SeqCst) {
             return Err(Error::new(ErrorKind::Busy, "the disk is closed"));

@@ -55,6 +55,17 @@ fn run_for_seconds(disk: &mut TestDisk) {
     }
 }
 
+/// Makes two lanes: the first one leads a commit that waits for space, and a flush of the second one waits for the commit
+/// after it. Returns the tag of that flush, too.
+fn stalled_commit(host: &SimHost) -> (TestDisk, TestDisk, u64) {
+    let (mut leader, mut other) = two_lanes_without_space(host);
+    leader.submit(Work::Flush);
+    run_for_seconds(&mut leader);
+    let waiting = other.submit(Work::Flush);
+    run_for_seconds(&mut other);
+    (leader, other, waiting)
+}
+
 /// Runs a lane until `thread` has ended. Returns the result of the thread.
 fn run_until_ended<T>(thread: JoinHandle<T>, disk: &mut TestDisk) -> T {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -134,11 +145,7 @@ fn a_queue_that_stops_fails_only_its_own_flushes() {
 #[test]
 fn a_queue_that_stops_hands_a_stalled_commit_over() {
     let host = SimHost::new(1);
-    let (mut leader, mut other) = two_lanes_without_space(&host);
-    leader.submit(Work::Flush);
-    run_for_seconds(&mut leader);
-    let waiting = other.submit(Work::Flush);
-    run_for_seconds(&mut other);
+    let (mut leader, mut other, waiting) = stalled_commit(&host);
     assert_eq!(stop(&mut leader), Outcome::Failed);
     run_for_seconds(&mut other);
     succeeds_with_space(&host, &mut other, waiting);
@@ -149,11 +156,7 @@ fn a_queue_that_stops_hands_a_stalled_commit_over() {
 #[test]
 fn a_stalled_commit_outlives_the_lane_that_led_it() {
     let host = SimHost::new(1);
-    let (mut leader, mut other) = two_lanes_without_space(&host);
-    leader.submit(Work::Flush);
-    run_for_seconds(&mut leader);
-    let waiting = other.submit(Work::Flush);
-    run_for_seconds(&mut other);
+    let (leader, mut other, waiting) = stalled_commit(&host);
     drop(leader);
     succeeds_with_space(&host, &mut other, waiting);
     other.close();

@@ -190,6 +190,16 @@ mod simulated {
         disk.submit(Work::Write { range: SectorRange::between(start, start + 1), from })
     }
 
+    /// Begins a change, and tries to take `steps` steps. The lane of the disk is polled after each.
+    fn begin_change(disk: &mut TestDisk, steps: u64) -> VersionChange {
+        let mut change = VersionChange::move_top(&disk.disk).expect("no other change");
+        for _ in 0..steps {
+            let _ = change.step().expect("a step");
+            disk.poll();
+        }
+        change
+    }
+
     /// Takes steps until the change is done, or until a step has waited for fifty polls of the lanes.
     fn advance(change: &mut VersionChange, disks: &mut [&mut TestDisk]) -> ChangeStep {
         let mut waits = 0;
@@ -255,11 +265,7 @@ mod simulated {
         let host = SimHost::new(4);
         let mut disk = disk(&host);
         for steps in 0..6 {
-            let mut change = VersionChange::move_top(&disk.disk).expect("no other change");
-            for _ in 0..steps {
-                let _ = change.step().expect("a step");
-                disk.poll();
-            }
+            let change = begin_change(&mut disk, steps);
             let written = submit_write(&mut disk, steps, 9);
             let flushed = disk.submit(Work::Flush);
             disk.poll();
@@ -274,11 +280,7 @@ mod simulated {
         let host = SimHost::new(5);
         let mut first = disk(&host);
         for steps in 0..6 {
-            let mut change = VersionChange::move_top(&first.disk).expect("no other change");
-            for _ in 0..steps {
-                let _ = change.step().expect("a step");
-                first.poll();
-            }
+            let mut change = begin_change(&mut first, steps);
             let mut second = TestDisk::new(first.disk.clone(), EngineKind::Auto);
             let tag = submit_write(&mut second, 5, steps as u8 + 1);
             assert_eq!(advance(&mut change, &mut [&mut first, &mut second]), ChangeStep::Done, "after {steps} steps");
