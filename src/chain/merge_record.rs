@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::file_stamp::FileStamp;
+use super::note_text::{append_checksum, verify_checksum};
 use super::paths::{percent_decode, percent_encode};
 use crate::storage::ModifiedTime;
 
@@ -103,19 +104,12 @@ impl MergeRecord {
         if self.abandoned {
             text.push_str("abandoned\n");
         }
-        let sum = checksum(&text);
-        writeln!(text, "sum {sum:016x}").expect("writing to a string cannot fail");
-        text
+        append_checksum(text)
     }
 
     /// Decodes the text of a record in `folder`; `None` if it is damaged.
     pub(super) fn decode(text: &str, folder: &Path) -> Option<MergeRecord> {
-        let end = text.strip_suffix('\n')?.rfind('\n')? + 1;
-        let (summed, last) = text.split_at(end);
-        if last.trim_end().strip_prefix("sum ")? != format!("{:016x}", checksum(summed)) {
-            return None;
-        }
-        let mut lines = summed.lines().filter(|line| !line.is_empty());
+        let mut lines = verify_checksum(text)?.lines().filter(|line| !line.is_empty());
         if lines.next()? != FORMAT_LINE {
             return None;
         }
@@ -157,9 +151,4 @@ fn decode_image_line(text: &str) -> Option<(Uuid, FileStamp, PathBuf)> {
     let (seconds, nanos) = words.next()?.split_once('.')?;
     let modified = ModifiedTime { seconds: seconds.parse().ok()?, nanos: nanos.parse().ok()? };
     Some((uuid, FileStamp { ino, len, modified }, percent_decode(words.next()?)?))
-}
-
-/// FNV-1a. It detects damage, not manipulation.
-fn checksum(text: &str) -> u64 {
-    text.bytes().fold(0xCBF2_9CE4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }

@@ -8,13 +8,11 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::merge_record::MergeRecord;
+use super::note_text::read_note;
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
 use crate::image::folder_of;
 use crate::storage::{Access, Env, Folder};
-
-/// Maximum size of a record in bytes: a chain has few layers, and a path at most 4096 bytes.
-const MAX_BYTES: u64 = 2 << 20;
 
 /// The result of a search for the record of an unfinished merge.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -98,10 +96,7 @@ impl MergeRecord {
 
     fn load(folder: &Folder, name: &OsStr) -> Result<MergeRecord> {
         let file = folder.open(name, Access::Read)?;
-        let len = file.stat()?.len;
-        let mut bytes = vec![0; usize::try_from(len.min(MAX_BYTES)).expect("2 MiB at most")];
-        file.read_at(&mut bytes, 0)?;
-        let read = std::str::from_utf8(&bytes).ok().and_then(|text| MergeRecord::decode(text, folder.path()));
+        let read = read_note(&file)?.and_then(|text| MergeRecord::decode(&text, folder.path()));
         read.filter(|record| child_uuid_in_name(name) == Some(record.layers[0].uuid)).ok_or_else(|| {
             let what =
                 "the record of a merge is damaged; `diffdisk merge CHILD --abandon` removes it if CHILD no longer exists";

@@ -25,6 +25,7 @@ mod masked_parent;
 mod merge_receiver;
 mod merge_record;
 mod merge_record_file;
+mod note_text;
 mod open;
 mod open_mode;
 mod parent_lookup;
