@@ -96,10 +96,24 @@ pub enum Mutant {
     // A mistake in the change of versions.
     /// A file slot is freed while operations of an older version use it.
     SlotFreedEarly,
+
+    // Mistakes in a snapshot of running disks (crash-safety 12).
+    /// The link to the kept name is not synced before the new child is renamed over the active image.
+    SnapshotKeptUnsynced,
+    /// The decision is recorded in the note without a sync of the folder.
+    SnapshotNoteUnsynced,
+    /// An unfinished snapshot is finished in every state.
+    SnapshotAlwaysForward,
+    /// The state "switched" counts also after a restart of the machine.
+    SnapshotSwitchedAfterBoot,
+    /// Notes of unfinished snapshots are not searched.
+    SnapshotIgnored,
+    /// Before the decision only the previous image of the opened disk is settled, not those of the other members.
+    SnapshotOnlyOwnSettled,
 }
 
 /// All mutants.
-pub const ALL: [Mutant; 42] = [
+pub const ALL: [Mutant; 48] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
     Mutant::NoLastSync,
@@ -142,6 +156,12 @@ pub const ALL: [Mutant; 42] = [
     Mutant::ToolIgnoresStamp,
     Mutant::SlotReplacesBits,
     Mutant::SlotFreedEarly,
+    Mutant::SnapshotKeptUnsynced,
+    Mutant::SnapshotNoteUnsynced,
+    Mutant::SnapshotAlwaysForward,
+    Mutant::SnapshotSwitchedAfterBoot,
+    Mutant::SnapshotIgnored,
+    Mutant::SnapshotOnlyOwnSettled,
 ];
 
 #[cfg(feature = "mutants")]

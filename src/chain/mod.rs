@@ -34,11 +34,15 @@ mod parents;
 mod paths;
 mod plan;
 mod resolve;
+mod resolve_snapshot;
 mod settle;
+mod snapshot_note;
+mod snapshot_note_file;
 #[cfg(test)]
 mod testing;
 mod top;
 mod unfinished_merge;
+mod unfinished_snapshot;
 mod version;
 mod warning;
 
@@ -57,7 +61,10 @@ pub use parents::{MAX_DEPTH, Policy};
 pub use paths::{absolute_path, relative_path};
 pub use plan::{Missing, PlanBuffer};
 pub use resolve::Load;
+pub use resolve_snapshot::resolve_snapshot;
 pub use settle::settle_parents;
+pub use snapshot_note::{SnapshotMember, SnapshotNote, SnapshotState};
 pub use top::Top;
 pub use unfinished_merge::{ImageChange, refuse_change, warn_of_unfinished_merges};
+pub use unfinished_snapshot::{UnfinishedSnapshot, refuse_unfinished_snapshot, unfinished_snapshot};
 pub use version::Version;

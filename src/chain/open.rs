@@ -10,6 +10,7 @@ use super::parent_time;
 use super::parents::{ParentSearch, Policy};
 use super::top::Top;
 use super::unfinished_merge::check_chain;
+use super::unfinished_snapshot::refuse_unfinished_snapshot;
 use super::version::Version;
 use crate::error::{Error, Result};
 use crate::format::{Defect, DiskType, Severity};
@@ -44,6 +45,8 @@ impl Chain {
     ///   daemon was killed or runs on another machine
     /// - `Refused`, except in mode `Inspect`, if an unfinished merge has partly overwritten an image, and the chain
     ///   does not contain the image CHILD of that merge, which hides the overwritten sectors
+    /// - `Refused`, except in mode `Inspect`, if the newest writes may be in another image because of an unfinished
+    ///   snapshot, or if the image is needed to finish the snapshot; `Invalid` if the note of the snapshot is damaged
     pub fn open(env: &dyn Env, path: &Path, policy: &Policy, mode: OpenMode) -> Result<Chain> {
         let access = if mode == OpenMode::Write { Access::Write } else { Access::Read };
         let file = env.open(path, access)?;
@@ -96,6 +99,7 @@ impl Chain {
     ) -> Result<(Chain, Option<Error>)> {
         let mut search = ParentSearch::new(env, youngest.file(), policy, mode)?;
         search.visit(&youngest)?;
+        refuse_unfinished_snapshot(env, &youngest, mode)?;
         // In mode `Write`, the live journal of the youngest image is replayed when the image is made writable. Parents
         // are checked below in every mode except `Inspect`.
         if matches!(mode, OpenMode::Read | OpenMode::Salvage) {

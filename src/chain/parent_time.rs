@@ -9,7 +9,8 @@ use super::warning;
 use crate::error::Result;
 use crate::format::Defect;
 use crate::format::footer::{time_from_unix, time_to_unix};
-use crate::image::Image;
+use crate::image::{Image, SavedMtime};
+use crate::storage::File;
 
 /// Returns [`Defect::ParentChanged`] if the file of `parent` is newer than `child` records.
 ///
@@ -19,6 +20,20 @@ pub(super) fn changed(child: &Image, parent: &Image) -> Result<Option<Defect>> {
     let recorded = child.header().map_or(0, |header| header.parent_timestamp);
     let found = time_from_unix(u64::try_from(parent.file().stat()?.modified).unwrap_or(0));
     Ok((recorded != 0 && found > recorded).then_some(Defect::ParentChanged { recorded, found }))
+}
+
+/// Sets the modification time of `parent`, open for writing and locked exclusively, back to the time that `child`
+/// records, durably, unless it is not later. The caller has changed the file, but not what `child` reads from it.
+///
+/// # Errors
+/// `Io`.
+pub(super) fn restore(child: &Image, parent: &File) -> Result<()> {
+    let recorded = child.header().map_or(0, |header| header.parent_timestamp);
+    let time = i64::try_from(time_to_unix(recorded)).expect("32 bits");
+    if recorded == 0 || parent.stat()?.modified <= time {
+        return Ok(());
+    }
+    SavedMtime::at(parent, time).restore_and_sync()
 }
 
 /// Logs a warning that a parent was written to. `defect` is the result of [`changed`].

@@ -27,6 +27,7 @@ use uuid::Uuid;
 use super::merge_receiver::receiver_mark;
 use super::merge_record::{Copied, MergeRecord};
 use super::open_mode::OpenMode;
+use super::unfinished_snapshot::refuse_unfinished_snapshot;
 use super::warning;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{Image, folder_of};
@@ -156,11 +157,12 @@ pub fn warn_of_unfinished_merges(env: &dyn Env, image: &Image) -> Result<()> {
     check_chain(env, &[image], &[], None, OpenMode::Inspect).map(drop)
 }
 
-/// Refuses a change of an image after which an unfinished merge could be neither finished nor abandoned. The merge of
-/// `own` does not count.
+/// Refuses a change of an image after which an unfinished merge could be neither finished nor abandoned, or an
+/// unfinished snapshot neither finished nor undone. The merge of `own` does not count.
 ///
 /// # Errors
-/// - `Refused`, with the command that finishes the merge
+/// - `Refused`, with the command that finishes the merge or snapshot
+/// - `Invalid` if the note of an unfinished snapshot is damaged
 /// - `Io`
 pub fn refuse_change(
     env: &dyn Env,
@@ -169,6 +171,9 @@ pub fn refuse_change(
     allowed: &[PathBuf],
     own: Option<Uuid>,
 ) -> Result<()> {
+    if change != ImageChange::Child {
+        refuse_unfinished_snapshot(env, image, OpenMode::Write)?;
+    }
     let records = records_near(env, &[image], allowed)?;
     let refuse = |merge: &UnfinishedMerge, what: &str| {
         let give_up = if merge.is_abandoned() || merge.is_complete() { "" } else { ", or abandon it with --abandon" };

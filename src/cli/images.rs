@@ -101,6 +101,9 @@ fn info(args: &InfoArgs, common: &CommonArgs) -> Result<Exit> {
     for damage in &info.damage {
         log::warn!("{}: {damage}; run `diffdisk check`", args.path.display());
     }
+    if let Some(snapshot) = &info.unfinished_snapshot {
+        log::warn!("{}: {}", args.path.display(), snapshot.description);
+    }
     print_to_stdout(|out| if args.json { print::json(out, &info) } else { print::info(out, &info) })?;
     if let Some(short) = info.space_shortage() {
         let (left, more) = (human_size(short.available), human_size(short.needed));

@@ -72,6 +72,10 @@ pub(super) fn info(out: &mut dyn Write, info: &info::ImageInfo) -> Result<()> {
     for damage in &info.damage {
         field("damage", damage)?;
     }
+    if let Some(snapshot) = &info.unfinished_snapshot {
+        let kept = snapshot.kept.as_ref().map_or(String::new(), |kept| format!(", kept as {kept}"));
+        field("snapshot", &format!("unfinished: {}{kept}", snapshot.state))?;
+    }
     let Some(chain) = &info.chain else { return Ok(()) };
     writeln!(out, "chain:")?;
     tree(out, chain)

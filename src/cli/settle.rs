@@ -53,6 +53,6 @@ pub(super) fn discard(verb: &Verb, common: &CommonArgs) -> Result<()> {
 pub(super) fn settle(args: &SettleArgs, common: &CommonArgs) -> Result<Exit> {
     let runtime = runtime_dir::existing_folders(common.runtime_dir.as_deref())?;
     let settled = ops::settle::settle(&Host, &args.path, &runtime)?;
-    let result = if settled { "settled: live journal replayed" } else { "nothing to settle" };
+    let result = if settled { "settled" } else { "nothing to settle" };
     print_outcome(common, &format!("{}: {result}", args.path.display()))
 }

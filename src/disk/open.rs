@@ -5,7 +5,9 @@ use std::sync::Arc;
 use super::file_table::FileTable;
 use super::options::DiskOptions;
 use super::shared::Disk;
-use crate::chain::{Chain, ImageChange, OpenMode, Policy, refuse_change, refuse_if_parent, settle_parents};
+use crate::chain::{
+    Chain, ImageChange, OpenMode, Policy, refuse_change, refuse_if_parent, resolve_snapshot, settle_parents,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image;
 use crate::storage::Env;
@@ -17,6 +19,8 @@ impl Disk {
     /// - `Busy` if another process holds a conflicting lock on a file of the chain.
     /// - `Refused` if the disk is writable, and an unfinished merge forbids changes, or other images have the top as
     ///   their parent and `allow_writable_parent` is not set.
+    /// - `Refused` if an unfinished snapshot of the disk can be neither finished nor undone without a loss of
+    ///   acknowledged writes.
     /// - `Unsupported` if the serial is longer than 20 bytes.
     /// - Any error of a file of the chain, with its path and offset.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
@@ -25,6 +29,9 @@ impl Disk {
         // open replays the journal, also that of a parent.
         let runtime = options.keep.folders().to_vec();
         let policy = Policy { allowed: options.allow_parents.clone(), runtime, ..Policy::default() };
+        if how == OpenMode::Write {
+            resolve_snapshot(&*env, &options.path, &policy.runtime, options.discard_journal)?;
+        }
         if options.discard_journal {
             image::discard_session(&*env, &policy.runtime, &options.path)?;
         }

@@ -59,11 +59,13 @@ pub use offline::offline_image::Offline;
 pub use offline::reparent::{self, check_reparent, is_reparent_finished, open_reconciled, reparent};
 pub use offline::resize::ExposedSectors;
 pub use open::Image;
-pub use session_state::{SessionState, refuse_if_file_is_live, refuse_if_live};
+pub use session_state::{
+    SessionState, refuse_if_file_is_live, refuse_if_live, refuse_if_on_other_machine, refuse_unless_replayable,
+};
 pub use sparse_array::SparseArray;
 pub use write::allocation::Allocation;
 pub use write::commit::Commit;
-pub use write::discard_session::discard_session;
+pub use write::discard_session::{discard_session, remove_journal_of};
 pub use write::durability::Durability;
 pub use write::gauges::WritableGauges;
 pub use write::growth::Growth;

@@ -31,11 +31,18 @@ impl SavedMtime {
         Ok(SavedMtime { file: file.clone(), before: file.stat()?.last_change() })
     }
 
-    /// Restores the time, durably, after an operation that preserved the disk's contents.
+    /// Returns the time `seconds` (Unix) of `file` as if it had been saved. `file` is open for writing and locked
+    /// exclusively.
+    pub fn at(file: &File, seconds: i64) -> SavedMtime {
+        SavedMtime { file: file.clone(), before: ModifiedTime { seconds, nanos: 0 } }
+    }
+
+    /// Restores the time, durably, after an operation that preserved the disk's contents. If this process may not set
+    /// the time, the file keeps the time that it has now.
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn restore_and_sync(&self) -> Result<()> {
+    pub fn restore_and_sync(&self) -> Result<()> {
         if self.restore()? { self.file.sync_all() } else { Ok(()) }
     }
 

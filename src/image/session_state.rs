@@ -79,6 +79,41 @@ pub fn refuse_if_file_is_live(env: &dyn Env, folders: &[RuntimeFolder], file: &F
     Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_live(env, folders, &image))
 }
 
+/// Refuses an image with a session that cannot be replayed here: its journal is in none of `folders`, or the session
+/// belongs to another machine. The message suggests a command for the image at `path`.
+///
+/// # Errors
+/// - `Refused`, with the command or the option that ends the session
+/// - `Io`
+pub fn refuse_unless_replayable(env: &dyn Env, folders: &[RuntimeFolder], image: &Image, path: &Path) -> Result<()> {
+    match SessionState::of(env, image)? {
+        SessionState::Closed => Ok(()),
+        SessionState::Open(stamp) => match folder_with_journal(folders, &stamp) {
+            Some(_) => Ok(()),
+            None => Err(live_session_error(&stamp, &env.origin()?, folders, path)),
+        },
+        SessionState::OnOtherMachine(stamp) => Err(other_machine_error(&stamp, path)),
+    }
+}
+
+/// Refuses an image whose session belongs to another machine.
+///
+/// # Errors
+/// - `Refused`, with the option that ends the session
+/// - `Io`
+pub fn refuse_if_on_other_machine(env: &dyn Env, image: &Image) -> Result<()> {
+    match SessionState::of(env, image)? {
+        SessionState::OnOtherMachine(stamp) => Err(other_machine_error(&stamp, image.file().path())),
+        SessionState::Closed | SessionState::Open(_) => Ok(()),
+    }
+}
+
+/// Returns the folder that has the journal of a session.
+fn folder_with_journal<'a>(folders: &'a [RuntimeFolder], stamp: &SessionStamp) -> Option<&'a RuntimeFolder> {
+    let name = journal_name(stamp.session);
+    folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)))
+}
+
 /// Returns the file name of a session's journal.
 pub(super) fn journal_name(session: Uuid) -> String {
     format!("{}.live", session.simple())
@@ -87,7 +122,7 @@ pub(super) fn journal_name(session: Uuid) -> String {
 /// Makes the error for an image whose daemon runs or was killed on this machine.
 pub(super) fn live_session_error(stamp: &SessionStamp, here: &Origin, folders: &[RuntimeFolder], path: &Path) -> Error {
     let name = journal_name(stamp.session);
-    let ours = folders.iter().find(|folder| folder.list().is_ok_and(|names| names.contains(&name)));
+    let ours = folder_with_journal(folders, stamp);
     let settle = format!("diffdisk settle {}", shell_quoted(&path.display().to_string()));
     let what = if let Some(ours) = ours {
         format!(

@@ -139,6 +139,7 @@ pub fn repair(
     take: Option<FooterChoice>,
     progress: &mut Progress<'_>,
 ) -> Result<CheckReport> {
+    chain::resolve_snapshot(env, path, runtime, false)?;
     let before = chain::check(env, env.open(path, Access::Read)?, parents, runtime, progress)?;
     let allowed = parents.map_or(&[][..], |policy| &policy.allowed);
     let mut repaired = Vec::new();
@@ -178,6 +179,7 @@ pub fn repair(
 /// - `Busy` if another process holds a lock on one of the two files
 /// - `NotFound`, `NoSpace`, `Io`
 pub fn undo(env: &dyn Env, path: &Path, undo: &Path, runtime: &[RuntimeFolder]) -> Result<()> {
+    chain::resolve_snapshot(env, path, runtime, false)?;
     let file = env.open(path, Access::Write)?;
     file.lock(Lock::Exclusive)?;
     refuse_if_file_is_live(env, runtime, &file)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::chain::{Chain, OpenMode, Policy, warn_of_unfinished_merges};
+use crate::chain::{Chain, OpenMode, Policy, unfinished_snapshot, warn_of_unfinished_merges};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::footer::time_to_unix;
 use crate::format::locator::{decode_texts, header_name};
@@ -59,6 +59,9 @@ pub struct ImageInfo {
     /// Defects that were found, as sentences. `check` looks for more.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub damage: Vec<String>,
+    /// The snapshot of the disk that was begun and is not finished. A daemon may be taking it now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unfinished_snapshot: Option<SnapshotInfo>,
     /// This image and its parents, if the chain was requested.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chain: Option<Vec<ImageInfo>>,
@@ -133,6 +136,19 @@ impl InUse {
             LockHolder::Hidden => InUse { pid: None, since: None, program: None },
         }
     }
+}
+
+/// An unfinished snapshot of a disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct SnapshotInfo {
+    /// `begun`, `switched`, `decided`; `unknown` if the note of the snapshot is damaged, or if the first disk of the
+    /// snapshot was not found.
+    pub state: &'static str,
+    /// Path that the previous active image keeps. `None` if the note is damaged.
+    pub kept: Option<String>,
+    /// A sentence that describes the snapshot.
+    #[serde(skip)]
+    pub description: String,
 }
 
 /// The parent that a child records.
@@ -251,6 +267,7 @@ fn describe(env: &dyn Env, image: &Image, resolved: Option<&Image>) -> Result<Im
         creator_app: tag_text(footer.creator),
         creator_host: tag_text(footer.creator_host),
         parent,
+        unfinished_snapshot: snapshot_info(env, image)?,
         damage: image.notes().iter().filter(|defect| defect.severity() > Severity::Note).map(describe_defect).collect(),
         chain: None,
         host_space: image.file().file_system_space().ok(),
@@ -263,6 +280,23 @@ fn session_info(env: &dyn Env, image: &Image) -> Result<Option<SessionInfo>> {
     let (host, user, folder) =
         (escape_for_display(&stamp.host), escape_for_display(&stamp.user), escape_for_display(&stamp.folder));
     Ok(Some(SessionInfo { open, host, user, folder }))
+}
+
+fn snapshot_info(env: &dyn Env, image: &Image) -> Result<Option<SnapshotInfo>> {
+    let found = match unfinished_snapshot(env, image) {
+        Err(e) if e.kind() == ErrorKind::Invalid => {
+            return Ok(Some(SnapshotInfo { state: "unknown", kept: None, description: e.line() }));
+        }
+        found => found?,
+    };
+    Ok(found.map(|found| {
+        let (active, kept, state) = (found.active.display(), found.kept.display().to_string(), found.state);
+        let description = format!(
+            "a snapshot of {active} as {kept} is not finished ({state}); if no daemon is taking it, run `diffdisk settle \
+             {active}`"
+        );
+        SnapshotInfo { state, kept: Some(kept), description }
+    }))
 }
 
 /// Formats a defect, with a prefix if the defect makes the image read-only.

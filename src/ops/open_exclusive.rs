@@ -1,9 +1,9 @@
 //! Opening an image for a verb that changes the image, under an exclusive lock. Opening is refused if a live journal
-//! has writes that the file lacks.
+//! has writes that the file lacks. An unfinished snapshot of the disk is finished or undone first.
 
 use std::path::Path;
 
-use crate::chain::{Chain, ImageChange, OpenMode, Policy, refuse_change};
+use crate::chain::{Chain, ImageChange, OpenMode, Policy, refuse_change, resolve_snapshot};
 use crate::error::Result;
 use crate::image::{Image, SavedMtime, open_reconciled, refuse_if_file_is_live};
 use crate::storage::{Access, Env, Lock};
@@ -13,7 +13,7 @@ use crate::storage::{Access, Env, Lock};
 /// # Errors
 /// - `Busy` if another process holds a conflicting lock on a file of the chain
 /// - `Refused` if a live journal has writes that the image lacks, if the image must not be written, or if an unfinished
-///   merge forbids the change
+///   merge or snapshot forbids the change
 /// - `Invalid`, `Refused`, `Unsupported`, `NotFound`, `Io` for a file of the chain
 pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Chain> {
     Chain::from_image(env, image(env, path, change, policy)?, policy, OpenMode::Write)
@@ -24,9 +24,10 @@ pub(super) fn chain(env: &dyn Env, path: &Path, change: ImageChange, policy: &Po
 /// # Errors
 /// - `Busy` if another process holds a conflicting lock on the file
 /// - `Refused` if a live journal has writes that the image lacks, if the image must not be written, or if an unfinished
-///   merge forbids the change
+///   merge or snapshot forbids the change
 /// - `Invalid`, `Unsupported`, `NotFound`, `Io`
 pub(super) fn image(env: &dyn Env, path: &Path, change: ImageChange, policy: &Policy) -> Result<Image> {
+    resolve_snapshot(env, path, &policy.runtime, false)?;
     // Symbolic links are resolved, because a relative path to the parent starts at the folder that contains the link's
     // target.
     let file = env.open(&env.canonical(path)?, Access::Write)?;

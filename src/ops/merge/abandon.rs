@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use super::resume::{check_same_merge, uuid_at};
 use crate::chain::{
     Chain, Copied, ExistingRecord, FileStamp, MergeRecord, MergedLayer, OpenMode, Policy, mark_receiver, receiver_mark,
-    relative_path, unmark_receiver,
+    relative_path, resolve_snapshot, unmark_receiver,
 };
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::failpoint;
@@ -46,6 +46,7 @@ pub enum Abandoned {
 /// - `Io`, `NoSpace`; the same call may be repeated
 pub fn abandon(env: &dyn Env, child: &Path, into: Option<&Path>, policy: &Policy) -> Result<Abandoned> {
     let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
+    resolve_snapshot(env, child, &policy.runtime, false)?;
     let present = uuid_at(env, child)?;
     let record = match MergeRecord::find(env, child, present) {
         Ok(ExistingRecord::Record(record)) => *record,

@@ -6,7 +6,7 @@ use super::plan::{MergePlan, plan_merge};
 use super::resume::{check_same_merge, is_copy_complete, resume_from, uuid_at};
 use crate::chain::{
     Chain, Copied, ExistingRecord, FileStamp, MergeRecord, OpenMode, Policy, mark_receiver, receiver_mark,
-    record_child, relative_path, unmark_receiver,
+    record_child, relative_path, resolve_snapshot, unmark_receiver,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
@@ -81,6 +81,7 @@ impl<'a> PreparedMerge<'a> {
     ) -> Result<PreparedMerge<'a>> {
         // If `child` is a symbolic link, its target is merged and removed.
         let child = &env.canonical(child).unwrap_or_else(|_| child.to_path_buf());
+        resolve_snapshot(env, child, &policy.runtime, false)?;
         let present = uuid_at(env, child)?;
         let earlier = MergeRecord::find(env, child, present)?;
         let mut policy = policy.clone();
