@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Subcommand, ValueEnum};
 
+use super::ctl_snapshot_args::SnapshotArgs;
+
 #[derive(Group, Debug)]
 pub(super) struct CtlArgs {
     /// The control socket of the daemon [default: $DIFFDISK_CONTROL, or the only socket *.control in the runtime folder
@@ -36,9 +38,23 @@ pub(super) enum CtlVerb {
         #[arg(long, value_enum)]
         format: Option<StatsFormatArg>,
     },
+    /// Keep the present contents of disks, at one moment, while their guests continue
+    ///
+    /// The contents of each disk are kept in an image with a new name. The disk's own path then leads to a new child of
+    /// that image, which takes the guest's writes. Each disk is followed by its own --keep-as, or one --keep-as serves
+    /// for all disks:
+    ///
+    ///     diffdisk ctl snapshot vda --keep-as monday.vhd
+    ///     diffdisk ctl snapshot vda --keep-as vda-1.vhd vdb --keep-as vdb-1.vhd
+    ///     diffdisk ctl snapshot vda vdb --keep-as '{name}-{time}.vhd'
+    ///
+    /// Prints where the contents are kept, and how long writes and flushes waited. The command waits until the snapshot
+    /// has ended. If the command is interrupted, the daemon still takes the snapshot.
+    #[command(verbatim_doc_comment)]
+    Snapshot(SnapshotArgs),
     /// Print events of the disks until the daemon ends
     Watch {
-        /// Kinds of events: front_end, disk_full, room_again, poisoned [default: all]
+        /// Kinds of events: front_end, disk_full, room_again, poisoned, snapshot [default: all]
         #[arg(value_name = "EVENT")]
         events: Vec<String>,
     },

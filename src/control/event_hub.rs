@@ -32,13 +32,8 @@ pub(super) enum EventKind {
 }
 
 impl EventKind {
-    pub(super) const ALL: [EventKind; 5] = [
-        EventKind::FrontEnd,
-        EventKind::DiskFull,
-        EventKind::RoomAgain,
-        EventKind::Poisoned,
-        EventKind::Snapshot,
-    ];
+    pub(super) const ALL: [EventKind; 5] =
+        [EventKind::FrontEnd, EventKind::DiskFull, EventKind::RoomAgain, EventKind::Poisoned, EventKind::Snapshot];
 
     fn of(event: &DiskEvent) -> EventKind {
         match event {
