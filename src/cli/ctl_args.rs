@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Subcommand, ValueEnum};
 
-use super::ctl_snapshot_args::SnapshotArgs;
+use super::ctl_snapshot_args::{EXAMPLES, SnapshotArgs};
 
 #[derive(Group, Debug)]
 pub(super) struct CtlArgs {
@@ -42,15 +42,11 @@ pub(super) enum CtlVerb {
     ///
     /// The contents of each disk are kept in an image with a new name. The disk's own path then leads to a new child of
     /// that image, which takes the guest's writes. Each disk is followed by its own --keep-as, or one --keep-as serves
-    /// for all disks:
-    ///
-    ///     diffdisk ctl snapshot vda --keep-as monday.vhd
-    ///     diffdisk ctl snapshot vda --keep-as vda-1.vhd vdb --keep-as vdb-1.vhd
-    ///     diffdisk ctl snapshot vda vdb --keep-as '{name}-{time}.vhd'
+    /// for all disks.
     ///
     /// Prints where the contents are kept, and how long writes and flushes waited. The command waits until the snapshot
     /// has ended. If the command is interrupted, the daemon still takes the snapshot.
-    #[command(verbatim_doc_comment)]
+    #[command(after_help = EXAMPLES)]
     Snapshot(SnapshotArgs),
     /// Print events of the disks until the daemon ends
     Watch {

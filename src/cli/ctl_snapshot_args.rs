@@ -13,6 +13,13 @@ pub(super) struct SnapshotArgs {
     pub(super) disks: Vec<(String, String)>,
 }
 
+/// Examples for the help.
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  diffdisk ctl snapshot vda --keep-as monday.vhd
+  diffdisk ctl snapshot vda --keep-as vda-1.vhd vdb --keep-as vdb-1.vhd
+  diffdisk ctl snapshot vda vdb --keep-as '{name}-{time}.vhd'";
+
 /// Ids of the arguments.
 const DISK: &str = "disk";
 const KEEP_AS: &str = "keep_as";
@@ -54,7 +61,7 @@ impl FromArgMatches for SnapshotArgs {
         let mut words = [words(DISK, SnapshotWord::Disk), words(KEEP_AS, SnapshotWord::KeepAs)].concat();
         words.sort_by_key(|(index, _)| *index);
         let disks = pair(words.into_iter().map(|(_, word)| word));
-        disks.map(|disks| SnapshotArgs { disks }).map_err(|why| Error::raw(ErrorKind::WrongNumberOfValues, why + "\n"))
+        disks.map(|disks| SnapshotArgs { disks }).map_err(|why| Error::raw(ErrorKind::WrongNumberOfValues, why))
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), Error> {
