@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 use super::context::ControlContext;
 use super::event_hub::micros;
 use super::keep_as;
-use super::methods::Outcome;
 use super::registry::{DiskRegistry, ServedDisk};
 use super::rpc_error::RpcError;
 use super::schema::{array, integer, object, text};
@@ -42,7 +41,7 @@ struct DiskToKeep {
 /// - `Invalid` if there are no disks, a disk or a path is given twice, or a path is malformed
 /// - `NotFound` if a disk or the folder of a path does not exist
 /// - the errors of [`disk::snapshot`]
-pub(super) fn take(context: &ControlContext, params: SnapshotParams) -> Outcome {
+pub(super) fn take(context: &ControlContext, params: SnapshotParams) -> Result<Value, RpcError> {
     let taken = requests(&context.disks, params).and_then(|requests| Ok(disk::snapshot(&requests)?));
     match taken {
         Ok(report) => {
