@@ -1,12 +1,15 @@
 //! Events of a served disk, and the reporter by which all floors report them.
 //!
-//! An event is reported where it happens: by `image`, `disk` or `vhost`. Only `control` receives events. The reporter
+//! An event is reported where it happens: by `image`, `disk`, `vhost`, or a method of `control`. Only `control` receives events. The reporter
 //! is a function that `control` makes and [`DiskOptions`](crate::disk::DiskOptions) carries down, so no floor imports a
 //! higher one.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
+
+use uuid::Uuid;
 
 /// A change in the state of a served disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,6 +39,15 @@ pub enum DiskEvent {
         path: PathBuf,
         /// The failure.
         reason: String,
+    },
+    /// A snapshot kept the contents of the disk. The guest's writes go to a new image.
+    Snapshot {
+        /// The image with the kept contents.
+        kept: PathBuf,
+        /// UUID of this image.
+        uuid: Uuid,
+        /// Time for which writes waited.
+        pause: Duration,
     },
 }
 

@@ -181,7 +181,8 @@
 //! | method, RPC call | an operation of the protocol; a client's request to carry it out |
 //! | notification | a message without an answer: an RPC call without an id, or an event |
 //! | server thread | the thread that serves all clients |
-//! | slow call | an RPC call that may wait for a file system, so a second thread carries it out |
+//! | slow call | an RPC call that may wait for a file system or changes disks, so another thread carries it out |
+//! | snapshot, kept image | keeping the contents of a running disk under a new name; the image with these contents |
 //! | outbox | what a client has not read yet: answers and events |
 //! | subscription | the kinds of events that a client receives |
 //! | registry | the disks of the daemon, by name |

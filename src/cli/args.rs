@@ -100,7 +100,7 @@ pub(super) enum Verb {
     Resize(ResizeArgs),
     /// Replay the live journal of a killed daemon into its image, without serving the image
     Settle(SettleArgs),
-    /// Ask a running daemon about its disks, watch its events, or end it
+    /// Ask a running daemon about its disks, take snapshots, watch its events, or end it
     Ctl(CtlArgs),
 }
 

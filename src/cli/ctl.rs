@@ -27,6 +27,7 @@ pub(super) fn run(args: &CtlArgs, common: &CommonArgs) -> (&'static str, Result<
         CtlVerb::Disks => ("ctl disks", "disks"),
         CtlVerb::Disk { .. } => ("ctl disk", "disk"),
         CtlVerb::Stats { .. } => ("ctl stats", "stats"),
+        CtlVerb::Snapshot(_) => ("ctl snapshot", "snapshot"),
         CtlVerb::Watch { .. } => ("ctl watch", "watch"),
         CtlVerb::Schema => ("ctl schema", "schema"),
         CtlVerb::Shutdown { .. } => ("ctl shutdown", "shutdown"),
@@ -36,8 +37,12 @@ pub(super) fn run(args: &CtlArgs, common: &CommonArgs) -> (&'static str, Result<
 
 fn call(args: &CtlArgs, method: &str, common: &CommonArgs) -> Result<Exit> {
     let mut daemon = connect(args.control.as_deref(), std::env::var_os(VARIABLE), common)?;
+    if let CtlVerb::Snapshot(_) = &args.verb {
+        daemon.remove_time_limit()?;
+    }
     let result = daemon.call(method, &params(&args.verb))?;
     match &args.verb {
+        CtlVerb::Snapshot(_) if !args.json => return print_outcome(common, &ctl_print::snapshot(&result)),
         CtlVerb::Watch { .. } => return print_events(&mut daemon, args.json),
         CtlVerb::Shutdown { .. } => {
             let mut last = None;
@@ -75,6 +80,10 @@ fn params(verb: &CtlVerb) -> Value {
             add("disk", disk.as_ref().map(|disk| json!(disk)));
             let is_prometheus = *format == Some(StatsFormatArg::Prometheus);
             add("format", Some(json!(if is_prometheus { "prometheus" } else { "json" })));
+        }
+        CtlVerb::Snapshot(args) => {
+            let disk = |(disk, keep_as): &(String, String)| json!({"disk": disk, "keep_as": keep_as});
+            add("disks", Some(args.disks.iter().map(disk).collect()));
         }
         CtlVerb::Watch { events } => add("events", (!events.is_empty()).then(|| json!(events))),
         CtlVerb::Shutdown { timeout_s } => add("timeout_s", timeout_s.map(|seconds| json!(seconds))),

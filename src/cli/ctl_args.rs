@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args as Group, Subcommand, ValueEnum};
 
+use super::ctl_snapshot_args::{EXAMPLES, SnapshotArgs};
+
 #[derive(Group, Debug)]
 pub(super) struct CtlArgs {
     /// The control socket of the daemon [default: $DIFFDISK_CONTROL, or the only socket *.control in the runtime folder
@@ -36,9 +38,19 @@ pub(super) enum CtlVerb {
         #[arg(long, value_enum)]
         format: Option<StatsFormatArg>,
     },
+    /// Keep the present contents of disks, at one moment, while their guests continue
+    ///
+    /// The contents of each disk are kept in an image with a new name. The disk's own path then leads to a new child of
+    /// that image, which takes the guest's writes. Each disk is followed by its own --keep-as, or one --keep-as serves
+    /// for all disks.
+    ///
+    /// Prints where the contents are kept, and how long writes and flushes waited. The command waits until the snapshot
+    /// has ended. If the command is interrupted, the daemon still takes the snapshot.
+    #[command(after_help = EXAMPLES)]
+    Snapshot(SnapshotArgs),
     /// Print events of the disks until the daemon ends
     Watch {
-        /// Kinds of events: front_end, disk_full, room_again, poisoned [default: all]
+        /// Kinds of events: front_end, disk_full, room_again, poisoned, snapshot [default: all]
         #[arg(value_name = "EVENT")]
         events: Vec<String>,
     },

@@ -60,6 +60,21 @@ pub(super) fn text(out: &mut dyn Write, result: &Value) -> Result<()> {
     lines.into_iter().try_for_each(|line| writeln!(out, "{}", escape_controls(line)))
 }
 
+/// Returns the result of `snapshot` as one line.
+pub(super) fn snapshot(result: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let kept = |member: &Value| format!("of {} kept as {}", text(&member["disk"]), text(&member["kept"]));
+    let members: Vec<String> = result["members"].as_array().into_iter().flatten().map(kept).collect();
+    let (pause, flush) = (milliseconds(&result["pause_us"]), milliseconds(&result["held_flush_us"]));
+    format!("snapshot {}; writes waited {pause}, flushes at most {flush}", members.join(", "))
+}
+
+/// Formats a number of microseconds in milliseconds, rounded up to a tenth.
+fn milliseconds(micros: &Value) -> String {
+    let tenths = |micros: u64| micros.div_ceil(100);
+    micros.as_u64().map(tenths).map_or_else(|| "-".into(), |tenths| format!("{}.{} ms", tenths / 10, tenths % 10))
+}
+
 /// Prints an event on one line: its time, kind and disk, then its other members.
 pub(super) fn event(out: &mut dyn Write, event: &Value) -> Result<()> {
     write!(out, "{} {}", plain(&event["time"]), plain(&event["kind"]))?;
@@ -126,6 +141,17 @@ mod tests {
             json!({"seq": 3, "time": "T", "kind": "front_end", "disk": "a\n", "connected": true, "pid": null});
         assert_eq!(printed(|out| event(out, &front_end)), "T front_end a\\n connected=true\n");
         assert_eq!(printed(|out| event(out, &json!({"time": "T", "kind": "lost", "lost": 7}))), "T lost lost=7\n");
+    }
+
+    #[test]
+    fn a_snapshot_is_one_line() {
+        let of = |disk: &str| json!({"disk": disk, "kept": format!("/x/{disk}.vhd"), "uuid": "7"});
+        let mut result = json!({"pause_us": 312, "held_flush_us": 13_100, "members": [of("a")]});
+        let line = "snapshot of a kept as /x/a.vhd; writes waited 0.4 ms, flushes at most 13.1 ms";
+        assert_eq!(snapshot(&result), line);
+        result["members"] = json!([of("a"), of("b")]);
+        assert!(snapshot(&result).starts_with("snapshot of a kept as /x/a.vhd, of b kept as /x/b.vhd; writes"));
+        assert_eq!(snapshot(&json!({})), "snapshot ; writes waited -, flushes at most -");
     }
 
     #[test]

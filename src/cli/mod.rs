@@ -7,7 +7,7 @@
 //!   diffdisk    tool ──> images, settle ──> ops
 //!                │         │  └───────────> progress   a progress bar on a terminal
 //!               args       ├──────────────> output     text by print: for people, or JSON
-//!                          └─ ctl ──> control          the verb `ctl` (ctl_args, ctl_print, ctl_stats)
+//!                          └─ ctl ──> control          the verb `ctl` (ctl_args, ctl_print, ...)
 //!   diffdiskd   serve ──> start ──> vhost
 //!                │  ├───> handover       sockets of the starting process (inherited_fd, systemd)
 //!                │  └───> serve_control  the control socket
@@ -19,6 +19,7 @@ mod args;
 mod ctl;
 mod ctl_args;
 mod ctl_print;
+mod ctl_snapshot_args;
 mod ctl_stats;
 mod disk_args;
 mod exit;

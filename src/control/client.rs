@@ -207,7 +207,7 @@ impl Client {
         self.finish_message(number);
     }
 
-    /// Carries out a request, or passes it to the thread for slow calls.
+    /// Carries out a request, or passes it to a thread for slow calls.
     fn call(
         &mut self,
         mut call: RpcCall,
@@ -240,9 +240,13 @@ impl Client {
                     }
                     outcome
                 }
-                Run::Apart(run) => {
+                Run::Apart(run) | Run::Change(run) => {
                     let origin = CallOrigin { client: self.number, message, id: call.id.clone() };
-                    match slow.submit(origin, run, params) {
+                    let started = match method.run {
+                        Run::Change(_) => slow.start_change(origin, run, params),
+                        _ => slow.submit(origin, run, params),
+                    };
+                    match started {
                         Ok(()) => {
                             open.pending += 1;
                             return;

@@ -48,7 +48,8 @@ impl ControlConnection {
     ///
     /// # Errors
     /// - the error of the answer
-    /// - `Io` if the connection fails, the daemon ends, or nothing arrives for 30 seconds (no limit after `next_event`)
+    /// - `Io` if the connection fails, the daemon ends, or nothing arrives for 30 seconds (no limit after
+    ///   `remove_time_limit`)
     /// - `Invalid` if the answer is malformed
     pub fn call(&mut self, method: &str, params: &Value) -> Result<Value> {
         self.last_id += 1;
@@ -80,14 +81,22 @@ impl ControlConnection {
         }
     }
 
-    /// Waits without a time limit for the next event and returns its members. Returns `None` when the daemon
-    /// has closed the connection.
+    /// Removes the time limit of the connection, for calls that may take long.
+    ///
+    /// # Errors
+    /// `Io`
+    pub fn remove_time_limit(&mut self) -> Result<()> {
+        self.socket.get_ref().set_read_timeout(None).map_err(|e| self.failed(e))
+    }
+
+    /// Removes the time limit of the connection, waits for the next event and returns its members. Returns `None` when
+    /// the daemon has closed the connection.
     ///
     /// # Errors
     /// - `Io` if the connection fails
     /// - `Invalid` if the message is malformed
     pub fn next_event(&mut self) -> Result<Option<Value>> {
-        self.socket.get_ref().set_read_timeout(None).map_err(|e| self.failed(e))?;
+        self.remove_time_limit()?;
         loop {
             match self.next_message()? {
                 None => return Ok(None),

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -28,11 +28,12 @@ pub(super) enum EventKind {
     DiskFull,
     RoomAgain,
     Poisoned,
+    Snapshot,
 }
 
 impl EventKind {
-    pub(super) const ALL: [EventKind; 4] =
-        [EventKind::FrontEnd, EventKind::DiskFull, EventKind::RoomAgain, EventKind::Poisoned];
+    pub(super) const ALL: [EventKind; 5] =
+        [EventKind::FrontEnd, EventKind::DiskFull, EventKind::RoomAgain, EventKind::Poisoned, EventKind::Snapshot];
 
     fn of(event: &DiskEvent) -> EventKind {
         match event {
@@ -40,6 +41,7 @@ impl EventKind {
             DiskEvent::DiskFull { .. } => EventKind::DiskFull,
             DiskEvent::RoomAgain { .. } => EventKind::RoomAgain,
             DiskEvent::Poisoned { .. } => EventKind::Poisoned,
+            DiskEvent::Snapshot { .. } => EventKind::Snapshot,
         }
     }
 }
@@ -139,7 +141,17 @@ fn fields(event: &DiskEvent) -> Value {
         DiskEvent::FrontEnd { connected, pid, uid } => json!({"connected": connected, "pid": pid, "uid": uid}),
         DiskEvent::DiskFull { path } | DiskEvent::RoomAgain { path } => json!({"path": path.display().to_string()}),
         DiskEvent::Poisoned { path, reason } => json!({"path": path.display().to_string(), "reason": reason}),
+        DiskEvent::Snapshot { kept, uuid, pause } => json!({
+            "kept": kept.display().to_string(),
+            "uuid": uuid.to_string(),
+            "pause_us": micros(*pause),
+        }),
     }
+}
+
+/// Returns a duration in whole microseconds.
+pub(super) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Returns the time in UTC, with milliseconds.

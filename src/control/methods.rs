@@ -14,7 +14,7 @@ use super::message::{MAX_BATCH, MAX_MESSAGE_BYTES, RpcCall};
 use super::rpc_error::{INVALID_PARAMS, RpcError};
 use super::schema::{self, array, integer, object, text};
 use super::watch::{Subscription, WatchParams};
-use super::{disk_info, stats, watch};
+use super::{disk_info, snapshot, stats, watch};
 
 /// Version of the protocol. It changes if a method, a member or an event changes its meaning or is removed.
 const PROTOCOL: u64 = 1;
@@ -44,6 +44,8 @@ pub(super) enum Run {
     Here(fn(&ControlContext, Params) -> Outcome),
     /// Called by the thread for slow calls, because it may wait for a file system.
     Apart(fn(&ControlContext, Params) -> Outcome),
+    /// Called by a thread of its own, because it changes disks and may take long.
+    Change(fn(&ControlContext, Params) -> Outcome),
     /// Called by the server thread; changes the subscription of the client.
     Subscribe(fn(&ControlContext, Params, &mut Subscription) -> Outcome),
 }
@@ -89,6 +91,14 @@ pub(super) const METHODS: &[Method] = &[
         result: stats::result_schema,
         is_logged: false,
         run: Run::Apart(statistics),
+    },
+    Method {
+        name: "snapshot",
+        summary: "Keeps the contents of disks at one moment, each in an image of its own. The guests continue.",
+        params: snapshot::params_schema,
+        result: snapshot::result_schema,
+        is_logged: true,
+        run: Run::Change(|context, params| snapshot::take(context, parse(params)?)),
     },
     Method {
         name: "watch",

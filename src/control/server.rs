@@ -283,6 +283,7 @@ impl ServerThread {
     /// Sends what the sockets take without waiting, and closes all connections.
     fn end(&mut self) {
         self.pass_events();
+        self.pass_outcomes();
         for (client, _) in self.clients.values_mut() {
             let farewell = self.farewell.get().cloned().unwrap_or_default();
             let _ = client.flush().and_then(|()| client.say_farewell(farewell));

@@ -76,6 +76,7 @@ pub(super) fn event_schemas() -> Value {
         "disk_full": event("disk_full", true, &path),
         "room_again": event("room_again", true, &path),
         "poisoned": event("poisoned", true, &[("path", text()), ("reason", text())]),
+        "snapshot": event("snapshot", true, &[("kept", text()), ("uuid", text()), ("pause_us", integer())]),
         "lost": event("lost", false, &[("lost", integer())]),
         "ended": object(
             &[
@@ -93,6 +94,15 @@ pub(super) fn event_schemas() -> Value {
 mod tests {
     use super::*;
     use crate::event::DiskEvent;
+
+    #[test]
+    fn every_kind_of_event_has_a_schema() {
+        let schemas = event_schemas();
+        for kind in kinds() {
+            let kind = kind.as_str().unwrap();
+            assert_eq!(schemas[kind]["properties"]["kind"]["const"], kind);
+        }
+    }
 
     #[test]
     fn a_client_receives_the_selected_events_after_its_subscription() {

@@ -14,7 +14,7 @@ use super::common::tool::{DIFFDISK, Finished, leave_socket, run, start, wait};
 use super::{DISK, Served, create_chain, diffdisk};
 
 /// Runs `diffdisk ctl`. Without `variable`, the environment names no socket.
-fn ctl(words: &[&str], variable: Option<&OsStr>) -> Finished {
+pub(super) fn ctl(words: &[&str], variable: Option<&OsStr>) -> Finished {
     let mut command = Command::new(DIFFDISK);
     command.arg("ctl").args(words).env_remove("DIFFDISK_CONTROL");
     if let Some(path) = variable {
@@ -50,7 +50,7 @@ fn printed(finished: Finished) -> String {
 
 /// Panics unless the verb failed with exit code 1 and one line.
 #[track_caller]
-fn assert_fails(finished: &Finished, verb: &str, why: &str) {
+pub(super) fn assert_fails(finished: &Finished, verb: &str, why: &str) {
     let message = &finished.stderr;
     assert_eq!((finished.code, finished.stdout.as_slice()), (Some(1), &b""[..]), "{message}");
     assert_eq!(message.lines().count(), 1, "{message}");

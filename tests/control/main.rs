@@ -1,5 +1,5 @@
-//! The control socket of the real daemon: the protocol, statistics, hostile clients, events, the socket's life, and
-//! `diffdisk ctl`.
+//! The control socket of the real daemon: the protocol, statistics, hostile clients, events, snapshots, the socket's
+//! life, and `diffdisk ctl`.
 #![allow(unreachable_pub)]
 
 #[path = "../common/mod.rs"]
@@ -11,6 +11,7 @@ mod hostile;
 mod protocol;
 mod rpc;
 mod schema;
+mod snapshot;
 mod socket;
 mod statistics;
 

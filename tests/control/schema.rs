@@ -18,6 +18,9 @@ pub fn check(schema: &Value, value: &Value) -> Result<(), String> {
             "const" if wanted != value => return fail("const"),
             "minimum" if value.as_f64().is_some_and(|n| n < wanted.as_f64().unwrap()) => return fail("minimum"),
             "maximum" if value.as_f64().is_some_and(|n| n > wanted.as_f64().unwrap()) => return fail("maximum"),
+            "minItems" if value.as_array().is_some_and(|all| (all.len() as u64) < wanted.as_u64().unwrap()) => {
+                return fail("minItems");
+            }
             "properties" => {
                 for (name, schema) in wanted.as_object().expect("properties are an object") {
                     value.get(name).map_or(Ok(()), |value| check(schema, value))?;
@@ -43,7 +46,7 @@ pub fn check(schema: &Value, value: &Value) -> Result<(), String> {
                     return fail("oneOf");
                 }
             }
-            "enum" | "const" | "minimum" | "maximum" => {}
+            "enum" | "const" | "minimum" | "maximum" | "minItems" => {}
             other => return Err(format!("the keyword {other} is not known here")),
         }
     }
