@@ -96,6 +96,16 @@ pub enum Mutant {
     // A mistake in the change of versions.
     /// A file slot is freed while operations of an older version use it.
     SlotFreedEarly,
+    /// Commit rounds go on while the file that takes the writes is replaced.
+    RoundsNotHeld,
+    /// The file that takes the writes is replaced although writes to the old one are under way.
+    WritesNotAwaited,
+    /// A write is marked in the image that takes the writes now, not in the one to which its bytes went.
+    MarkCurrent,
+    /// A snapshot is decided before the sealed image is committed.
+    SealedUncommitted,
+    /// Flushes are answered between the switch and the decision of a snapshot.
+    FlushBeforeDecision,
 
     // Mistakes in a snapshot of running disks (crash-safety 12).
     /// The link to the kept name is not synced before the new child is renamed over the active image.
@@ -113,7 +123,7 @@ pub enum Mutant {
 }
 
 /// All mutants.
-pub const ALL: [Mutant; 48] = [
+pub const ALL: [Mutant; 53] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
     Mutant::NoLastSync,
@@ -156,6 +166,11 @@ pub const ALL: [Mutant; 48] = [
     Mutant::ToolIgnoresStamp,
     Mutant::SlotReplacesBits,
     Mutant::SlotFreedEarly,
+    Mutant::RoundsNotHeld,
+    Mutant::WritesNotAwaited,
+    Mutant::MarkCurrent,
+    Mutant::SealedUncommitted,
+    Mutant::FlushBeforeDecision,
     Mutant::SnapshotKeptUnsynced,
     Mutant::SnapshotNoteUnsynced,
     Mutant::SnapshotAlwaysForward,

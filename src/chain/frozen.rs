@@ -10,6 +10,7 @@
 //! or zero in a root.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use super::extent::{self, Source};
 use super::frozen_cache::{CELL_SECTORS, Cell, FrozenCache, FrozenCacheHandle, PackedRun};
@@ -20,13 +21,13 @@ use crate::image::Image;
 use crate::storage::FileSlot;
 use crate::units::{SECTOR, SECTOR_BITS, SectorRange};
 
-/// A layer of the chain.
-#[derive(Debug)]
+/// A layer of the chain. Clones share the image.
+#[derive(Clone, Debug)]
 pub struct Layer {
     /// The slot of the image's file in the engines.
     pub slot: FileSlot,
     /// The image.
-    pub image: Image,
+    pub image: Arc<Image>,
 }
 
 /// The words of one bitmap sector.
@@ -58,6 +59,34 @@ impl Frozen {
     pub fn new(layers: Vec<Layer>) -> Frozen {
         let sectors = layers.first().map_or(0, |l| l.image.size() / SECTOR);
         Frozen { layers, cache: FrozenCache::new(sectors), sectors }
+    }
+
+    /// Returns the map of the same layers below another one. Cells of which `layer` has no block are taken over from the
+    /// cache, so that they need not be computed again.
+    #[must_use]
+    pub fn with_layer(&self, layer: Layer) -> Frozen {
+        let layers: Vec<Layer> = std::iter::once(layer).chain(self.layers.iter().cloned()).collect();
+        let new = Frozen::new(layers);
+        let mut handle = FrozenCacheHandle::default();
+        let cached = self.cache.table(&mut handle);
+        // The cell at the end of the shorter one of the two disks is computed again.
+        let whole_cells = usize::try_from(self.sectors.min(new.sectors) / CELL_SECTORS).expect("at most 2^20 cells");
+        for index in (0..whole_cells).filter(|index| !new.youngest_has_block(*index)) {
+            match cached.get(index) {
+                Some(cell) if !new.cache.is_half_full() => new.cache.insert(index, cell.clone()),
+                _ => {}
+            }
+        }
+        new
+    }
+
+    /// Whether the youngest layer has a block, or is fixed, in the range of a cell.
+    fn youngest_has_block(&self, index: usize) -> bool {
+        let image = &self.layers[0].image;
+        let (Some(table), Some(block_size)) = (image.bat(), image.block_size()) else { return true };
+        let start = index as u64 * CELL_SECTORS;
+        let cell = SectorRange::between(start, start + CELL_SECTORS);
+        block_size.split_at_blocks(cell).any(|(block, _)| table.place(block).is_some())
     }
 
     /// The layers, youngest first.

@@ -65,7 +65,7 @@ impl std::fmt::Debug for PackedRun {
 }
 
 /// The runs of a cell.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Cell {
     /// One run covers the cell.
     Whole(PackedRun),
@@ -195,6 +195,11 @@ impl FrozenCache {
     /// Whether a cell is in the current table.
     pub(super) fn contains(&self, index: usize) -> bool {
         self.table.load().get(index).is_some()
+    }
+
+    /// Whether the lists of all cells take at least half of the limit.
+    pub(super) fn is_half_full(&self) -> bool {
+        self.table.load().run_bytes.load(Ordering::Relaxed) >= self.max_run_bytes / 2
     }
 
     /// Inserts a cell. If the lists of all cells then exceed the limit, a new table with this cell alone replaces the

@@ -5,6 +5,8 @@
 //! bytes. Such zeros are attributed to QEMU with certainty only if another program than the image's creator placed the
 //! block.
 
+use std::sync::Arc;
+
 use super::extent::Source;
 use super::frozen::{Frozen, Layer};
 use super::plan::PlanBuffer;
@@ -39,7 +41,7 @@ pub(super) fn find_masked(
     watch: &mut OnProgress<'_>,
 ) -> Result<()> {
     let open = |(number, image): (u16, &Image)| {
-        Ok(Layer { slot: FileSlot(number), image: Image::open(image.file().clone())? })
+        Ok(Layer { slot: FileSlot(number), image: Arc::new(Image::open(image.file().clone())?) })
     };
     let layers = (0..).zip(parents).map(open).collect::<Result<Vec<_>>>()?;
     let mut scan = MaskScan {

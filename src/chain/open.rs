@@ -213,7 +213,7 @@ fn warn_of_defects(image: &Image) {
 fn layers(images: Vec<Image>) -> Vec<Layer> {
     let last = images.len().saturating_sub(1);
     let slots = (0..images.len()).map(|index| slot_at_depth(last - index));
-    slots.zip(images).map(|(slot, image)| Layer { slot, image }).collect()
+    slots.zip(images).map(|(slot, image)| Layer { slot, image: Arc::new(image) }).collect()
 }
 
 /// The file slot of the image that stands on `parents` other images.

@@ -1,21 +1,22 @@
 //! Plans: the extents of a range of the disk, or the bitmaps that must be loaded to find them.
 
 use super::extent::{self, Extent, Source};
+use crate::storage::FileSlot;
 use crate::units::{BitmapSectorIndex, SectorRange};
 
 /// Bitmaps that must be loaded before a range can be planned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Missing {
-    /// A sector of the bitmaps of the top.
-    BitmapSector(BitmapSectorIndex),
+    /// A sector of the bitmaps of the top or the sealed layer, by the slot of the layer.
+    BitmapSector(FileSlot, BitmapSectorIndex),
     /// The bitmaps of a cell of the frozen map.
     Cell(usize),
 }
 
 impl Missing {
-    /// Converts the indices of bitmap sectors of the top.
-    pub fn bitmap_sectors(indices: &[BitmapSectorIndex]) -> Vec<Missing> {
-        indices.iter().copied().map(Missing::BitmapSector).collect()
+    /// Converts the indices of bitmap sectors of the top in `slot`.
+    pub fn bitmap_sectors(slot: FileSlot, indices: &[BitmapSectorIndex]) -> Vec<Missing> {
+        indices.iter().map(|index| Missing::BitmapSector(slot, *index)).collect()
     }
 }
 

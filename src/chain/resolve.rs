@@ -25,13 +25,13 @@ use crate::units::{BitmapSectorIndex, SECTOR_BYTES, SectorRange};
 #[derive(Debug, Default)]
 pub struct Load {
     bitmap_sectors: Vec<(BitmapSectorIndex, BitmapRead)>,
-    /// Bitmap sectors of the top that other queues have loaded in the meantime.
-    already_loaded: Vec<BitmapSectorIndex>,
+    /// Bitmap sectors of a top, with its slot, that other queues have loaded in the meantime.
+    already_loaded: Vec<(FileSlot, BitmapSectorIndex)>,
     cells: Vec<(usize, Vec<CellRead>)>,
     reads: Vec<BitmapRead>,
 }
 
-/// One bitmap sector to read. Only bitmap sectors of the top use `evictions`, the number of evictions before the read,
+/// One bitmap sector to read. Only bitmap sectors of the top and the sealed layer use `evictions`, the number of evictions before the read,
 /// and `bytes`, the bytes once they were read.
 #[derive(Debug, Clone)]
 struct BitmapRead {
@@ -76,7 +76,7 @@ impl Version {
     pub fn plan_read(&self, range: SectorRange, cache: &mut FrozenCacheHandle, plan: &mut PlanBuffer) {
         plan.clear();
         match self.top() {
-            Some(top) => top.plan_read(range, self.frozen(), cache, plan),
+            Some(top) => top.plan_read(range, self.lower(), cache, plan),
             None => self.frozen().plan_read(range, cache, plan),
         }
     }
@@ -105,7 +105,7 @@ impl Version {
     /// [`NeedsGrowth`] if the file must grow before the ranges can be planned.
     pub fn plan_zero(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
         plan.clear();
-        self.top().expect("only writable disks write").plan_zero(range, self.frozen(), plan)
+        self.top().expect("only writable disks write").plan_zero(range, self.lower(), plan)
     }
 
     /// Plans the ranges to punch when the guest discards `range`. Only for a disk with a top.
@@ -119,16 +119,16 @@ impl Version {
         let mut load = Load::default();
         for what in missing {
             match *what {
-                Missing::BitmapSector(index) => {
-                    let top = self.top().expect("only a top has bitmap sectors of its own");
+                Missing::BitmapSector(slot, index) => {
+                    let top = self.writable_in(slot);
                     // The count is taken before the read: if the sector is loaded and evicted during the read, the
                     // bytes of the read are stale.
                     let Some(evictions) = top.image.bitmaps().and_then(|b| b.eviction_count(index)) else {
-                        load.already_loaded.push(index);
+                        load.already_loaded.push((slot, index));
                         continue;
                     };
                     let at = top.image.bitmap_sector_offset(index);
-                    load.bitmap_sectors.push((index, BitmapRead { slot: top.slot, at, evictions, bytes: None }));
+                    load.bitmap_sectors.push((index, BitmapRead { slot, at, evictions, bytes: None }));
                 }
                 Missing::Cell(cell) => load.cells.push((cell, self.frozen().cell_reads(cell))),
             }
@@ -143,12 +143,13 @@ impl Version {
 
     /// Supplies the bitmaps of a load whose reads are complete. `pins` keeps the bitmap sectors of the top in memory.
     pub fn supply(&self, load: &Load, pins: &mut Pins) {
-        let image = || &self.top().expect("only a top has bitmap sectors of its own").image;
         for (index, read) in &load.bitmap_sectors {
             let bytes = read.bytes.as_ref().expect("all reads are complete");
-            pins.insert(image(), *index, Some((read.evictions, &bytes[..])));
+            pins.insert(&self.writable_in(read.slot).image, *index, Some((read.evictions, &bytes[..])));
         }
-        load.already_loaded.iter().for_each(|index| pins.insert(image(), *index, None));
+        for (slot, index) in &load.already_loaded {
+            pins.insert(&self.writable_in(*slot).image, *index, None);
+        }
         for (cell, reads) in &load.cells {
             self.frozen().supply(*cell, reads);
         }
@@ -177,12 +178,12 @@ impl Version {
     /// # Errors
     /// `Io`, with file and offset.
     pub fn mark_now(&self, range: SectorRange) -> Result<bool> {
-        let image = &self.top().expect("only writable disks write").image;
+        let top = self.top().expect("only writable disks write");
         let mut pins = Pins::default();
         loop {
-            match image.mark(range) {
+            match top.image.mark(range) {
                 Ok(kept) => return Ok(kept),
-                Err(absent) => self.load_now(&Missing::bitmap_sectors(&absent), &mut pins)?,
+                Err(absent) => self.load_now(&Missing::bitmap_sectors(top.slot, &absent), &mut pins)?,
             }
         }
     }
@@ -307,7 +308,10 @@ mod tests {
         let version = chains.write("leaf");
         let mut plan = PlanBuffer::default();
         version.plan_read(SectorRange::between(4_000, 4_100), &mut FrozenCacheHandle::default(), &mut plan);
-        assert_eq!(plan.missing, [Missing::BitmapSector(BitmapSectorIndex::new(0)), Missing::Cell(1)]);
+        assert_eq!(
+            plan.missing,
+            [Missing::BitmapSector(version.top().unwrap().slot, BitmapSectorIndex::new(0)), Missing::Cell(1)]
+        );
         let load = version.load(&plan.missing);
         let slots: Vec<_> = load.reads().map(|(slot, _)| slot).collect();
         assert_eq!(slots, [FileSlot(1), FileSlot(0)]);

@@ -207,10 +207,12 @@ impl Resolution<'_> {
             let folder = found.folder_of_member(self.env, index)?.ok_or_else(gone)?;
             let file = match index == found.index {
                 true => active.clone(),
-                false => self.lock_member(&folder.open(&member.active, Access::Write).map_err(|e| match e.kind() {
-                    ErrorKind::NotFound => gone().caused_by(e),
-                    _ => e,
-                })?)?,
+                false => {
+                    self.lock_member(&folder.open(&member.active, Access::Write).map_err(|e| match e.kind() {
+                        ErrorKind::NotFound => gone().caused_by(e),
+                        _ => e,
+                    })?)?
+                }
             };
             let child = none_if_not_found(folder.open(&member.child, Access::Read))?.ok_or_else(gone)?;
             if uuid_of(&file)? != Some(member.active_uuid) || uuid_of(&child)? != Some(member.child_uuid) {

@@ -11,7 +11,32 @@ use crate::image::{NeedsGrowth, Writable};
 use crate::storage::FileSlot;
 use crate::units::{BlockSize, SECTOR, SectorRange};
 
-/// The youngest layer, open for writing. Clones share the image.
+/// The layers below a top.
+#[derive(Clone, Copy)]
+pub(super) struct LowerLayers<'a> {
+    /// The layer that was the top before, if it is not committed yet.
+    pub(super) sealed: Option<&'a Top>,
+    pub(super) frozen: &'a Frozen,
+}
+
+impl LowerLayers<'_> {
+    /// Appends the extents of `range` to `plan`.
+    #[inline]
+    pub(super) fn plan_read(&self, range: SectorRange, cache: &mut FrozenCacheHandle, plan: &mut PlanBuffer) {
+        match self.sealed {
+            None => self.frozen.plan_read(range, cache, plan),
+            Some(sealed) => self.plan_read_sealed(sealed, range, cache, plan),
+        }
+    }
+
+    #[cold]
+    fn plan_read_sealed(&self, sealed: &Top, range: SectorRange, cache: &mut FrozenCacheHandle, plan: &mut PlanBuffer) {
+        // The disk has the same size in both tops, so `range` is inside the sealed layer.
+        sealed.plan_read(range, LowerLayers { sealed: None, ..*self }, cache, plan);
+    }
+}
+
+/// The youngest layer, open for writing, or the one that was youngest before. Clones share the image.
 #[derive(Clone)]
 pub struct Top {
     /// The slot of the image's file in the engines.
@@ -23,10 +48,10 @@ pub struct Top {
 impl Top {
     /// Appends the extents of `range` to `plan`: from this layer, or from the layers below.
     #[inline]
-    pub fn plan_read(
+    pub(super) fn plan_read(
         &self,
         range: SectorRange,
-        beneath: &Frozen,
+        beneath: LowerLayers<'_>,
         cache: &mut FrozenCacheHandle,
         plan: &mut PlanBuffer,
     ) {
@@ -81,7 +106,12 @@ impl Top {
     ///
     /// # Errors
     /// [`NeedsGrowth`] if the free tail has no space for a block. The call may be repeated after the file has grown.
-    pub fn plan_zero(&self, range: SectorRange, beneath: &Frozen, plan: &mut PlanBuffer) -> Result<(), NeedsGrowth> {
+    pub(super) fn plan_zero(
+        &self,
+        range: SectorRange,
+        beneath: LowerLayers<'_>,
+        plan: &mut PlanBuffer,
+    ) -> Result<(), NeedsGrowth> {
         let Some((block_size, table)) = self.table() else {
             plan.push(range, self.source_at(range.start() * SECTOR));
             plan.marks.push(range);
@@ -179,7 +209,7 @@ impl Top {
                 f(plan, run, set);
             });
             if !loaded {
-                plan.add_missing(Missing::BitmapSector(index));
+                plan.add_missing(Missing::BitmapSector(self.slot, index));
             }
         }
     }
@@ -274,7 +304,7 @@ mod tests {
         let version = chains.write("leaf");
         let mut plan = PlanBuffer::default();
         version.plan_write(range(4_000, 4_200), &mut plan).unwrap();
-        let missing = [Missing::BitmapSector(BitmapSectorIndex::new(0))];
+        let missing = [Missing::BitmapSector(FileSlot(1), BitmapSectorIndex::new(0))];
         assert_eq!((plan.missing.as_slice(), plan.reserved), (&missing[..], false));
         assert_eq!(version.top().unwrap().image.image().bat().unwrap().place(BlockIndex::new(1)), None);
         drop(version);

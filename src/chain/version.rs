@@ -1,17 +1,22 @@
 //! A version of the disk: an optional writable layer ([`Top`]) over the read-only layers ([`Frozen`]). Queues plan
 //! their requests with a version. The layers of a version never change: a live operation replaces the version by
 //! another one.
+//!
+//! During a snapshot a second top is between them: the *sealed* layer, which was the top before. It takes no writes any
+//! more, but is not committed yet, so its bits are read from memory.
 
 use std::sync::Arc;
 
-use super::frozen::Frozen;
-use super::top::Top;
+use super::frozen::{Frozen, Layer};
+use super::top::{LowerLayers, Top};
+use crate::image::Image;
 use crate::storage::{File, FileSlot};
 
 /// The layers of a disk: at most one writable top over the frozen layers. Clones share the layers.
 #[derive(Clone)]
 pub struct Version {
     top: Option<Top>,
+    sealed: Option<Top>,
     frozen: Arc<Frozen>,
     sectors: u64,
 }
@@ -19,14 +24,33 @@ pub struct Version {
 impl Version {
     /// Creates a disk of `sectors` sectors from `top` over `frozen`. Without a top the disk is read-only.
     pub fn new(top: Option<Top>, frozen: Frozen, sectors: u64) -> Version {
-        Version { top, frozen: Arc::new(frozen), sectors }
+        Version { top, sealed: None, frozen: Arc::new(frozen), sectors }
     }
 
     /// Returns the same disk with its top in another file slot. The frozen layers and their cache are shared.
     #[must_use]
     pub fn with_top_slot(&self, slot: FileSlot) -> Version {
         let top = self.top.as_ref().map(|top| Top { slot, image: top.image.clone() });
-        Version { top, frozen: self.frozen.clone(), sectors: self.sectors }
+        Version { top, ..self.clone() }
+    }
+
+    /// Returns the same disk with the new, empty child `top` over the old top, which is sealed. No write of the old top
+    /// may be under way. There is no sealed layer yet.
+    #[must_use]
+    pub fn with_child(&self, top: Top) -> Version {
+        assert!(self.sealed.is_none() && self.top.is_some(), "a disk has at most two tops");
+        Version { top: Some(top), sealed: self.top.clone(), ..self.clone() }
+    }
+
+    /// Returns the same disk with the sealed layer, which is committed, as the youngest frozen layer. `layer` is the
+    /// sealed layer, opened again in the same slot.
+    #[must_use]
+    pub fn with_sealed_frozen(&self, layer: Layer) -> Version {
+        assert!(
+            self.sealed.as_ref().is_some_and(|sealed| sealed.slot == layer.slot),
+            "the sealed layer keeps its slot"
+        );
+        Version { sealed: None, frozen: Arc::new(self.frozen.with_layer(layer)), ..self.clone() }
     }
 
     /// The writable layer; `None` on a read-only disk.
@@ -35,7 +59,28 @@ impl Version {
         self.top.as_ref()
     }
 
-    /// All layers below the top.
+    /// The layer that was the top before, and is not committed yet.
+    #[inline]
+    pub fn sealed(&self) -> Option<&Top> {
+        self.sealed.as_ref()
+    }
+
+    /// The layers that a look-up reads below the top.
+    #[inline]
+    pub(super) fn lower(&self) -> LowerLayers<'_> {
+        LowerLayers { sealed: self.sealed.as_ref(), frozen: &self.frozen }
+    }
+
+    /// The top or the sealed layer, by its slot.
+    ///
+    /// # Panics
+    /// If neither has that slot.
+    pub(super) fn writable_in(&self, slot: FileSlot) -> &Top {
+        let mut both = self.top.iter().chain(&self.sealed);
+        both.find(|top| top.slot == slot).expect("only a top has bitmap sectors of its own")
+    }
+
+    /// The frozen layers: all layers below the top and the sealed layer.
     #[inline]
     pub fn frozen(&self) -> &Frozen {
         &self.frozen
@@ -52,10 +97,16 @@ impl Version {
         self.files().count()
     }
 
+    /// The images, youngest first.
+    pub fn images(&self) -> impl Iterator<Item = &Image> {
+        let tops = self.top.iter().chain(&self.sealed).map(|t| t.image.image());
+        tops.chain(self.frozen.layers().iter().map(|l| &*l.image))
+    }
+
     /// The files, youngest first, with their slots in the engines.
     pub fn files(&self) -> impl Iterator<Item = (FileSlot, &File)> {
-        let top = self.top.iter().map(|t| (t.slot, t.image.file()));
-        top.chain(self.frozen.layers().iter().map(|l| (l.slot, l.image.file())))
+        let tops = self.top.iter().chain(&self.sealed).map(|t| (t.slot, t.image.file()));
+        tops.chain(self.frozen.layers().iter().map(|l| (l.slot, l.image.file())))
     }
 
     /// The file in a slot of this version.

@@ -81,9 +81,8 @@ impl DiskState {
 pub(super) fn describe(served: &ServedDisk) -> DiskInfo {
     let (disk, server) = (&served.disk, &served.server);
     let version = disk.version();
-    let top = version.top().map(|top| top.image.image());
-    let images = top.into_iter().chain(version.frozen().layers().iter().map(|layer| &layer.image));
-    let chain: Vec<LayerInfo> = images
+    let chain: Vec<LayerInfo> = version
+        .images()
         .map(|image| LayerInfo {
             path: image.file().path().display().to_string(),
             uuid: image.uuid().to_string(),

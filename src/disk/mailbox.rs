@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::error::Result;
 use crate::storage::{FileSlot, Notifier};
@@ -93,6 +94,11 @@ impl Mailbox {
     /// Waits until there are events or a signal arrives. Does not take them.
     pub fn sleep(&self) {
         self.event_fd.wait();
+    }
+
+    /// Waits as [`Mailbox::sleep`] does, but at most for `at_most`.
+    pub(super) fn sleep_at_most(&self, at_most: Duration) {
+        self.event_fd.wait_at_most(at_most);
     }
 
     /// Waits until there are events, and takes them.

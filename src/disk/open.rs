@@ -5,12 +5,16 @@ use std::sync::Arc;
 use super::file_table::FileTable;
 use super::options::DiskOptions;
 use super::shared::Disk;
+use super::snapshot::SERIAL_ATTRIBUTE;
 use crate::chain::{
     Chain, ImageChange, OpenMode, Policy, refuse_change, refuse_if_parent, resolve_snapshot, settle_parents,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::image;
+use crate::image::{self, Image};
 use crate::storage::Env;
+
+/// Length of a serial (virtio 5.2.6).
+const SERIAL_BYTES: usize = 20;
 
 impl Disk {
     /// Opens a chain. If the disk is writable, recovers images that were not closed.
@@ -53,7 +57,10 @@ impl Disk {
             }
             chain.reconcile_footers(&*env, &policy)?;
         }
-        let serial = serial(options.serial.as_deref(), chain.youngest().uuid())?;
+        let serial = match &options.serial {
+            Some(given) => padded_serial(given)?,
+            None => default_serial(chain.youngest())?,
+        };
         let version = match how {
             OpenMode::Write => chain.into_writable(&*env, &options.keep)?,
             _ => chain.into_frozen(),
@@ -67,10 +74,22 @@ impl Disk {
     }
 }
 
-/// Returns the serial that the guest reads: `given`, or the first 20 digits of the UUID, padded with zeros.
-fn serial(given: Option<&str>, uuid: uuid::Uuid) -> Result<[u8; 20]> {
-    let text = given.map_or_else(|| uuid.simple().to_string()[..20].to_owned(), str::to_owned);
-    let mut serial = [0; 20];
+/// Returns the serial that the guest reads by default: the one that a snapshot has recorded in the active image, since
+/// the guest knows it, or the first 20 digits of the UUID.
+fn default_serial(youngest: &Image) -> Result<[u8; 20]> {
+    let recorded = youngest.file().attribute(SERIAL_ATTRIBUTE)?.and_then(|text| String::from_utf8(text).ok());
+    match recorded.filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())) {
+        Some(text) if text.len() <= SERIAL_BYTES => padded_serial(&text),
+        _ => padded_serial(&youngest.uuid().simple().to_string()[..SERIAL_BYTES]),
+    }
+}
+
+/// Pads a serial with zeros.
+///
+/// # Errors
+/// `Unsupported` if the serial is longer than 20 bytes.
+fn padded_serial(text: &str) -> Result<[u8; SERIAL_BYTES]> {
+    let mut serial = [0; SERIAL_BYTES];
     match serial.get_mut(..text.len()) {
         Some(room) => room.copy_from_slice(text.as_bytes()),
         None => return Err(Error::new(ErrorKind::Unsupported, format!("serial {text:?} is longer than 20 bytes"))),

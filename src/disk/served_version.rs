@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::path::Path;
 
 use super::file_table::{FileTable, ServedFile};
-use crate::chain::{Top, Version};
+use crate::chain::{Layer, Top, Version};
 use crate::storage::FileSlot;
 
 /// A version of the chain as lanes serve it. It never changes.
@@ -35,6 +35,18 @@ impl ServedVersion {
     pub(super) fn with_top_slot(&self, slot: FileSlot) -> ServedVersion {
         let files = self.files.with_copy(self.writable_top().slot, slot);
         ServedVersion { epoch: self.epoch + 1, version: self.version.with_top_slot(slot), files }
+    }
+
+    /// Creates the next version, with the new child `top` over the old top, which is sealed.
+    pub(super) fn with_child(&self, top: Top, file: ServedFile) -> ServedVersion {
+        let files = self.files.with(top.slot, file);
+        ServedVersion { epoch: self.epoch + 1, version: self.version.with_child(top), files }
+    }
+
+    /// Creates the next version, with the committed sealed layer, opened again as `layer`, as a frozen one.
+    pub(super) fn with_sealed_frozen(&self, layer: Layer) -> ServedVersion {
+        let version = self.version.with_sealed_frozen(layer);
+        ServedVersion { epoch: self.epoch + 1, version, files: self.files.clone() }
     }
 
     /// The writable layer. A read-only disk refuses writes, commits and changes before they call this function.

@@ -12,6 +12,7 @@ use super::lane_table::LaneTable;
 use super::lost_names::LostNames;
 use super::mailbox::{LaneEvent, Mailbox};
 use super::options::{DiskOptions, WhenFull};
+use super::pending_commit::PendingCommit;
 use super::punch::PunchLock;
 use super::served_version::ServedVersion;
 use super::slot_table::SlotTable;
@@ -45,10 +46,8 @@ pub struct Disk {
     pub(super) punch_lock: PunchLock,
     pub(super) full_host: Arc<FullHost>,
     pub(super) stalled_writes: StalledWrites,
-    events: EventReporter,
     write_through: AtomicBool,
-    when_full: WhenFull,
-    page_cache_reads: bool,
+    options: DiskOptions,
     serial: [u8; 20],
     counters: DiskCounters,
     pub(super) lane_counters: LaneRegistry,
@@ -90,10 +89,8 @@ impl Disk {
             punch_lock: PunchLock::default(),
             stalled_writes: StalledWrites::new(full_host.clone()),
             full_host,
-            events: options.events.clone(),
             write_through: AtomicBool::new(options.write_through),
-            when_full: options.when_full,
-            page_cache_reads: options.page_cache_reads,
+            options: options.clone(),
             serial,
             counters: DiskCounters::default(),
             lane_counters: LaneRegistry::default(),
@@ -167,9 +164,23 @@ impl Disk {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes a free file slot for a new top that replaces the one at `path`.
+    ///
+    /// # Errors
+    /// `Refused` if all are in use.
+    pub(super) fn take_slot_for(&self, path: &Path) -> Result<FileSlot> {
+        let none = || Error::new(ErrorKind::Refused, "all file slots of the disk are in use").at_path(path);
+        self.take_slot().ok_or_else(none)
+    }
+
+    /// The options with which the disk was opened.
+    pub(super) fn options(&self) -> &DiskOptions {
+        &self.options
+    }
+
     /// Whether reads are copied from the page cache if possible.
     pub(super) fn reads_page_cache(&self) -> bool {
-        self.page_cache_reads
+        self.options.page_cache_reads
     }
 
     /// The environment of the disk.
@@ -179,7 +190,7 @@ impl Disk {
 
     /// Reporter of the disk's events.
     pub fn events(&self) -> &EventReporter {
-        &self.events
+        &self.options.events
     }
 
     /// Whether writes or commits wait, or writes fail, because the file system is full.
@@ -210,7 +221,7 @@ impl Disk {
 
     /// Whether writes wait while the file system is full.
     pub(super) fn parks_when_full(&self) -> bool {
-        self.when_full == WhenFull::Park
+        self.options.when_full == WhenFull::Park
     }
 
     /// Makes all completed writes durable, and waits until they are durable. Does not wait for space on a full file
@@ -226,37 +237,19 @@ impl Disk {
         if self.is_read_only {
             return Ok(());
         }
-        let mailbox = Arc::new(Mailbox::new()?);
-        let joined = self.group_commit.join(&mailbox);
-        if joined.lead {
-            return self.lead_commit(&mailbox);
-        }
-        self.group_commit.mark_urgent(&mailbox);
+        let mut commit = PendingCommit::begin(self)?;
         loop {
-            for event in mailbox.wait() {
-                match event {
-                    LaneEvent::Leaderless if self.group_commit.claim_lead() => return self.lead_commit(&mailbox),
-                    LaneEvent::LeftRound { .. } => {
-                        let what =
-                            "the host is full: completed writes are not durable yet; free space on its file system";
-                        return Err(Error::new(ErrorKind::NoSpace, what).at_path(self.version().top_path()));
-                    }
-                    LaneEvent::Committed { round, ok: true } if round == joined.round => return Ok(()),
-                    LaneEvent::Committed { round, .. } if round == joined.round => {
-                        let version = self.version();
-                        version.writable_top().image.check_poison()?;
-                        return Err(Error::new(ErrorKind::Io, "a commit failed").at_path(version.top_path()));
-                    }
-                    _ => {}
-                }
+            if let Some(result) = commit.poll(self) {
+                return result;
             }
+            commit.mailbox.sleep();
         }
     }
 
     /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to its waiters.
     /// If the file system is full and the disk parks writes, leaves the running round to its other waiters, too,
     /// because lanes can wait for space.
-    fn lead_commit(&self, mailbox: &Arc<Mailbox>) -> Result<()> {
+    pub(super) fn lead_commit(&self, mailbox: &Arc<Mailbox>) -> Result<()> {
         // While the round runs, no change replaces the file that takes the writes.
         let version = self.version();
         let top = version.writable_top();
@@ -286,7 +279,7 @@ impl Disk {
     /// its length if the file system has no space for that footer. All lanes must be dropped before this call.
     ///
     /// # Errors
-    /// Those of [`Disk::commit`], of cutting the file, and of removing the live journal; the next open then recovers
+    /// `Busy` if a change of the disk is still in progress after five seconds. Those of [`Disk::commit`], of cutting the file, and of removing the live journal; the next open then recovers
     /// the image.
     pub fn close(&self) -> Result<()> {
         // No change begins from here on. A change that is in progress ends soon, since there are no lanes.
@@ -297,6 +290,10 @@ impl Disk {
         }
         let version = self.version();
         let Some(top) = version.top() else { return Ok(()) };
+        if self.is_changing.load(Ordering::SeqCst) {
+            let what = "a change of the disk is in progress; the next open for writing completes or undoes it";
+            return Err(Error::new(ErrorKind::Busy, what).at_path(version.top_path()));
+        }
         if mutant::enabled(Mutant::TrimFirst) {
             top.image.trim()?;
         }
@@ -311,8 +308,12 @@ impl Disk {
         top.image.remove_journal()
     }
 
-    /// Checks that the name of each file of the chain still leads to it, and warns once of each that does not.
+    /// Checks that the name of each file of the chain still leads to it, and warns once of each that does not. Does
+    /// nothing while a change of the disk is in progress, which may rename files.
     pub fn check_names(&self) {
+        if self.is_changing.load(Ordering::SeqCst) {
+            return;
+        }
         self.lost_names.check(self.version().files());
     }
 }

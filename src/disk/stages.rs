@@ -311,7 +311,8 @@ impl Lane {
             return StageResult::Wait(TaskStage::AwaitGrowth);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });
-        let (Some(top), false) = (self.versions.of(task.epoch).top(), reads) else {
+        let marked = if mutant::enabled(Mutant::MarkCurrent) { self.versions.current().epoch() } else { task.epoch };
+        let (Some(top), false) = (self.versions.of(marked).top(), reads) else {
             return StageResult::Finish(Outcome::Done);
         };
         let marks = match &task.work {
@@ -334,7 +335,12 @@ impl Lane {
         }
         if !absent.is_empty() {
             // These bitmap sectors were evicted while the bytes moved. Repeating the marks that were made is harmless.
-            return self.load_bitmaps(number, task, &Missing::bitmap_sectors(&absent), TaskStage::LoadForMark);
+            return self.load_bitmaps(
+                number,
+                task,
+                &Missing::bitmap_sectors(top.slot, &absent),
+                TaskStage::LoadForMark,
+            );
         }
         task.pins.release();
         if matches!(task.work, Work::Write { .. }) {

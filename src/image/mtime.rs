@@ -85,6 +85,24 @@ impl SavedMtime {
         put_back.map(|()| done)
     }
 
+    /// Returns a time that differs from the saved one by at least a second, and is not earlier than the present one: the
+    /// time that the file gets when it stops taking writes, and that a new child records in advance.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn later(&self) -> Result<ModifiedTime> {
+        let seconds = self.file.stat()?.modified.max(self.before.seconds.saturating_add(1));
+        Ok(ModifiedTime { seconds, nanos: 0 })
+    }
+
+    /// Sets the time, durably.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(super) fn set_and_sync(&self, time: ModifiedTime) -> Result<()> {
+        if self.set(time)? { self.file.sync_all() } else { Ok(()) }
+    }
+
     /// Advances the time, durably, to a later second than the saved one, because the disk's contents have changed. If
     /// this process may not set the time, the file keeps the time that it has now.
     ///

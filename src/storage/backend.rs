@@ -35,6 +35,7 @@ pub struct Folder(pub(super) Arc<dyn FolderBackend>);
 pub(super) trait FileBackend: Any + Debug + Send + Sync {
     fn path(&self) -> &Path;
     fn folder(&self) -> &Folder;
+    fn renamed(&self, path: &Path) -> Result<File>;
     fn is_block_device(&self) -> bool;
     fn stat(&self) -> Result<Stat>;
     fn name_status(&self) -> Result<NameStatus>;

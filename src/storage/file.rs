@@ -18,6 +18,15 @@ impl File {
         self.0.folder().clone()
     }
 
+    /// Returns another handle on the open file, with another path: the file is about to get this name, or has got it.
+    /// Both handles share the open file description and its lock.
+    ///
+    /// # Errors
+    /// `Io` if the process has no file descriptors left.
+    pub fn renamed(&self, path: &Path) -> Result<File> {
+        self.0.renamed(path)
+    }
+
     /// Returns the file's name in its folder.
     pub fn name(&self) -> &OsStr {
         self.path().file_name().expect("a file is opened by a name")

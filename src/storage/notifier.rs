@@ -1,8 +1,9 @@
 //! Wakes a thread by an eventfd, which one thread writes and another one polls.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
@@ -36,6 +37,12 @@ impl Notifier {
     /// Waits until the descriptor is readable, or a signal arrives.
     pub fn wait(&self) {
         let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None);
+    }
+
+    /// Waits as [`Notifier::wait`] does, but at most for `at_most`.
+    pub fn wait_at_most(&self, at_most: Duration) {
+        let timeout = Timespec::try_from(at_most).ok();
+        let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], timeout.as_ref());
     }
 }
 

@@ -1,5 +1,20 @@
-//! Snapshots of running disks: the present contents of each disk are kept under a new name, and the guest continues to
-//! write into a new child at the path of the disk. Several disks are kept at one moment.
+//! Snapshots of running disks: the present contents of a disk get a name of their own, and a new child takes the writes
+//! from now on, under the old name.
+//!
+//! ```text
+//!   A  X <- guest          A  Y <- guest        X active image, Y new child
+//!                   ──>       |                 A path of the active image, K kept name
+//!                          K  X
+//! ```
+//!
+//! Several disks of one process can be kept at one moment. The phases ([`snapshot_run`]) hold the writes of the guest
+//! only while the file that takes them is replaced, without a sync. Flushes wait longer: until X is committed, and the
+//! note of the snapshot says that the snapshot is decided. `crash-safety.md` has the argument.
+//!
+//! `snapshot_run` has the order of the steps, `snapshot_member` the steps of one disk.
+
+mod snapshot_member;
+mod snapshot_run;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,45 +22,57 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+pub(super) use self::snapshot_member::SERIAL_ATTRIBUTE;
+pub use self::snapshot_run::SnapshotRun;
 use super::shared::Disk;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 
 /// A disk of a snapshot, and the name under which its present contents are kept.
+#[derive(Clone)]
 pub struct SnapshotRequest {
     /// The disk.
     pub disk: Arc<Disk>,
-    /// Name of the disk, for the report and for messages.
+    /// Name of the disk, for the report and for errors.
     pub name: String,
-    /// Absolute path of the image with the present contents. No file has this name, and its folder is that of the
-    /// image which takes the writes now.
+    /// Path that the present active image gets. It is in the folder of the active image, and does not exist. A relative
+    /// path counts from that folder.
     pub keep_as: PathBuf,
 }
 
-/// The outcome of a snapshot.
+/// Result of a snapshot.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SnapshotReport {
-    /// Time for which writes of the disks waited.
+    /// The longest time for which writes of a disk were held.
     pub pause: Duration,
-    /// Longest time for which a flush waited.
+    /// The longest time for which flushes of a disk were held.
     pub held_flush: Duration,
     /// The kept images, in the order of the requests.
     pub members: Vec<KeptImage>,
 }
 
-/// An image with the contents of a disk at the moment of the snapshot.
+/// An image that a snapshot has kept.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct KeptImage {
     /// Name of the disk.
     pub disk: String,
-    /// Absolute path of the image.
+    /// Absolute path of the kept image.
     pub kept: PathBuf,
-    /// UUID of the image.
+    /// UUID of the kept image.
     pub uuid: Uuid,
 }
 
-/// Takes a snapshot of the disks at one moment. Guests continue meanwhile.
+/// Takes a snapshot of disks at one moment. Waits until it is complete.
 ///
 /// # Errors
-/// - `Unsupported` in this version
+/// - `Busy` if another change of a disk is in progress, a disk is closed, or a queue or a commit does not answer in
+///   time.
+/// - `Refused` if a disk is read-only, its chain is too deep, an earlier snapshot of it is not complete, or a name
+///   cannot be used: it exists, or lies in another folder.
+/// - `Unsupported` if the file system has no hard links.
+/// - `Poisoned`, `NoSpace`, `Io`.
+///
+/// After an error before the decision the disks are as before, unless an image is poisoned. If an error comes after the
+/// decision, the snapshot exists, and the next open of the disk for writing completes its names.
 pub fn snapshot(requests: &[SnapshotRequest]) -> Result<SnapshotReport> {
-    let _ = requests;
-    Err(Error::new(ErrorKind::Unsupported, "snapshots are not built yet"))
+    SnapshotRun::begin(requests)?.run()
 }

@@ -31,6 +31,7 @@ mod journal_validation;
 mod mutants;
 pub mod pins;
 pub(super) mod recover;
+mod retire;
 pub mod run_to_completion;
 mod session;
 pub mod settle;

@@ -11,10 +11,7 @@ use crate::units::BitmapSectorIndex;
 
 /// Bitmap sectors that stay in memory until this is dropped.
 #[derive(Default)]
-pub struct Pins {
-    image: Option<Arc<Writable>>,
-    bitmap_sectors: Vec<BitmapSectorIndex>,
-}
+pub struct Pins(Vec<(Arc<Writable>, BitmapSectorIndex)>);
 
 impl Pins {
     /// Inserts a bitmap sector that was read from the file into the cache of `image`, and pins it. A bitmap sector
@@ -30,16 +27,14 @@ impl Pins {
             None => bitmaps.pin(index),
         };
         if pinned {
-            self.bitmap_sectors.push(index);
-            self.image.get_or_insert_with(|| image.clone());
+            self.0.push((image.clone(), index));
         }
     }
 
     /// Unpins all bitmap sectors.
     pub fn release(&mut self) {
-        if let Some(image) = self.image.take() {
-            let bitmaps = image.bitmaps().expect("only images with bitmaps are asked for them");
-            self.bitmap_sectors.drain(..).for_each(|index| bitmaps.unpin(index));
+        for (image, index) in self.0.drain(..) {
+            image.bitmaps().expect("only images with bitmaps are asked for them").unpin(index);
         }
     }
 }

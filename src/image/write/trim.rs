@@ -72,6 +72,9 @@ impl Writable {
     /// Sets the modification time before the file is closed: restores it, or advances it if the contents of the disk
     /// have changed.
     pub(super) fn finish_mtime(&self) -> Result<()> {
+        if let Some(time) = self.retired_time.get() {
+            return self.mtime_at_open.set_and_sync(*time);
+        }
         match self.content_changed.load(Ordering::SeqCst) {
             true => self.mtime_at_open.advance(),
             false => self.mtime_at_open.restore_and_sync(),

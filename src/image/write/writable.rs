@@ -27,7 +27,7 @@ use crate::format::layout;
 use crate::image::mtime::SavedMtime;
 use crate::image::open::Image;
 use crate::mutant::{self, Mutant};
-use crate::storage::{AllocationMode, Env, File};
+use crate::storage::{AllocationMode, Env, File, ModifiedTime};
 use crate::units::{BitmapSectorIndex, BlockIndex, SECTOR_BYTES, SectorRange};
 
 /// Minimum number of dirty bitmap sectors at which a commit becomes due. It equals the number of journal slots.
@@ -56,6 +56,8 @@ pub struct Writable {
     pub(super) mtime_at_open: SavedMtime,
     /// Whether the contents of the disk may have changed since the image was opened.
     pub(super) content_changed: AtomicBool,
+    /// Modification time that the file gets when the image is retired; set once.
+    pub(super) retired_time: OnceLock<ModifiedTime>,
 }
 
 /// Error of [`Writable::reserve`]: the free tail has no space for the block, or no BAT entry can refer to the next
@@ -98,6 +100,7 @@ impl Writable {
             allocation: OnceLock::new(),
             mtime_at_open,
             content_changed: AtomicBool::new(!replayed.is_empty()),
+            retired_time: OnceLock::new(),
         };
         if let Some(session) = image.session() {
             #[cfg(feature = "mutants")]

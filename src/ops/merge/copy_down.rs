@@ -3,6 +3,8 @@
 //! The copy changes only sectors that the layers hide. So a reader of the layers sees the same disk before, during and
 //! after the copy, and any part of the copy may be repeated.
 
+use std::sync::Arc;
+
 use crate::chain::{Frozen, Layer, Source, Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
@@ -44,13 +46,14 @@ impl LayerStack {
         let sizes = images.iter().map(Image::size);
         let masked_from = sizes.min().expect("at least one image") / SECTOR;
         let sectors = images[0].size() / SECTOR;
-        let layers = (0..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image }).collect();
+        let layers =
+            (0..).zip(images).map(|(number, image)| Layer { slot: FileSlot(number), image: Arc::new(image) }).collect();
         LayerStack { version: Version::new(None, Frozen::new(layers), sectors), masked_from }
     }
 
     /// Returns the images, youngest first.
     pub(super) fn images(&self) -> impl Iterator<Item = &Image> {
-        self.version.frozen().layers().iter().map(|layer| &layer.image)
+        self.version.frozen().layers().iter().map(|layer| &*layer.image)
     }
 
     /// Checks that the file system of the image `beneath` has space for the data of `blocks` new blocks. The data needs

@@ -37,7 +37,7 @@ pub(in crate::storage) struct HostFile {
     is_block_device: bool,
     /// Alignment that O_DIRECT requires, once it is enabled.
     pub(super) direct: OnceLock<DirectRules>,
-    lock: Mutex<Option<Lock>>,
+    lock: Arc<Mutex<Option<Lock>>>,
 }
 
 impl HostFile {
@@ -79,7 +79,7 @@ impl HostFile {
             id: FileId { dev: stat.st_dev, ino: stat.st_ino },
             is_block_device: kind == FileType::BlockDevice,
             direct: OnceLock::new(),
-            lock: Mutex::new(None),
+            lock: Arc::default(),
         })
     }
 
@@ -155,6 +155,22 @@ impl FileBackend for HostFile {
 
     fn folder(&self) -> &Folder {
         &self.folder
+    }
+
+    fn renamed(&self, path: &Path) -> Result<File> {
+        let fd =
+            rustix::io::fcntl_dupfd_cloexec(self, 0).map_err(|e| self.fail("cannot duplicate the descriptor", e))?;
+        Ok(File::new(HostFile {
+            file_map: FileMap::default(),
+            fd,
+            path: path.to_path_buf(),
+            folder: self.folder.clone(),
+            access: self.access,
+            id: self.id,
+            is_block_device: self.is_block_device,
+            direct: self.direct.clone(),
+            lock: self.lock.clone(),
+        }))
     }
 
     fn is_block_device(&self) -> bool {

@@ -14,18 +14,25 @@ use crate::storage::types::{
     Access, AllocationMode, DirectRules, FileId, FileSystemSpace, Lock, ModifiedTime, NameStatus, Stat,
 };
 
-/// Open file of a [`SimHost`](super::SimHost). Its lock ends when it is dropped.
+/// Open file of a [`SimHost`](super::SimHost).
 #[derive(Debug)]
 pub(super) struct SimFile {
     shared: SharedMachine,
-    number: u64,
+    description: Arc<SimDescription>,
     inode: InodeId,
     access: Access,
     path: PathBuf,
     folder: Folder,
 }
 
-impl Drop for SimFile {
+/// Open file description. Its lock ends when it is dropped.
+#[derive(Debug)]
+struct SimDescription {
+    shared: SharedMachine,
+    number: u64,
+}
+
+impl Drop for SimDescription {
     fn drop(&mut self) {
         self.shared.lock().locks.retain(|(handle, _, _)| *handle != self.number);
     }
@@ -39,7 +46,8 @@ impl SimFile {
         path: &Path,
         folder: Folder,
     ) -> SimFile {
-        SimFile { shared: shared.clone(), number, inode, access, path: path.to_path_buf(), folder }
+        let description = Arc::new(SimDescription { shared: shared.clone(), number });
+        SimFile { shared: shared.clone(), description, inode, access, path: path.to_path_buf(), folder }
     }
 
     /// Returns the implementation of `file` with its inode and access mode.
@@ -78,6 +86,17 @@ impl FileBackend for SimFile {
 
     fn folder(&self) -> &Folder {
         &self.folder
+    }
+
+    fn renamed(&self, path: &Path) -> Result<File> {
+        Ok(File::new(SimFile {
+            shared: self.shared.clone(),
+            description: self.description.clone(),
+            inode: self.inode,
+            access: self.access,
+            path: path.to_path_buf(),
+            folder: self.folder.clone(),
+        }))
     }
 
     fn is_block_device(&self) -> bool {
@@ -218,7 +237,7 @@ impl FileBackend for SimFile {
         }
         let mut machine = self.shared.lock();
         machine.check_alive().map_err(|e| Error::io("cannot lock the file", e).at_path(&self.path))?;
-        machine.lock(self.number, self.inode, wanted).map_err(|_| {
+        machine.lock(self.description.number, self.inode, wanted).map_err(|_| {
             Error::new(ErrorKind::Busy, "another simulated process has it open with diffdisk").at_path(&self.path)
         })
     }

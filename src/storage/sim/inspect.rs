@@ -1,6 +1,7 @@
 //! Observation of a simulated machine: single completions, copies before each change, and contents, which are read
 //! without counting a step.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 
 use super::crash::survivors;
@@ -38,6 +39,16 @@ impl SimHost {
     pub fn digest(&self, path: &Path) -> Option<u64> {
         let machine = self.0.lock();
         Some(machine.inodes[&machine.names.get(&absolute(path))?].digest())
+    }
+
+    /// Returns a hash of the names and contents of all files. Does not count as a step.
+    pub fn digest_of_all(&self) -> u64 {
+        let machine = self.0.lock();
+        let mut hasher = DefaultHasher::new();
+        for (name, inode) in machine.names.all() {
+            (name, inode, machine.inodes[&inode].digest()).hash(&mut hasher);
+        }
+        hasher.finish()
     }
 
     /// Returns the allocated bytes of all files. Does not count as a step.

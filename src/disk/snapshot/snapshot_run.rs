@@ -1,0 +1,335 @@
+//! The order of the steps of a snapshot.
+//!
+//! | phase | what | writes, flushes | durable before the next phase |
+//! | --- | --- | --- | --- |
+//! | `Note` | the notes, in the state *begun* | pass | text, name, folder |
+//! | `Child` | the new child Y, its journal, its first growth | pass | file, folder |
+//! | `Register` | all lanes register Y's file | pass | |
+//! | `Commit` | a commit of X, so that little is left to commit | pass | X |
+//! | `Prepare` | the text of the state *switched*, under a second name | pass | text |
+//! | `Hold` | the commit rounds, then the writes of all disks | wait | |
+//! | `Switch` | that text becomes the coordinator's note; the lanes adopt Y over the sealed X | wait | nothing |
+//! | `Retire` | X is committed, and its session ends | flushes wait | X |
+//! | `Decide` | the coordinator's note, in the state *decided* | flushes wait | text, name, folder |
+//! | `Name` | X is linked as K; Y is renamed over A | pass | the folder after each of the two |
+//! | `Clean` | the notes are removed, the coordinator's last | pass | each folder |
+//! | `Freeze` | X becomes a frozen layer | pass | |
+//!
+//! A failure before `Switch` undoes the snapshot at once. Until *decided* is durable, no flush is answered that covers
+//! a write to Y, so a power cut may take Y away. A kill may not, since acknowledged writes survive it; whoever comes
+//! after a kill sees the switch, which the kernel has carried out.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::snapshot_member::Member;
+use super::{KeptImage, SnapshotReport, SnapshotRequest};
+use crate::chain::{SnapshotNote, SnapshotState};
+use crate::disk::pending_commit::PendingCommit;
+use crate::disk::version_swap::{ChangeStep, LANE_TIMEOUT, SwapPhase};
+use crate::error::{Error, ErrorKind, Result};
+use crate::failpoint;
+use crate::mutant::{self, Mutant};
+
+/// Time that the commit before the switch may take.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time between two attempts to commit X while the file system is full.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// What has to be done next.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Phase {
+    Note,
+    Child,
+    Register,
+    Commit,
+    Prepare,
+    HoldRounds,
+    HoldWrites,
+    Switch,
+    Adopt,
+    Retire,
+    Decide,
+    Name,
+    Clean,
+    Freeze,
+    Done,
+}
+
+/// A snapshot in progress.
+pub struct SnapshotRun {
+    members: Vec<Member>,
+    note: SnapshotNote,
+    phase: Phase,
+    pause: Duration,
+    held_flush: Duration,
+}
+
+impl SnapshotRun {
+    /// Checks that the snapshot can be taken. Changes nothing yet.
+    ///
+    /// # Errors
+    /// `Busy`, `Refused`, `Invalid`, `Poisoned`, `NotFound`, `Io`, for the reasons listed at [`super::snapshot`].
+    pub fn begin(requests: &[SnapshotRequest]) -> Result<SnapshotRun> {
+        if requests.is_empty() {
+            return Err(Error::new(ErrorKind::Invalid, "a snapshot needs at least one disk"));
+        }
+        // Two snapshots of the same disks take the turns of the disks in the same order.
+        let members = requests.iter().map(Member::begin).collect::<Result<Vec<Member>>>()?;
+        let note = SnapshotNote {
+            group: members[0].disk.env().uuid(),
+            members: members.iter().map(Member::entry).collect(),
+            state: SnapshotState::Begun,
+        };
+        let (phase, pause, held_flush) = (Phase::Note, Duration::ZERO, Duration::ZERO);
+        Ok(SnapshotRun { members, note, phase, pause, held_flush })
+    }
+
+    /// Takes the next step. Never waits for a lane, but for the storage.
+    ///
+    /// # Errors
+    /// Those of [`super::snapshot`]. The snapshot must be dropped then.
+    pub fn step(&mut self) -> Result<ChangeStep> {
+        let awaited = match self.phase {
+            Phase::Register => Some(SwapPhase::Registered),
+            Phase::HoldRounds => Some(SwapPhase::RoundsHeld),
+            Phase::HoldWrites => Some(SwapPhase::Held),
+            Phase::Adopt => Some(SwapPhase::Open),
+            _ => None,
+        };
+        if let Some(phase) = awaited
+            && !self.swaps_reach(phase)?
+        {
+            return Ok(ChangeStep::Wait);
+        }
+        let next = match self.phase {
+            Phase::Note => {
+                for (index, member) in self.members.iter_mut().enumerate() {
+                    let written = self.note.write_new(member.disk.env(), &member.folder, index);
+                    // `Refused`: there is a note of another snapshot.
+                    member.has_note = !written.as_ref().is_err_and(|e| e.kind() == ErrorKind::Refused);
+                    written?;
+                    failpoint::reached("snapshot.note-begun");
+                }
+                Phase::Child
+            }
+            Phase::Child => {
+                self.members.iter_mut().try_for_each(Member::create_child)?;
+                failpoint::reached("snapshot.child-created");
+                Phase::Register
+            }
+            Phase::Register => {
+                for member in &mut self.members {
+                    member.commit = Some(PendingCommit::begin(&member.disk)?);
+                }
+                Phase::Commit
+            }
+            Phase::Commit => {
+                for member in &mut self.members {
+                    let Some(commit) = &mut member.commit else { continue };
+                    let Some(result) = commit.poll(&member.disk) else { return Ok(ChangeStep::Wait) };
+                    member.commit = None;
+                    result?;
+                }
+                Phase::Prepare
+            }
+            Phase::Prepare => {
+                self.prepare()?;
+                failpoint::reached("snapshot.switch-prepared");
+                Phase::HoldRounds
+            }
+            Phase::HoldRounds => Phase::HoldWrites,
+            Phase::HoldWrites => Phase::Switch,
+            Phase::Switch => {
+                self.switch()?;
+                Phase::Adopt
+            }
+            Phase::Adopt => {
+                failpoint::reached("snapshot.switched");
+                let pauses = self.members.iter_mut().map(|member| member.swap().pause());
+                self.pause = pauses.max().unwrap_or_default();
+                Phase::Retire
+            }
+            Phase::Retire => {
+                if !mutant::enabled(Mutant::SealedUncommitted) {
+                    self.members.iter().try_for_each(Member::retire_old)?;
+                }
+                failpoint::reached("snapshot.old-committed");
+                Phase::Decide
+            }
+            Phase::Decide => {
+                self.note.state = SnapshotState::Decided;
+                let coordinator = &self.members[0];
+                self.note.replace(coordinator.disk.env(), &coordinator.folder)?;
+                failpoint::reached("snapshot.decided");
+                let held = self.members.iter_mut().map(Member::release_rounds);
+                self.held_flush = held.max().unwrap_or_default();
+                Phase::Name
+            }
+            Phase::Name => {
+                for (index, member) in self.members.iter().enumerate() {
+                    self.note.name_files(member.disk.env(), &member.folder, index)?;
+                    member.record_child();
+                }
+                failpoint::reached("snapshot.named");
+                Phase::Clean
+            }
+            Phase::Clean => {
+                for (index, member) in self.members.iter().enumerate().rev() {
+                    self.note.remove(&member.folder, index)?;
+                    failpoint::reached("snapshot.note-removed");
+                }
+                Phase::Freeze
+            }
+            Phase::Freeze => {
+                self.members.iter().try_for_each(Member::freeze_old)?;
+                Phase::Done
+            }
+            Phase::Done => return Ok(ChangeStep::Done),
+        };
+        self.phase = next;
+        Ok(ChangeStep::Again)
+    }
+
+    /// Whether the disks take writes in the new children.
+    pub fn is_switched(&self) -> bool {
+        self.phase > Phase::Switch
+    }
+
+    /// Ends the snapshot without undoing it, as the end of the process does. For tests of kills.
+    pub fn abandon(mut self) {
+        self.phase = Phase::Done;
+    }
+
+    /// Writes the text that the switch makes the coordinator's note.
+    fn prepare(&mut self) -> Result<()> {
+        let coordinator = &self.members[0];
+        let env = coordinator.disk.env();
+        let has_journal = self.members.iter().all(|member| member.child().image.journal_folder().is_some());
+        let state = SnapshotState::Switched { boot: env.origin()?.boot, has_journal };
+        let switched = SnapshotNote { state, ..self.note.clone() };
+        switched.prepare(env, &coordinator.folder)
+    }
+
+    /// Replaces the file that takes the writes on all disks. No write is under way, and no commit.
+    fn switch(&mut self) -> Result<()> {
+        self.note.switch(&self.members[0].folder)?;
+        // Nothing below fails: the disks are switched together.
+        self.phase = Phase::Adopt;
+        for member in &mut self.members {
+            member.swap().step()?;
+            if mutant::enabled(Mutant::FlushBeforeDecision) {
+                member.release_rounds();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes steps of the swaps up to a phase. Returns whether all have reached it.
+    fn swaps_reach(&mut self, phase: SwapPhase) -> Result<bool> {
+        for member in &mut self.members {
+            while member.swap().phase() < phase {
+                if member.swap().step()? == ChangeStep::Wait {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes the steps, and waits for the lanes between them.
+    pub(super) fn run(mut self) -> Result<SnapshotReport> {
+        let mut deadline = Instant::now() + LANE_TIMEOUT;
+        loop {
+            match self.step() {
+                Ok(ChangeStep::Done) => return Ok(self.report()),
+                Ok(ChangeStep::Again) => {
+                    let timeout = if self.phase == Phase::Commit { COMMIT_TIMEOUT } else { LANE_TIMEOUT };
+                    deadline = Instant::now() + timeout;
+                }
+                Ok(ChangeStep::Wait) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    match self.phase {
+                        Phase::Adopt if left.is_zero() => {
+                            // The switch stands. A queue that responds later adopts the new version first.
+                            self.members.iter_mut().map(Member::swap).for_each(|swap| {
+                                if swap.phase() == SwapPhase::Published {
+                                    swap.open_without_reports();
+                                }
+                            });
+                        }
+                        _ if left.is_zero() => return Err(self.late_error()),
+                        _ => self.wait(left),
+                    }
+                }
+                // The guest's flushes wait, as they do on any full file system.
+                Err(e) if self.must_repeat(&e) => {
+                    log::warn!("{}; the snapshot waits", e.line());
+                    std::thread::sleep(RETRY_PAUSE);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Whether the step is repeated after the error: the file system is full, and the snapshot can no longer be undone.
+    fn must_repeat(&self, e: &Error) -> bool {
+        matches!(self.phase, Phase::Retire | Phase::Decide) && e.kind() == ErrorKind::NoSpace && !self.is_any_closed()
+    }
+
+    fn is_any_closed(&self) -> bool {
+        self.members.iter().any(|member| member.disk.is_closed.load(Ordering::SeqCst))
+    }
+
+    /// Waits for the first disk that is late.
+    fn wait(&mut self, left: Duration) {
+        for member in &mut self.members {
+            if let Some(commit) = &member.commit {
+                return commit.wait(left);
+            }
+        }
+        let first = self.members.iter_mut().map(Member::swap).min_by_key(|swap| swap.phase());
+        first.into_iter().for_each(|swap| swap.wait(left));
+    }
+
+    fn late_error(&mut self) -> Error {
+        let busy = |what| Error::new(ErrorKind::Busy, what);
+        if self.phase == Phase::Commit {
+            return busy("a commit takes longer than a minute; try again later");
+        }
+        let first = self.members.iter_mut().map(Member::swap).min_by_key(|swap| swap.phase());
+        first.map_or_else(|| busy("the disks do not respond"), |swap| swap.late_error())
+    }
+
+    fn report(&self) -> SnapshotReport {
+        let kept = |member: &Member| KeptImage {
+            disk: member.name.clone(),
+            kept: member.kept_path(),
+            uuid: member.old().image().uuid(),
+        };
+        let members = self.members.iter().map(kept).collect();
+        SnapshotReport { pause: self.pause, held_flush: self.held_flush, members }
+    }
+}
+
+impl Drop for SnapshotRun {
+    /// Ends a snapshot that is not done: undoes it before the switch. Between the switch and the decision that is
+    /// impossible, and the old images may not be committed: flushes must fail from now on, unless the disk is closed
+    /// and nobody waits for them. Later the next open completes the snapshot.
+    fn drop(&mut self) {
+        if self.phase <= Phase::Switch {
+            for (index, member) in self.members.iter_mut().enumerate().rev() {
+                member.remove_child();
+                if member.has_note
+                    && let Err(e) = self.note.remove(&member.folder, index)
+                {
+                    log::warn!("{}; the next open of the disk removes the note of the snapshot", e.line());
+                }
+            }
+        } else if self.phase <= Phase::Decide && !self.is_any_closed() {
+            for member in &self.members {
+                member.child().image.poison("a snapshot failed after the switch to the new file");
+            }
+        }
+    }
+}
