@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -38,7 +39,7 @@ impl Daemon {
         let mut arguments =
             vec![option("--socket-path=", &rendezvous.path().join("disk.sock")), option("--blk-file=", image)];
         arguments.extend(extra.iter().map(OsString::from));
-        let child = spawn(&arguments, rendezvous.path());
+        let child = spawn(&arguments, rendezvous.path(), None);
         let mut daemon = Self { child, arguments, old_socket: None, socket_folder: rendezvous };
         daemon.wait_for_socket(None);
         daemon
@@ -114,10 +115,34 @@ impl Daemon {
         self.child.wait().expect("the daemon can be waited for");
     }
 
+    /// Whether the daemon has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("the daemon can be asked").is_some()
+    }
+
+    /// Sends SIGKILL, unless the daemon has ended, and waits for the exit.
+    pub fn kill_if_running(&mut self) {
+        if !self.has_ended() {
+            self.kill_running();
+        }
+    }
+
     /// Starts an ended daemon again with the same command line.
     pub fn restart(&mut self) {
         self.old_socket = identity(&self.socket());
-        self.child = spawn(&self.arguments, self.socket_folder.path());
+        self.child = spawn(&self.arguments, self.socket_folder.path(), None);
+    }
+
+    /// Starts an ended daemon again with the same command line. The daemon kills itself at a failpoint.
+    pub fn restart_killed_at(&mut self, failpoint: &str) {
+        self.old_socket = identity(&self.socket());
+        self.child = spawn(&self.arguments, self.socket_folder.path(), Some(failpoint));
+    }
+
+    /// Waits until the daemon has killed itself.
+    pub fn wait_until_killed(&mut self) {
+        let status = self.wait_for_end();
+        assert_eq!(status.signal(), Some(9), "the daemon ended with {status}; its log:\n{}", self.log());
     }
 
     /// Waits until the daemon listens on a socket that is not its predecessor's.
@@ -175,11 +200,12 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(arguments: &[OsString], folder: &Path) -> Child {
+fn spawn(arguments: &[OsString], folder: &Path, kill_at: Option<&str>) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("a log file");
     let _lock = super::tool::lock_spawns();
     Command::new(env!("CARGO_BIN_EXE_diffdiskd"))
         .args(arguments)
+        .envs(kill_at.map(|failpoint| ("DIFFDISK_KILL_AT", failpoint)))
         .stdin(Stdio::null())
         .stderr(log)
         .spawn()

@@ -9,6 +9,7 @@ pub(crate) mod chain;
 pub(crate) mod client;
 pub(crate) mod daemon;
 pub(crate) mod digest;
+pub(crate) mod failpoints;
 pub(crate) mod frontend;
 pub(crate) mod golden;
 pub(crate) mod guest;

@@ -21,6 +21,7 @@ mod readahead;
 #[path = "../common/rng.rs"]
 #[allow(dead_code)]
 mod rng;
+mod snapshot;
 #[path = "../common/temp.rs"]
 #[allow(dead_code)]
 mod temp;

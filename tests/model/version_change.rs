@@ -14,7 +14,7 @@ use crate::rng::Rng;
 use crate::testing::TestDisk;
 
 /// Sectors of the part of the disk that one thread of the load test uses.
-const SHARE: u64 = 4096;
+pub(crate) const SHARE: u64 = 4096;
 
 /// Changes the version at most every millisecond until `stop`. Returns the pauses.
 fn change_versions(disk: &Arc<Disk>, stop: &AtomicBool) -> Vec<Duration> {
@@ -30,7 +30,7 @@ fn change_versions(disk: &Arc<Disk>, stop: &AtomicBool) -> Vec<Duration> {
 
 /// Writes, reads, zeroes and flushes a part of the disk, and compares each read with the expected bytes. Returns the
 /// number of requests, and the expected bytes at the end.
-fn verify_under_load(
+pub(crate) fn verify_under_load(
     disk: &Arc<Disk>,
     engine: EngineKind,
     share: u64,
@@ -264,7 +264,7 @@ mod simulated {
     fn a_change_that_is_given_up_holds_nothing() {
         let host = SimHost::new(4);
         let mut disk = disk(&host);
-        for steps in 0..6 {
+        for steps in 0..10 {
             let change = begin_change(&mut disk, steps);
             let written = submit_write(&mut disk, steps, 9);
             let flushed = disk.submit(Work::Flush);
@@ -279,7 +279,7 @@ mod simulated {
     fn a_lane_that_starts_during_a_change_takes_part_in_it() {
         let host = SimHost::new(5);
         let mut first = disk(&host);
-        for steps in 0..6 {
+        for steps in 0..10 {
             let mut change = begin_change(&mut first, steps);
             let mut second = TestDisk::new(first.disk.clone(), EngineKind::Auto);
             let tag = submit_write(&mut second, 5, steps as u8 + 1);

@@ -7,14 +7,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use diffdisk::chain::{Chain, OpenMode, PlanBuffer, Policy};
+use diffdisk::disk::Disk;
 use diffdisk::format::{Defect, Severity};
 use diffdisk::image::{self, Durability};
 use diffdisk::storage::sim::{DurableUnit, Random, SimHost};
 use diffdisk::storage::{Access, Env};
 use diffdisk::units::SectorRange;
 
-use crate::layouts::top;
-use crate::model::{self, Model, Value};
+use crate::layouts::{self, top};
+use crate::model::{self, KeptContents, Model, Value};
 
 /// Limit of exhaustive checks: with fewer units than this every crash outcome is checked, otherwise a sample.
 const EXHAUSTIVE_LIMIT: usize = 9;
@@ -23,6 +24,8 @@ const EXHAUSTIVE_LIMIT: usize = 9;
 #[derive(Clone)]
 struct ImageContents {
     values: Vec<Value>,
+    /// The images that snapshots have kept.
+    kept: KeptContents,
     /// Whether the trailing footer was present before recovery.
     has_trailing_footer: bool,
 }
@@ -47,6 +50,8 @@ pub(crate) struct Checker {
     pub(crate) torn: u64,
     /// Number of completed changes of the version.
     pub(crate) changes: u64,
+    /// Whether snapshots are taken, so that the recovery depends on all files.
+    pub(crate) snapshots: bool,
 }
 
 impl Checker {
@@ -76,7 +81,8 @@ impl Checker {
     ) -> Result<(), String> {
         let units = host.unsynced_steps();
         let count = units.len();
-        if count < EXHAUSTIVE_LIMIT {
+        // The contents of several files take longer to check.
+        if count < if self.snapshots { EXHAUSTIVE_LIMIT / 2 } else { EXHAUSTIVE_LIMIT } {
             for mask in 0_u64..1 << count {
                 self.check_crash(host, &units, model, &|i| mask >> i & 1 == 1, None)?;
             }
@@ -150,12 +156,13 @@ impl Checker {
     ) -> Result<Vec<Value>, String> {
         self.states += 1;
         let digest = after.digest(&top()).ok_or("the image's name is lost")?;
+        let digest = if self.snapshots { after.digest_of_all() } else { digest };
         if !self.checked.contains_key(&digest) {
             self.distinct += 1;
-            let found = if self.distinct % 64 == 1 {
+            let found = if self.distinct % if self.snapshots { 512 } else { 64 } == 1 {
                 self.check_with_recovery_crashes(after)
             } else {
-                check_image(after, self.distinct % 8 == 2)
+                check_image(after, self.distinct % 8 == 2, self.snapshots)
             };
             self.checked.insert(digest, found.map(Arc::new));
         }
@@ -165,6 +172,7 @@ impl Checker {
         }
         self.had_trailing_footer = found.has_trailing_footer;
         model.check(&found.values, acknowledged)?;
+        model.check_kept(&found.kept)?;
         Ok(found.values.clone())
     }
 
@@ -172,7 +180,7 @@ impl Checker {
     /// disk must have the same contents.
     fn check_with_recovery_crashes(&mut self, after: &SimHost) -> Result<ImageContents, String> {
         after.start_recording();
-        let found = check_image(after, true)?;
+        let found = check_image(after, true, self.snapshots)?;
         let mut random = Random::new(self.distinct);
         let moments = after.take_recording();
         for (step, moment) in moments.iter().chain([after]).enumerate() {
@@ -180,12 +188,16 @@ impl Checker {
             for n in 0..4.min(1_u64 << count.min(3)) {
                 let outcome: Vec<bool> = (0..count).map(|_| if n < 2 { n == 1 } else { random.chance(1, 2) }).collect();
                 let mut tear = sector_tearing((n > 1).then(|| random.next_u64()));
-                let again = check_image(&moment.crash_torn(&|i| outcome[i], &mut tear), false);
+                let crashed = moment.crash_torn(&|i| outcome[i], &mut tear);
+                let again = check_image(&crashed, false, self.snapshots);
                 let again = again.map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
                 self.recovery_crashes += 1;
                 Model::new(&found.values)
                     .check(&again.values, false)
                     .map_err(|e| format!("after a crash at step {step} of the recovery: {e}"))?;
+                if again.kept != found.kept {
+                    return Err(format!("a crash at step {step} of the recovery changes the kept images"));
+                }
             }
         }
         Ok(found)
@@ -204,7 +216,7 @@ fn sector_tearing(seed: Option<u64>) -> impl FnMut(&[u8; 512], &[u8; 512]) -> Op
 
 /// Checks an image, opens it for writing, which recovers it, and reads the whole disk. With `twice` the image is
 /// checked again after recovery.
-fn check_image(after: &SimHost, twice: bool) -> Result<ImageContents, String> {
+fn check_image(after: &SimHost, twice: bool, snapshots: bool) -> Result<ImageContents, String> {
     let sound = |when: &str| {
         let file = after.open(&top(), Access::Read).map_err(|e| e.line())?;
         let (report, _) = image::check(file).map_err(|e| format!("{when} the check fails: {}", e.line()))?;
@@ -218,20 +230,38 @@ fn check_image(after: &SimHost, twice: bool) -> Result<ImageContents, String> {
         worse.map_or(Ok(tail), |d| Err(format!("{when} the check finds: {d}")))
     };
     let tail = sound("before recovery")?;
-    let values = recover(after)?;
+    let values = recover(after, snapshots)?;
+    let kept = if snapshots { kept_images(after)? } else { KeptContents::new() };
     if twice && !sound("after recovery")? {
         return Err("after recovery the trailing footer is missing".into());
     }
-    Ok(ImageContents { values, has_trailing_footer: tail })
+    Ok(ImageContents { values, kept, has_trailing_footer: tail })
 }
 
-/// Opens the disk for writing, which recovers it, and returns its contents.
-pub(crate) fn recover(host: &SimHost) -> Result<Vec<Value>, String> {
+/// Opens the disk for writing, which recovers it, and returns its contents. With `snapshots` the open also completes or
+/// undoes a snapshot.
+pub(crate) fn recover(host: &SimHost, snapshots: bool) -> Result<Vec<Value>, String> {
     let env: Arc<dyn Env> = Arc::new(host.clone());
+    if snapshots {
+        let disk = Disk::open(env, &layouts::options(host, false));
+        return read_disk(&disk.map_err(|e| format!("the disk does not open: {}", e.line()))?.version());
+    }
     let chain = Chain::open(&*env, &top(), &Policy::default(), OpenMode::Write);
     let version = chain.and_then(|chain| chain.into_writable(&*env, &Durability::FlushOnly));
     let version = version.map_err(|e| format!("the disk does not open: {}", e.line()))?;
     read_disk(&version)
+}
+
+/// Returns the contents of the images that snapshots have kept.
+pub(crate) fn kept_images(host: &SimHost) -> Result<KeptContents, String> {
+    let mut found = KeptContents::new();
+    for path in host.names().into_iter().filter(|path| layouts::is_kept_name(path)) {
+        let chain = Chain::open(host, &path, &Policy::default(), OpenMode::Read);
+        let version = chain.map_err(|e| format!("a kept image does not open: {}", e.line()))?.into_frozen();
+        found.insert(path, read_disk(&version)?);
+    }
+    let more: Vec<_> = host.names().into_iter().filter(|path| !layouts::is_expected_name(path)).collect();
+    if more.is_empty() { Ok(found) } else { Err(format!("files are left over: {more:?}")) }
 }
 
 /// Returns the contents of a disk.

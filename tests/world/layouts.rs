@@ -37,6 +37,21 @@ pub(crate) fn top() -> PathBuf {
     PathBuf::from("/disk/top.vhd")
 }
 
+/// Returns the path of the image that the snapshot with a number keeps.
+pub(crate) fn kept(number: u32) -> PathBuf {
+    PathBuf::from(format!("/disk/kept{number}.vhd"))
+}
+
+/// Whether a path is that of an image that a snapshot has kept.
+pub(crate) fn is_kept_name(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("kept"))
+}
+
+/// Whether a file may exist when no snapshot is in progress.
+pub(crate) fn is_expected_name(path: &Path) -> bool {
+    path == top() || path.ends_with("parent.vhd") || is_kept_name(path)
+}
+
 /// Returns the options that open the disk, with a live journal if `journal` is true.
 pub(crate) fn options(host: &SimHost, journal: bool) -> DiskOptions {
     let runtime = || host.runtime_folder(Path::new("/run")).expect("every folder is in memory");

@@ -1,6 +1,9 @@
 //! The values that each sector may contain after a crash: its value at the last completed flush, and every value
 //! written since.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use diffdisk::units::SectorRange;
 
 /// The contents of a sector: 0 for zeros, otherwise the number of the action that wrote it.
@@ -18,13 +21,68 @@ struct Sector {
     acknowledged: usize,
 }
 
-/// The possible values of each sector of a disk.
+/// The possible values of each sector of a disk, and of the images that snapshots have kept.
 #[derive(Clone, Debug)]
-pub(crate) struct Model(Vec<Sector>);
+pub(crate) struct Model(Vec<Sector>, Vec<Kept>);
+
+/// An image that a snapshot keeps.
+#[derive(Clone, Debug)]
+struct Kept {
+    path: PathBuf,
+    /// The possible values of its sectors.
+    sectors: Vec<Sector>,
+    /// Whether the snapshot is complete, so that the image must exist.
+    is_complete: bool,
+}
+
+/// The contents of the images that snapshots have kept, by path.
+pub(crate) type KeptContents = BTreeMap<PathBuf, Vec<Value>>;
 
 impl Model {
     pub(crate) fn new(values: &[Value]) -> Model {
-        Model(values.iter().map(|&v| Sector { values: vec![(0, v)], acknowledged: 0 }).collect())
+        Model(values.iter().map(|&v| Sector { values: vec![(0, v)], acknowledged: 0 }).collect(), Vec::new())
+    }
+
+    /// Records that a snapshot keeps the disk of `moment` at `path`.
+    pub(crate) fn keep(&mut self, path: PathBuf, moment: &Model) {
+        self.1.push(Kept { path, sectors: moment.0.clone(), is_complete: false });
+    }
+
+    /// Removes the last kept image: its snapshot was not switched.
+    pub(crate) fn forget_kept(&mut self) {
+        self.1.pop();
+    }
+
+    /// Records that the last snapshot is complete.
+    pub(crate) fn complete_snapshot(&mut self) {
+        self.1.last_mut().expect("a snapshot was taken").is_complete = true;
+    }
+
+    /// Checks the kept images: those of complete snapshots exist, and all have what was acknowledged at their moment.
+    pub(crate) fn check_kept(&self, found: &KeptContents) -> Result<(), String> {
+        for kept in &self.1 {
+            let name = kept.path.display();
+            match found.get(&kept.path) {
+                Some(values) => {
+                    let moment = Model(kept.sectors.clone(), Vec::new());
+                    moment.check(values, true).map_err(|e| format!("the kept image {name}: {e}"))?;
+                }
+                None if kept.is_complete => return Err(format!("the kept image {name} is gone")),
+                None => {}
+            }
+        }
+        match found.keys().find(|path| self.1.iter().all(|kept| kept.path != **path)) {
+            Some(path) => Err(format!("the image {} was kept before the switch", path.display())),
+            None => Ok(()),
+        }
+    }
+
+    /// Replaces the possible values of the kept images by their contents. The images never change from now on.
+    pub(crate) fn settle_kept(&mut self, found: &KeptContents) {
+        self.1.retain(|kept| found.contains_key(&kept.path));
+        for kept in &mut self.1 {
+            *kept = Kept { sectors: Model::new(&found[&kept.path]).0, is_complete: true, path: kept.path.clone() };
+        }
     }
 
     pub(crate) fn sectors(&self) -> u64 {
@@ -84,7 +142,7 @@ impl Model {
 
     /// Replaces the model by the contents of the disk after a crash, which are durable.
     pub(crate) fn reset_after_crash(&mut self, values: &[Value]) {
-        *self = Model::new(values);
+        self.0 = Model::new(values).0;
     }
 
     /// Removes the values that are later than the contents of the disk after a kill. The contents count as

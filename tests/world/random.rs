@@ -17,6 +17,9 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, checks: CheckOptions, checker: 
     let mut random = Random::new(seed);
     let layout = &layouts[random.index(layouts.len())];
     let lanes = 1 + random.index(2);
+    let takes_snapshots = seed % 5 == 4;
+    let checks = if takes_snapshots { CheckOptions { sample: 6, interval: 8, ..checks } } else { checks };
+    checker.snapshots = takes_snapshots;
     let mut world = World::new(layout, random.next_u64(), lanes, checks, checker);
     // In three of four runs the cache is too small for all bitmaps.
     let granules = [None, Some(0), Some(1), Some(4)][(seed / 2 % 4) as usize];
@@ -26,6 +29,10 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, checks: CheckOptions, checker: 
     // In one of five runs, the version of the disk changes under the requests.
     if seed % 5 == 3 {
         world.change_versions(Random::new(seed));
+    }
+    // In another one, snapshots of the disk are taken.
+    if takes_snapshots {
+        world.take_snapshots(Random::new(seed));
     }
     let result = run_cycles(&mut world, &mut random);
     result.map_err(|e| {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use diffdisk::disk::snapshot::{SnapshotRequest, SnapshotRun};
 use diffdisk::disk::{
     Allocation, Answer, ChangeStep, Disk, DiskOptions, Lane, Outcome, Request, VersionChange, WhenFull, Work, ZeroRange,
 };
@@ -18,6 +19,9 @@ use crate::model::{self, Model};
 
 /// Queue depth of the I/O engines.
 const DEPTH: usize = 32;
+
+/// Maximum number of snapshots in a run. Each kept image makes every check slower.
+const MAX_SNAPSHOTS: u32 = 6;
 
 /// Options of a run: the crash outcomes to check, and the journal.
 #[derive(Clone, Copy)]
@@ -57,6 +61,12 @@ enum InFlightKind {
     Read(SectorRange, TestMemory),
 }
 
+/// A change of the version in progress.
+enum Change {
+    Move(VersionChange),
+    Snapshot(SnapshotRun),
+}
+
 /// A machine, its disk, and the model of the disk.
 pub(crate) struct World<'a> {
     pub(crate) host: SimHost,
@@ -69,8 +79,14 @@ pub(crate) struct World<'a> {
     pub(crate) may_fail: bool,
     /// Random numbers for changes of the version; `None` in runs without changes.
     changes: Option<Random>,
+    /// Whether the changes are snapshots. Otherwise the top moves to another slot.
+    snapshots: bool,
     /// The change of the version in progress.
-    change: Option<VersionChange>,
+    change: Option<Change>,
+    /// Number of snapshots that were begun.
+    begun_snapshots: u32,
+    /// Whether a snapshot failed between the switch and the decision, so that the disk refuses writes.
+    is_stuck: bool,
     // Declared before `disk`, so that lanes are dropped before their disk.
     pub(crate) lanes: Vec<Lane>,
     pub(crate) disk: Option<Arc<Disk>>,
@@ -113,7 +129,10 @@ impl<'a> World<'a> {
             trace: Vec::new(),
             may_fail: false,
             changes: None,
+            snapshots: false,
             change: None,
+            begun_snapshots: 0,
+            is_stuck: false,
             lanes: Vec::with_capacity(lanes),
             disk: None,
             model: Model::new(&layout.values),
@@ -152,22 +171,111 @@ impl<'a> World<'a> {
         self.changes = Some(random);
     }
 
+    /// Takes snapshots of the disk again and again from now on.
+    pub(crate) fn take_snapshots(&mut self, random: Random) {
+        self.changes = Some(random);
+        self.snapshots = true;
+    }
+
     /// At random: begins a change of the version, takes a step of the change in progress, gives the change up, or does
     /// nothing.
     fn step_change(&mut self) -> Result<(), String> {
         let (Some(random), Some(disk)) = (&mut self.changes, &self.disk) else { return Ok(()) };
         match &mut self.change {
+            None if self.snapshots => {
+                let begins = self.begun_snapshots < MAX_SNAPSHOTS && random.chance(1, 12);
+                return if begins { self.begin_snapshot() } else { Ok(()) };
+            }
             None if random.chance(1, 4) => match VersionChange::move_top(disk) {
-                Ok(change) => self.change = Some(change),
+                Ok(change) => self.change = Some(Change::Move(change)),
                 Err(e) if e.kind() == ErrorKind::Poisoned && self.may_fail => {}
                 Err(e) => return Err(e.line()),
             },
             None => {}
-            Some(_) if random.chance(1, 40) => self.change = None,
-            Some(change) => {
+            Some(Change::Snapshot(snapshot)) => {
+                let gives_up = random.chance(1, 100) && !snapshot.is_switched();
+                return if gives_up { self.give_snapshot_up() } else { self.step_snapshot() };
+            }
+            Some(Change::Move(_)) if random.chance(1, 40) => self.change = None,
+            Some(Change::Move(change)) => {
                 let is_done = change.step().map_err(|e| e.line())? == ChangeStep::Done;
                 self.change.take_if(|_| is_done);
                 self.checker.changes += u64::from(is_done);
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_snapshot(&mut self) -> Result<(), String> {
+        let disk = self.disk.clone().expect("the disk is open");
+        self.begun_snapshots += 1;
+        let keep_as = layouts::kept(self.begun_snapshots);
+        match SnapshotRun::begin(&[SnapshotRequest { disk, name: "disk".into(), keep_as }]) {
+            Ok(snapshot) => {
+                self.trace.push(format!("snapshot {} begins", self.begun_snapshots));
+                self.change = Some(Change::Snapshot(snapshot));
+                Ok(())
+            }
+            Err(_) if self.may_fail || self.is_stuck => Ok(()),
+            Err(e) => Err(format!("a snapshot does not begin: {}", e.line())),
+        }
+    }
+
+    /// Takes a step of the snapshot in progress, and checks crash outcomes at every step of the machine during it.
+    fn step_snapshot(&mut self) -> Result<(), String> {
+        let Some(Change::Snapshot(mut snapshot)) = self.change.take() else { return Ok(()) };
+        let was_switched = snapshot.is_switched();
+        if !was_switched {
+            // Crash outcomes during the switch may have the image.
+            let moment = self.model.clone();
+            self.model.keep(layouts::kept(self.begun_snapshots), &moment);
+        }
+        let stepped = self.check_every_step(|| {
+            let stepped = snapshot.step();
+            (stepped, snapshot)
+        });
+        let (stepped, snapshot) = stepped?;
+        let is_switched = snapshot.is_switched();
+        if is_switched != was_switched {
+            self.trace.push("    switched".into());
+        }
+        if !is_switched {
+            self.model.forget_kept();
+        }
+        match stepped {
+            Ok(ChangeStep::Done) => {
+                self.trace.push("    snapshot complete".into());
+                self.model.complete_snapshot();
+                self.checker.changes += 1;
+            }
+            Ok(_) => self.change = Some(Change::Snapshot(snapshot)),
+            Err(e) if self.may_fail => {
+                self.trace.push(format!("    snapshot failed: {}", e.line()));
+                drop(snapshot);
+                self.is_stuck |= self.disk.as_ref().is_some_and(|disk| disk.is_poisoned());
+            }
+            Err(e) => return Err(format!("a snapshot fails: {}", e.line())),
+        }
+        self.check_now()
+    }
+
+    /// Gives the snapshot in progress up, which undoes it.
+    fn give_snapshot_up(&mut self) -> Result<(), String> {
+        self.trace.push("    given up".into());
+        let change = self.change.take();
+        self.check_every_step(|| drop(change))
+    }
+
+    /// Takes the steps of the snapshot in progress to its end.
+    fn finish_snapshot(&mut self) -> Result<(), String> {
+        let mut turns = 0;
+        while let Some(Change::Snapshot(_)) = &self.change {
+            self.step_snapshot()?;
+            let lane = self.random.index(self.lanes.len());
+            self.step(lane)?;
+            turns += 1;
+            if turns > 10_000 {
+                return Err("a snapshot does not end".into());
             }
         }
         Ok(())
@@ -272,7 +380,7 @@ impl<'a> World<'a> {
     pub(crate) fn flush(&mut self, lane: usize) {
         self.record_action(format_args!("lane {lane} flushes"));
         let covered = self.model.flush_point();
-        let must_fail = self.is_poisoned();
+        let must_fail = self.refuses_writes();
         self.push(lane, Work::Flush, InFlightKind::Flush(covered, must_fail));
     }
 
@@ -340,7 +448,16 @@ impl<'a> World<'a> {
     /// Returns whether a sync has failed on this machine. After a failed sync no further write may become durable.
     /// Until the machine crashes, the page cache hides the contents of the medium from every process.
     fn is_poisoned(&self) -> bool {
-        self.host.counts().failed_syncs > 0
+        self.host.counts().failed_syncs > 0 || self.is_stuck
+    }
+
+    /// Whether writes and flushes must fail, since a sync has failed. A failed sync of a file of a snapshot that was
+    /// undone does not count.
+    fn refuses_writes(&self) -> bool {
+        match &self.disk {
+            Some(disk) if self.snapshots => disk.is_poisoned(),
+            _ => self.is_poisoned(),
+        }
     }
 
     /// Plans faults, after which requests may fail.
@@ -375,14 +492,17 @@ impl<'a> World<'a> {
     /// Closes the disk and opens it again.
     pub(crate) fn reopen(&mut self) -> Result<(), String> {
         self.record_action(format_args!("close and open"));
+        self.finish_snapshot()?;
+        self.finish()?;
         let lanes = self.lanes.len();
         self.change = None;
         self.lanes.clear();
         let disk = self.disk.take().ok_or("no disk to close")?;
         let covered = self.model.flush_point();
         let closed = self.check_every_step(|| disk.close())?;
+        let must_fail = if self.snapshots { disk.is_poisoned() } else { self.is_poisoned() };
         drop(disk);
-        if self.is_poisoned() {
+        if must_fail {
             return if closed.is_ok() {
                 Err("the disk closes cleanly after a failed sync".into())
             } else {
@@ -420,7 +540,10 @@ impl<'a> World<'a> {
 
     fn drop_disk(&mut self) {
         self.pending.clear();
-        self.change = None;
+        if let Some(Change::Snapshot(snapshot)) = self.change.take() {
+            snapshot.abandon();
+        }
+        self.is_stuck = false;
         self.lanes.clear();
         self.disk = None;
         self.may_fail = false;
@@ -445,8 +568,19 @@ impl<'a> World<'a> {
         let version = self.disk.as_ref().ok_or("the disk does not open after a kill")?;
         let values = checker::read_disk(&version.version())?;
         self.model.check(&values, self.checks.journal).map_err(|e| format!("after a kill: {e}"))?;
+        self.settle_kept().map_err(|e| format!("after a kill: {e}"))?;
         self.model.reset_after_kill(&values);
         self.check_now()
+    }
+
+    /// Checks the images that snapshots have kept, which do not change from now on.
+    fn settle_kept(&mut self) -> Result<(), String> {
+        if self.snapshots {
+            let found = checker::kept_images(&self.host)?;
+            self.model.check_kept(&found)?;
+            self.model.settle_kept(&found);
+        }
+        Ok(())
     }
 
     /// Cuts the power and opens the disk again.
@@ -467,6 +601,7 @@ impl<'a> World<'a> {
         let opened = self.open(lanes);
         self.checker.trailing_footer_may_be_missing = false;
         opened?;
+        self.settle_kept().map_err(|e| format!("after a crash: {e}"))?;
         let found = checker::read_disk(&self.disk.as_ref().ok_or("the disk does not open after a crash")?.version())?;
         if found != values {
             return Err("the disk reads otherwise when it is opened again".into());
