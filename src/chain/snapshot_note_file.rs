@@ -133,9 +133,8 @@ impl SnapshotNote {
     /// - `NoSpace`, `Io`: the same call may be repeated
     pub fn name_files(&self, _env: &dyn Env, folder: &Folder, index: usize) -> Result<()> {
         let member = &self.members[index];
-        let refuse = |name: &OsStr, what: String| {
-            Err(Error::new(ErrorKind::Refused, what).at_path(folder.path_to(name)))
-        };
+        let refuse =
+            |name: &OsStr, what: String| Err(Error::new(ErrorKind::Refused, what).at_path(folder.path_to(name)));
         let file = folder.open(&member.active, Access::Read)?;
         let active = uuid_of(&file)?;
         if active == Some(member.child_uuid) {
