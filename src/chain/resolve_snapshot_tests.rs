@@ -9,6 +9,7 @@ use super::super::{Chain, Policy};
 use super::testing::*;
 use super::*;
 use crate::image::{ImageKind, ParentLink};
+use crate::storage::host::Host;
 use crate::storage::sim::SimHost;
 
 #[test]
@@ -280,4 +281,40 @@ fn a_disk_without_a_note_is_left_alone() {
     assert!(!resolve_within(&host, &path(0, "missing"), &[], false, Duration::ZERO).unwrap());
     folder(&host, 0).create("text".as_ref()).unwrap();
     assert!(!resolve_within(&host, &path(0, "text"), &[], false, Duration::ZERO).unwrap());
+}
+
+#[test]
+fn a_decided_snapshot_is_finished_on_a_real_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let home = folder.path().canonicalize().unwrap();
+    let active_uuid = image::create(&Host, &home.join("disk"), &spec(ImageKind::Dynamic)).unwrap();
+    let link = ParentLink {
+        uuid: active_uuid,
+        modified: 0,
+        relative: Some("a kept one".into()),
+        absolute: None,
+        name: "a kept one".into(),
+    };
+    let child_uuid = image::create(&Host, &home.join("new"), &spec(ImageKind::Differencing(link))).unwrap();
+    let (active, kept, child) = ("disk".into(), "a kept one".into(), "new".into());
+    let member = SnapshotMember { folder: home.clone(), active, kept, child, active_uuid, child_uuid };
+    let note = SnapshotNote { group: Uuid::from_u128(7), members: vec![member], state: SnapshotState::Begun };
+    let folder = Host.folder(&home).unwrap();
+    note.write_new(&Host, &folder, 0).unwrap();
+    assert_eq!(note.write_new(&Host, &folder, 0).unwrap_err().kind(), ErrorKind::Refused);
+    let boot = Host.origin().unwrap().boot;
+    let switched = SnapshotNote { state: SnapshotState::Switched { boot, has_journal: true }, ..note };
+    switched.prepare(&Host, &folder).unwrap();
+    switched.switch(&folder).unwrap();
+    let e = Chain::open(&Host, &home.join("disk"), &Policy::default(), OpenMode::Read).unwrap_err();
+    assert!(e.kind() == ErrorKind::Refused && e.line().contains("diffdisk settle"), "{e}");
+    std::os::unix::fs::symlink("disk", home.join("link")).unwrap();
+    assert!(resolve_snapshot(&Host, &home.join("link"), &[], false).unwrap());
+    assert!(!resolve_snapshot(&Host, &home.join("link"), &[], false).unwrap());
+    let chain = Chain::open(&Host, &home.join("disk"), &Policy::default(), OpenMode::Write).unwrap();
+    let uuids: Vec<Uuid> = chain.images().iter().map(Image::uuid).collect();
+    assert_eq!(uuids, [child_uuid, active_uuid]);
+    let mut names: Vec<_> = std::fs::read_dir(&home).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["a kept one", "disk", "link"]);
 }
