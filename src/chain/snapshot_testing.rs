@@ -1,5 +1,5 @@
-//! Test support for snapshots: a daemon takes a snapshot of one or two disks on a simulated host, ends, and the disks are
-//! resolved and checked.
+//! Test support for snapshots: a daemon takes a snapshot of one or two disks on a simulated host and ends. Then the
+//! disks are resolved and checked.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
