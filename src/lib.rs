@@ -100,6 +100,10 @@
 //! | merge record, receiver | the file that describes an unfinished merge; the image into which the merge copies |
 //! | CHILD | the image that a merge copies, with the layers between, into the receiver: the argument of the verb |
 //! | merged layer | a layer whose data a merge copies into the receiver: CHILD, or a layer between the two |
+//! | snapshot note | the file that describes an unfinished snapshot of running disks |
+//! | member, coordinator | a disk of a snapshot; the member whose note has the state of the snapshot |
+//! | active, kept image | the image that a disk is opened by; the previous one, under the name that a snapshot gives it |
+//! | decided, resolve | said of a snapshot that will be finished; finish or undo an unfinished snapshot |
 //! | file stamp | inode, length and modification time of a file, by which a change is detected |
 //! | [defect](format::Defect) | a violated rule of the format |
 //!

@@ -85,13 +85,16 @@ fn lock_note(env: &dyn Env, found: &FoundNote, deadline: Instant) -> Result<Opti
         };
         let own = || none_if_not_found(found.folder.open(&found.note.name(found.index), Access::Write));
         let Some(file) = first.map_or_else(own, |file| Ok(Some(file)))? else { return Ok(None) };
-        lock_before(&file, deadline, || {
-            Error::new(ErrorKind::Busy, "another process is finishing or undoing this snapshot; try again later")
-                .at_path(file.path())
-        })?;
+        let busy = || {
+            let what = "another process is finishing or undoing this snapshot; try again later";
+            Error::new(ErrorKind::Busy, what).at_path(file.path())
+        };
+        lock_before(&file, deadline, busy)?;
         // The note is replaced by a rename, so the lock may be on the file of an older text.
-        if file.name_status()? == NameStatus::Kept {
-            return Ok(Some(file));
+        match file.name_status()? {
+            NameStatus::Kept => return Ok(Some(file)),
+            _ if Instant::now() >= deadline => return Err(busy()),
+            _ => {}
         }
     }
 }
@@ -346,3 +349,13 @@ fn mutate_state(state: GroupState) -> GroupState {
     let is_mutated = mutant::enabled(Mutant::SnapshotAlwaysForward);
     if is_mutated { GroupState::Known(SnapshotState::Decided) } else { state }
 }
+
+#[cfg(all(test, feature = "sim"))]
+#[path = "resolve_snapshot_crash_tests.rs"]
+mod crash_tests;
+#[cfg(all(test, feature = "sim"))]
+#[path = "snapshot_testing.rs"]
+mod testing;
+#[cfg(all(test, feature = "sim"))]
+#[path = "resolve_snapshot_tests.rs"]
+mod tests;

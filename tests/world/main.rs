@@ -116,7 +116,18 @@ fn every_mutant_of_sessions_is_found() {
 ///
 /// `StaleBits` needs two readers of one bitmap sector, and an eviction of that sector between their reads.
 /// `image/write/clock_tests.rs` finds it with threads; 12 million states here did not.
-const FOUND_ELSEWHERE: [(Mutant, &str); 1] = [(Mutant::StaleBits, "make test-one T=lib F=clock_tests")];
+///
+/// The mutants of snapshot notes need a snapshot. `chain/resolve_snapshot_crash_tests.rs` takes one.
+const FOUND_ELSEWHERE: [(Mutant, &str); 7] = [
+    (Mutant::StaleBits, "make test-one T=lib F=clock_tests"),
+    (Mutant::SnapshotKeptUnsynced, SNAPSHOT_TESTS),
+    (Mutant::SnapshotNoteUnsynced, SNAPSHOT_TESTS),
+    (Mutant::SnapshotAlwaysForward, SNAPSHOT_TESTS),
+    (Mutant::SnapshotSwitchedAfterBoot, SNAPSHOT_TESTS),
+    (Mutant::SnapshotIgnored, SNAPSHOT_TESTS),
+    (Mutant::SnapshotOnlyOwnSettled, SNAPSHOT_TESTS),
+];
+const SNAPSHOT_TESTS: &str = "make test-one T=lib F=resolve_snapshot::crash_tests";
 
 /// Returns the mutant that `DIFFDISK_MUTANT` names, or all that the tests of this target must find. Panics if the named
 /// mutant does not exist, or if no test of this target searches for it.
