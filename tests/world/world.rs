@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use diffdisk::disk::snapshot::{SnapshotRequest, SnapshotRun};
 use diffdisk::disk::{
-    Allocation, Answer, ChangeStep, Disk, DiskOptions, Lane, Outcome, Request, VersionChange, WhenFull, Work, ZeroRange,
+    Allocation, Answer, ChangeStep, Disk, DiskOptions, Lane, Outcome, Request, SnapshotRequest, SnapshotRun,
+    VersionChange, WhenFull, Work, ZeroRange,
 };
 use diffdisk::error::ErrorKind;
 use diffdisk::storage::EngineKind;
