@@ -128,8 +128,11 @@ fn run(what: &str, image: &Path, rng: &mut Rng) {
             let exists = path.exists();
             println!("{what}: killed at {point}: {}", if exists { "kept" } else { "undone" });
             match point.as_str() {
-                "snapshot.note-begun" | "snapshot.child-created" | "snapshot.switch-prepared" => assert!(!exists),
-                "snapshot.switched" | "snapshot.old-committed" | "snapshot.decided" | "snapshot.named" => {
+                "snapshot.a-note-written" | "snapshot.child-created" | "snapshot.switch-prepared" => assert!(!exists),
+                "snapshot.switched"
+                | "snapshot.children-in-use"
+                | "snapshot.old-committed"
+                | "snapshot.flushes-released" => {
                     assert!(exists, "an acknowledged write may be in the new child only");
                 }
                 _ => {}

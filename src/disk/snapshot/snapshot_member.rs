@@ -244,8 +244,8 @@ impl Member {
         file.lock(Lock::Shared)
     }
 
-    /// Removes the new child, which took no writes, and its journal.
-    pub(super) fn remove_child(&mut self) {
+    /// Removes the new child, which took no writes, and its journal. Returns whether nothing of it is left.
+    pub(super) fn remove_child(&mut self) -> bool {
         if let Some(commit) = self.commit.take() {
             commit.leave(&self.disk);
         }
@@ -257,9 +257,10 @@ impl Member {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
             removed => removed.and_then(|()| self.folder.sync()),
         };
-        if let Err(e) = ended.and(removed) {
-            log::warn!("{}; the next open of the disk removes what is left of the snapshot", e.line());
-        }
+        ended
+            .and(removed)
+            .inspect_err(|e| log::warn!("{}; the next open of the disk removes what is left of the snapshot", e.line()))
+            .is_ok()
     }
 
     /// Lets flushes of the disk be answered again. Returns how long they were held.

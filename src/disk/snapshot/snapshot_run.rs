@@ -33,6 +33,8 @@ use crate::mutant::{self, Mutant};
 
 /// Time that the commit before the switch may take.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time between two looks at a step of growth.
+const GROWTH_POLL: Duration = Duration::from_millis(1);
 /// Time between two attempts to commit X while the file system is full.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -109,7 +111,7 @@ impl SnapshotRun {
                     // `Refused`: there is a note of another snapshot.
                     member.has_note = !written.as_ref().is_err_and(|e| e.kind() == ErrorKind::Refused);
                     written?;
-                    failpoint::reached("snapshot.note-begun");
+                    failpoint::reached("snapshot.a-note-written");
                 }
                 Phase::Child
             }
@@ -117,6 +119,10 @@ impl SnapshotRun {
                 self.members.iter_mut().try_for_each(Member::create_child)?;
                 failpoint::reached("snapshot.child-created");
                 Phase::Register
+            }
+            // A commit repeats its syncs while a lane syncs a step of growth.
+            Phase::Register if self.members.iter().any(|member| member.old().is_growth_syncing()) => {
+                return Ok(ChangeStep::Wait);
             }
             Phase::Register => {
                 for member in &mut self.members {
@@ -145,7 +151,7 @@ impl SnapshotRun {
                 Phase::Adopt
             }
             Phase::Adopt => {
-                failpoint::reached("snapshot.switched");
+                failpoint::reached("snapshot.children-in-use");
                 let pauses = self.members.iter_mut().map(|member| member.swap().pause());
                 self.pause = pauses.max().unwrap_or_default();
                 Phase::Retire
@@ -161,7 +167,7 @@ impl SnapshotRun {
                 self.note.state = SnapshotState::Decided;
                 let coordinator = &self.members[0];
                 self.note.replace(coordinator.disk.env(), &coordinator.folder)?;
-                failpoint::reached("snapshot.decided");
+                failpoint::reached("snapshot.flushes-released");
                 let held = self.members.iter_mut().map(Member::release_rounds);
                 self.held_flush = held.max().unwrap_or_default();
                 Phase::Name
@@ -171,13 +177,13 @@ impl SnapshotRun {
                     self.note.name_files(member.disk.env(), &member.folder, index)?;
                     member.record_child();
                 }
-                failpoint::reached("snapshot.named");
+                failpoint::reached("snapshot.all-named");
                 Phase::Clean
             }
             Phase::Clean => {
                 for (index, member) in self.members.iter().enumerate().rev() {
                     self.note.remove(&member.folder, index)?;
-                    failpoint::reached("snapshot.note-removed");
+                    failpoint::reached("snapshot.a-note-removed");
                 }
                 Phase::Freeze
             }
@@ -244,7 +250,11 @@ impl SnapshotRun {
             match self.step() {
                 Ok(ChangeStep::Done) => return Ok(self.report()),
                 Ok(ChangeStep::Again) => {
-                    let timeout = if self.phase == Phase::Commit { COMMIT_TIMEOUT } else { LANE_TIMEOUT };
+                    let timeout = if matches!(self.phase, Phase::Register | Phase::Commit) {
+                        COMMIT_TIMEOUT
+                    } else {
+                        LANE_TIMEOUT
+                    };
                     deadline = Instant::now() + timeout;
                 }
                 Ok(ChangeStep::Wait) => {
@@ -289,7 +299,11 @@ impl SnapshotRun {
             }
         }
         let first = self.members.iter_mut().map(Member::swap).min_by_key(|swap| swap.phase());
-        first.into_iter().for_each(|swap| swap.wait(left));
+        match first {
+            Some(swap) if swap.phase() != SwapPhase::Registered => swap.wait(left),
+            // A step of growth ends without an event for this thread.
+            _ => std::thread::sleep(GROWTH_POLL.min(left)),
+        }
     }
 
     fn late_error(&mut self) -> Error {
@@ -319,8 +333,9 @@ impl Drop for SnapshotRun {
     fn drop(&mut self) {
         if self.phase <= Phase::Switch {
             for (index, member) in self.members.iter_mut().enumerate().rev() {
-                member.remove_child();
-                if member.has_note
+                // The note stays if the child stays: the next open of the disk removes both.
+                if member.remove_child()
+                    && member.has_note
                     && let Err(e) = self.note.remove(&member.folder, index)
                 {
                     log::warn!("{}; the next open of the disk removes the note of the snapshot", e.line());

@@ -108,7 +108,7 @@ impl Writable {
     }
 
     /// Whether a sync of a step of growth is in flight.
-    pub(super) fn is_growth_syncing(&self) -> bool {
+    pub fn is_growth_syncing(&self) -> bool {
         self.image().block_size().is_some() && self.free_tail().syncing
     }
 
