@@ -100,8 +100,6 @@ pub enum Mutant {
     RoundsNotHeld,
     /// The file that takes the writes is replaced although writes to the old one are under way.
     WritesNotAwaited,
-    /// A write is marked in the image that takes the writes now, not in the one to which its bytes went.
-    MarkCurrent,
     /// A snapshot is decided before the sealed image is committed.
     SealedUncommitted,
     /// Flushes are answered between the switch and the decision of a snapshot.
@@ -123,7 +121,7 @@ pub enum Mutant {
 }
 
 /// All mutants.
-pub const ALL: [Mutant; 53] = [
+pub const ALL: [Mutant; 52] = [
     Mutant::OneBarrier,
     Mutant::CurrentBits,
     Mutant::NoLastSync,
@@ -168,7 +166,6 @@ pub const ALL: [Mutant; 53] = [
     Mutant::SlotFreedEarly,
     Mutant::RoundsNotHeld,
     Mutant::WritesNotAwaited,
-    Mutant::MarkCurrent,
     Mutant::SealedUncommitted,
     Mutant::FlushBeforeDecision,
     Mutant::SnapshotKeptUnsynced,

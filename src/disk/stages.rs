@@ -311,8 +311,7 @@ impl Lane {
             return StageResult::Wait(TaskStage::AwaitGrowth);
         }
         let reads = matches!(task.work, Work::Read { .. } | Work::Prefetch { .. });
-        let marked = if mutant::enabled(Mutant::MarkCurrent) { self.versions.current().epoch() } else { task.epoch };
-        let (Some(top), false) = (self.versions.of(marked).top(), reads) else {
+        let (Some(top), false) = (self.versions.of(task.epoch).top(), reads) else {
             return StageResult::Finish(Outcome::Done);
         };
         let marks = match &task.work {

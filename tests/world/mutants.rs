@@ -12,6 +12,10 @@ use crate::world::CheckOptions;
 /// Number of runs after which a mutant counts as not found.
 const RUNS: usize = 3000;
 
+/// The mistakes in snapshots.
+const SNAPSHOT_MUTANTS: [Mutant; 4] =
+    [Mutant::RoundsNotHeld, Mutant::WritesNotAwaited, Mutant::SealedUncommitted, Mutant::FlushBeforeDecision];
+
 /// Returns the seed at which the search begins.
 fn first_seed(mutant: Mutant) -> u64 {
     match mutant {
@@ -26,7 +30,10 @@ fn first_seed(mutant: Mutant) -> u64 {
 pub(crate) fn find(mutant: Mutant, layouts: &[Layout], checks: CheckOptions) -> Option<String> {
     let mut checker = Checker::default();
     mutant::enable(Some(mutant));
-    let found = (first_seed(mutant)..).take(RUNS).find_map(|seed| {
+    // Mistakes in snapshots need runs that take snapshots, and such runs take longer.
+    let in_snapshots = SNAPSHOT_MUTANTS.contains(&mutant);
+    let seeds = (first_seed(mutant)..).filter(|seed| random::takes_snapshots(*seed) == in_snapshots);
+    let found = seeds.take(RUNS).find_map(|seed| {
         let run = catch_unwind(AssertUnwindSafe(|| random::run(layouts, seed, checks, &mut checker)));
         checker.clear_cache();
         let why = run.unwrap_or_else(|_| Err("an assertion of the code failed".into())).err()?;

@@ -12,12 +12,17 @@ use crate::world::{CheckOptions, World};
 /// the resulting state.
 const CYCLES: u64 = 6;
 
+/// Whether the run of a seed takes snapshots of the disk.
+pub(crate) fn takes_snapshots(seed: u64) -> bool {
+    seed % 5 == 4
+}
+
 /// Runs one seed. The error contains the trace.
 pub(crate) fn run(layouts: &[Layout], seed: u64, checks: CheckOptions, checker: &mut Checker) -> Result<(), String> {
     let mut random = Random::new(seed);
     let layout = &layouts[random.index(layouts.len())];
     let lanes = 1 + random.index(2);
-    let takes_snapshots = seed % 5 == 4;
+    let takes_snapshots = takes_snapshots(seed);
     let checks = if takes_snapshots { CheckOptions { sample: 6, interval: 8, ..checks } } else { checks };
     checker.snapshots = takes_snapshots;
     let mut world = World::new(layout, random.next_u64(), lanes, checks, checker);
