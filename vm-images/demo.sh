@@ -64,7 +64,7 @@ diffdiskd=$target/release/diffdiskd
 if [ -n "${DIFFDISK_DEMO_DIR-}" ]; then
     mkdir -p "$DIFFDISK_DEMO_DIR"
     work=$(cd "$DIFFDISK_DEMO_DIR" && pwd)
-    rm -f "$work/golden.vhd" "$work/child.vhd"
+    rm -f "$work/golden.vhd" "$work/child.vhd" "$work/before.vhd"
 else
     mkdir -p "$target"
     work=$(mktemp -d "$target/demo.XXXXXX")
@@ -72,6 +72,7 @@ fi
 # A socket's path must be short, and that of the work folder may be long.
 rendezvous=$(mktemp -d "${TMPDIR:-/tmp}/diffdisk.XXXXXX")
 socket=$rendezvous/disk.sock
+control=$rendezvous/control
 cd "$work"
 
 step "A golden image: an ext4 file system with some files, 256 MiB, as a dynamic VHD"
@@ -97,8 +98,8 @@ run "$diffdisk" create child.vhd --parent golden.vhd
 say "golden.vhd takes $(du -h golden.vhd | cut -f 1) on the disk, child.vhd $(du -h child.vhd | cut -f 1)"
 
 step "The daemon serves the child over vhost-user-blk"
-say "\$ diffdiskd --socket-path=$socket --blk-file=child.vhd &"
-"$diffdiskd" --socket-path="$socket" --blk-file=child.vhd 2>diffdiskd.log &
+say "\$ diffdiskd --socket-path=$socket --control=$control --blk-file=child.vhd &"
+"$diffdiskd" --socket-path="$socket" --control="$control" --blk-file=child.vhd 2>diffdiskd.log &
 daemon=$!
 for _ in $(seq 100); do
     [ ! -S "$socket" ] || break
@@ -107,9 +108,30 @@ for _ in $(seq 100); do
 done
 [ -S "$socket" ] || fail "the daemon has no socket after 10 s"
 
+# Keeps the disk as it is one second after the machine has connected.
+snapshot_while_running() {
+    for _ in $(seq 600); do
+        if "$diffdisk" ctl disk child.vhd --json | grep -q '"connected": *true'; then
+            sleep 1
+            exec "$diffdisk" ctl snapshot child.vhd --keep-as before.vhd
+        fi
+        sleep 0.1
+    done
+    echo "the machine did not connect"
+    return 1
+}
+
 step "A virtual machine boots with it as its disk (QEMU, Linux; a few seconds)"
+export DIFFDISK_CONTROL=$control
+snapshot_while_running >snapshot.txt 2>&1 &
+snapshot=$!
 "$here/run-guest.sh" --socket "$socket" --job "$here/jobs/demo.sh" --timeout 180 | sed '/^$/d; /^\[ /d; /^GUEST-RESULT/d' ||
     fail "the guest failed"
+
+step "A snapshot was taken while the machine worked"
+wait "$snapshot" || { cat snapshot.txt >&2; fail "there is no snapshot"; }
+say "\$ diffdisk ctl snapshot child.vhd --keep-as before.vhd"
+sed 's/^/  /' snapshot.txt
 
 step "The daemon is asked to end (SIGTERM)"
 kill -TERM "$daemon"
@@ -125,14 +147,18 @@ say "before ${golden_before%% *}"
 say "after  ${golden_after%% *}"
 [ "$golden_before" = "$golden_after" ] || fail "golden.vhd has changed"
 
-step "All that the machine wrote is in the child"
-"$diffdisk" check child.vhd || fail "child.vhd is not sound"
+step "All that the machine wrote is in the child and the snapshot"
+"$diffdisk" check child.vhd --chain || fail "child.vhd is not sound"
 say "child.vhd: $(stat -c %s child.vhd) bytes long, $(du -h child.vhd | cut -f 1) on the disk, for a disk of 256 MiB"
 run "$diffdisk" info child.vhd --chain
 
+step "The snapshot is not needed any more: the child is merged into it"
+run "$diffdisk" merge child.vhd
+run "$diffdisk" info before.vhd --chain
+
 step "Who answers which part of the disk"
-echo "  \$ diffdisk map child.vhd"
-"$diffdisk" map child.vhd >map.txt
+echo "  \$ diffdisk map before.vhd"
+"$diffdisk" map before.vhd >map.txt
 head -n 16 map.txt
 lines=$(wc -l <map.txt)
 [ "$lines" -le 16 ] || say "... and $((lines - 16)) lines more"
