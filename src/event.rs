@@ -28,6 +28,11 @@ pub enum DiskEvent {
         /// The image.
         path: PathBuf,
     },
+    /// The size of the disk has changed.
+    Resized {
+        /// The new size in bytes.
+        size: u64,
+    },
     /// No write or commit waits for space any more, and no lane's writes fail for lack of space.
     RoomAgain {
         /// The image.

@@ -120,6 +120,11 @@ impl Frozen {
         plan.push(beyond, Source::Zero);
     }
 
+    /// Number of sectors of the youngest layer; 0 without layers.
+    pub(super) fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
     /// Prefetches, into the processor's cache, the run that a look-up of `sector` tries first. Does nothing if the
     /// sector's cell is not cached as a list of runs.
     #[inline]

@@ -204,6 +204,15 @@ impl Version {
         Ok(())
     }
 
+    /// Returns the parts of a range that may be nonzero. Loads missing bitmaps with blocking reads.
+    ///
+    /// # Errors
+    /// `Io`, with file and offset.
+    pub fn data_ranges_now(&self, range: SectorRange, plan: &mut PlanBuffer) -> Result<Vec<SectorRange>> {
+        self.plan_read_now(range, plan)?;
+        Ok(plan.extents.iter().filter(|e| e.source != super::Source::Zero).map(|e| e.range).collect())
+    }
+
     /// Plans a read as `plan_read_now` does, but caches nothing: for callers that plan each sector once. Only for a
     /// disk without a top.
     ///

@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use super::frozen::{Frozen, Layer};
 use super::top::{LowerLayers, Top};
-use crate::image::Image;
+use crate::image::{Image, Writable};
 use crate::storage::{File, FileSlot};
+use crate::units::SECTOR;
 
 /// The layers of a disk: at most one writable top over the frozen layers. Clones share the layers.
 #[derive(Clone)]
@@ -51,6 +52,22 @@ impl Version {
             "the sealed layer keeps its slot"
         );
         Version { sealed: None, frozen: Arc::new(self.frozen.with_layer(layer)), ..self.clone() }
+    }
+
+    /// Returns the same disk with `image` in place of the image of its top: the same file, opened again after its
+    /// structure has changed. The disk gets the size of `image`.
+    #[must_use]
+    pub fn with_top_image(&self, image: Arc<Writable>) -> Version {
+        let sectors = image.image().size() / SECTOR;
+        let top = self.top.as_ref().map(|top| Top { slot: top.slot, image });
+        Version { top, sectors, ..self.clone() }
+    }
+
+    /// Returns the frozen layers as a read-only disk.
+    #[must_use]
+    pub fn frozen_disk(&self) -> Version {
+        let sectors = self.frozen.sectors();
+        Version { top: None, sealed: None, frozen: self.frozen.clone(), sectors }
     }
 
     /// The writable layer; `None` on a read-only disk.

@@ -29,11 +29,18 @@ pub(super) enum EventKind {
     RoomAgain,
     Poisoned,
     Snapshot,
+    Resized,
 }
 
 impl EventKind {
-    pub(super) const ALL: [EventKind; 5] =
-        [EventKind::FrontEnd, EventKind::DiskFull, EventKind::RoomAgain, EventKind::Poisoned, EventKind::Snapshot];
+    pub(super) const ALL: [EventKind; 6] = [
+        EventKind::FrontEnd,
+        EventKind::DiskFull,
+        EventKind::RoomAgain,
+        EventKind::Poisoned,
+        EventKind::Snapshot,
+        EventKind::Resized,
+    ];
 
     fn of(event: &DiskEvent) -> EventKind {
         match event {
@@ -42,6 +49,7 @@ impl EventKind {
             DiskEvent::RoomAgain { .. } => EventKind::RoomAgain,
             DiskEvent::Poisoned { .. } => EventKind::Poisoned,
             DiskEvent::Snapshot { .. } => EventKind::Snapshot,
+            DiskEvent::Resized { .. } => EventKind::Resized,
         }
     }
 }
@@ -140,6 +148,7 @@ fn fields(event: &DiskEvent) -> Value {
     match event {
         DiskEvent::FrontEnd { connected, pid, uid } => json!({"connected": connected, "pid": pid, "uid": uid}),
         DiskEvent::DiskFull { path } | DiskEvent::RoomAgain { path } => json!({"path": path.display().to_string()}),
+        DiskEvent::Resized { size } => json!({"size": size}),
         DiskEvent::Poisoned { path, reason } => json!({"path": path.display().to_string(), "reason": reason}),
         DiskEvent::Snapshot { kept, uuid, pause } => json!({
             "kept": kept.display().to_string(),

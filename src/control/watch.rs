@@ -77,6 +77,7 @@ pub(super) fn event_schemas() -> Value {
         "room_again": event("room_again", true, &path),
         "poisoned": event("poisoned", true, &[("path", text()), ("reason", text())]),
         "snapshot": event("snapshot", true, &[("kept", text()), ("uuid", text()), ("pause_us", integer())]),
+        "resized": event("resized", true, &[("size", integer())]),
         "lost": event("lost", false, &[("lost", integer())]),
         "ended": object(
             &[

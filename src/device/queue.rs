@@ -153,7 +153,7 @@ impl Queue {
             return Ok(if is_broken { ServeResult::Broken } else { ServeResult::Idle });
         }
         let virtqueue = self.virtqueue.as_mut().expect("checked above");
-        let rules = request_rules(&self.device);
+        let rules = request_rules(&self.device, &self.lane);
         virtqueue.ring().disable_kicks();
         let (lane, times) = (&mut self.lane, &mut self.request_times);
         times.begin_batch();
@@ -242,7 +242,8 @@ impl Queue {
         {
             let (lane, times) = (&mut self.lane, &mut self.request_times);
             times.begin_batch();
-            virtqueue.pop_resubmitted(&request_rules(&self.device), lane.push_capacity(), |request| {
+            let rules = request_rules(&self.device, lane);
+            virtqueue.pop_resubmitted(&rules, lane.push_capacity(), |request| {
                 times.record_taken(&request);
                 lane.push(request);
                 lane.push_capacity()
@@ -329,10 +330,10 @@ impl Queue {
     }
 }
 
-fn request_rules(device: &Device) -> RequestRules<'_> {
+fn request_rules<'a>(device: &'a Device, lane: &Lane) -> RequestRules<'a> {
     let disk = device.disk();
     RequestRules {
-        capacity: disk.capacity(),
+        capacity: lane.capacity(),
         read_only: disk.is_read_only(),
         features: device.acked(),
         serial: disk.serial(),

@@ -219,8 +219,7 @@ impl Lane {
             Token::EarlyWriteback => {
                 let epoch = self.early_writeback.epoch_in_flight().expect("a hint was pushed");
                 if let Err(e) = self.early_writeback.hint_completed(completion.result) {
-                    let top = self.versions.of(epoch).writable_top();
-                    top.image.poison(&format!("the host could not write ({e})"));
+                    self.disk.poison_top(self.versions.of(epoch), &format!("the host could not write ({e})"));
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The begin and the end of a lane.
+//! The begin and the end of a lane, and the size of the disk that the lane serves.
 
 use std::sync::Arc;
 
@@ -94,6 +94,12 @@ impl Disk {
 }
 
 impl Lane {
+    /// Size of the disk in sectors, as the lane plans its requests. The lane adopts a new size later than
+    /// [`Disk::capacity`] reports it, so requests are checked with this one.
+    pub fn capacity(&self) -> u64 {
+        self.versions.current().sectors()
+    }
+
     /// Takes the lane out of service: waits for its operations, and ends the jobs and locks for which other lanes may
     /// wait. Requests in flight are not answered.
     pub fn retire(&mut self) {

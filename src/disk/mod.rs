@@ -41,6 +41,7 @@ mod lane_gate;
 mod lane_lifecycle;
 mod lane_table;
 mod lane_versions;
+pub mod live_resize;
 mod lost_names;
 pub mod mailbox;
 mod op_queue;

@@ -2,9 +2,11 @@
 
 use std::ops::Deref;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::file_table::{FileTable, ServedFile};
 use crate::chain::{Layer, Top, Version};
+use crate::image::Writable;
 use crate::storage::FileSlot;
 
 /// A version of the chain as lanes serve it. It never changes.
@@ -35,6 +37,12 @@ impl ServedVersion {
     pub(super) fn with_top_slot(&self, slot: FileSlot) -> ServedVersion {
         let files = self.files.with_copy(self.writable_top().slot, slot);
         ServedVersion { epoch: self.epoch + 1, version: self.version.with_top_slot(slot), files }
+    }
+
+    /// Creates the next version, with the file of the top opened again as `image` after its structure has changed.
+    pub(super) fn with_top_image(&self, image: Arc<Writable>) -> ServedVersion {
+        let version = self.version.with_top_image(image);
+        ServedVersion { epoch: self.epoch + 1, version, files: self.files.clone() }
     }
 
     /// Creates the next version, with the new child `top` over the old top, which is sealed.

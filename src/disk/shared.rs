@@ -203,6 +203,18 @@ impl Disk {
         self.version().top().is_some_and(|top| top.image.is_poisoned())
     }
 
+    /// Poisons the top of a version that a lane uses. If a change has opened its file again meanwhile, poisons that
+    /// image, too. Such a change calls this function after it has published the image, if the old one is poisoned.
+    pub(super) fn poison_top(&self, version: &ServedVersion, why: &str) {
+        let top = version.writable_top();
+        top.image.poison(why);
+        let current = self.version();
+        let now = current.writable_top();
+        if now.slot == top.slot && !Arc::ptr_eq(&now.image, &top.image) {
+            now.image.poison(why);
+        }
+    }
+
     /// Counters since the disk was opened.
     pub fn counters(&self) -> &DiskCounters {
         &self.counters

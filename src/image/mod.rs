@@ -57,7 +57,7 @@ pub use mtime::SavedMtime;
 pub use offline::compact::punch_unwritten;
 pub use offline::offline_image::Offline;
 pub use offline::reparent::{self, check_reparent, is_reparent_finished, open_reconciled, reparent};
-pub use offline::resize::ExposedSectors;
+pub use offline::resize::{ExposedSectors, check_size, grow_image};
 pub use open::Image;
 pub use session_state::{
     SessionState, refuse_if_file_is_live, refuse_if_live, refuse_if_on_other_machine, refuse_unless_replayable,

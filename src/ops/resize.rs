@@ -4,12 +4,12 @@ use std::path::Path;
 
 use super::source::{CHUNK_BYTES, CHUNK_SECTORS, Progress, SourceDisk};
 use super::{folder_scan, open_exclusive};
-use crate::chain::{Chain, ImageChange, PlanBuffer, Policy, Source, Version};
+use crate::chain::{Chain, ImageChange, PlanBuffer, Policy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Defect, Footer};
-use crate::image::{Image, Offline, SavedMtime};
+use crate::image::{Image, Offline, SavedMtime, grow_image};
 use crate::storage::{Buffer, Env};
-use crate::units::{SECTOR, SectorRange};
+use crate::units::SECTOR;
 
 /// Result of a resize, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,11 +45,18 @@ pub fn resize(
         return Err(Error::from(Defect::DiskSize { at: 0, size }).without_offset().at_path(path));
     }
     let chain = open_exclusive::chain(env, path, ImageChange::Size, policy)?;
-    let file = chain.youngest().file().clone();
-    SavedMtime::preserve(&file, || resize_locked(env, path, chain, size, shrink, progress))
+    let (file, from) = (chain.youngest().file().clone(), chain.youngest().size());
+    if size > from {
+        let (image, beneath) = chain.into_parts();
+        let mut plan = PlanBuffer::default();
+        grow_image(&image, size, &mut |range| beneath.data_ranges_now(range, &mut plan))?;
+        warn_of_children(env, &image, size);
+        return Ok(Resized { from, to: size });
+    }
+    SavedMtime::preserve(&file, || shrink_locked(env, path, chain, size, shrink, progress))
 }
 
-fn resize_locked(
+fn shrink_locked(
     env: &dyn Env,
     path: &Path,
     chain: Chain,
@@ -59,13 +66,6 @@ fn resize_locked(
 ) -> Result<Resized> {
     let (file, from) = (chain.youngest().file().clone(), chain.youngest().size());
     let done = Resized { from, to: size };
-    if size > from {
-        let (image, beneath) = chain.into_parts();
-        let mut plan = PlanBuffer::default();
-        Offline::new(&image)?.grow(size, &mut |range| exposed_ranges(&beneath, range, &mut plan))?;
-        warn_of_children(env, &image, size);
-        return Ok(done);
-    }
     if size < from && !shrink {
         let what = format!("the disk has {from} bytes; give --shrink to make it smaller");
         return Err(Error::new(ErrorKind::Refused, what).at_path(path));
@@ -98,12 +98,6 @@ fn warn_of_children(env: &dyn Env, parent: &Image, size: u64) {
             log::warn!("{path}: a child of the resized image keeps its own size, but Hyper-V requires equal sizes");
         }
     }
-}
-
-/// Returns the parts of a range that may be nonzero in the layers `beneath`.
-fn exposed_ranges(beneath: &Version, range: SectorRange, plan: &mut PlanBuffer) -> Result<Vec<SectorRange>> {
-    beneath.plan_read_now(range, plan)?;
-    Ok(plan.extents.iter().filter(|e| e.source != Source::Zero).map(|e| e.range).collect())
 }
 
 /// Returns the first byte at or after sector `from` that is not zero.

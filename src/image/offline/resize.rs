@@ -28,6 +28,9 @@ use crate::failpoint;
 use crate::format::metadata::MAX_TABLE_BYTES;
 use crate::format::{Defect, DiskType, Footer, bitmap, layout};
 use crate::image::check::check_blocks::bits_beyond_disk;
+use crate::image::mtime::SavedMtime;
+use crate::image::open::Image;
+use crate::storage::File;
 use crate::units::OnProgress;
 use crate::units::{BlockIndex, BlockSize, FileSector, SECTOR, SectorRange};
 
@@ -36,6 +39,36 @@ const MASK_GROWTH_BLOCKS: u64 = 16;
 
 /// Returns the sectors of a range of the disk at which data of the parent chain is exposed unless the image masks it.
 pub type ExposedSectors<'a> = dyn FnMut(SectorRange) -> Result<Vec<SectorRange>> + 'a;
+
+/// Checks that the format allows the disk of `image` to have `size` bytes.
+///
+/// # Errors
+/// - `Invalid` if the format does not allow the size.
+/// - `Refused` if the block table would be too large.
+pub fn check_size(image: &Image, size: u64) -> Result<()> {
+    checked_blocks(image.file(), image.block_size(), size).map(drop)
+}
+
+/// Grows the disk of `image` to `size` bytes, as [`Offline::grow`] does. The file of the image is locked exclusively
+/// and keeps its modification time. The image must be opened again afterwards, also after an error.
+///
+/// # Errors
+/// Those of [`Offline::new`] and [`Offline::grow`].
+pub fn grow_image(image: &Image, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<()> {
+    SavedMtime::preserve(image.file(), || Offline::new(image)?.grow(size, exposed))
+}
+
+/// Returns the number of blocks of a disk of `size` bytes; 0 for a fixed image.
+fn checked_blocks(file: &File, block_size: Option<BlockSize>, size: u64) -> Result<u32> {
+    let invalid = |defect: Defect| Error::from(defect).without_offset().at_path(file.path());
+    if !Footer::size_fits(size) {
+        return Err(invalid(Defect::DiskSize { at: 0, size }));
+    }
+    let Some(block_size) = block_size else { return Ok(0) };
+    let (blocks, limit) = (block_size.blocks_for(size / SECTOR), MAX_TABLE_BYTES / 4);
+    let too_large = Defect::TableTooLarge { at: 0, entries: blocks, limit };
+    u32::try_from(blocks).ok().filter(|b| u64::from(*b) <= limit).ok_or(invalid(too_large))
+}
 
 impl Offline {
     /// Grows the disk to `size`, a multiple of 512 larger than the present size. The added sectors read as zeros: if
@@ -48,14 +81,8 @@ impl Offline {
     /// - the error that `exposed` returns: the disk has its old size.
     pub fn grow(mut self, size: u64, exposed: &mut ExposedSectors<'_>) -> Result<()> {
         assert!(size > self.size() && size.is_multiple_of(SECTOR), "a disk grows by whole sectors");
-        let invalid = |defect: Defect| Error::from(defect).without_offset().at_path(self.file().path());
-        if !Footer::size_fits(size) {
-            return Err(invalid(Defect::DiskSize { at: 0, size }));
-        }
+        let blocks = checked_blocks(self.file(), self.block_size(), size)?;
         let Some(block_size) = self.block_size() else { return self.grow_fixed(size) };
-        let (blocks, limit) = (block_size.blocks_for(size / SECTOR), MAX_TABLE_BYTES / 4);
-        let too_large = Defect::TableTooLarge { at: 0, entries: blocks, limit };
-        let blocks = u32::try_from(blocks).ok().filter(|b| u64::from(*b) <= limit).ok_or(invalid(too_large))?;
         self = self.drop_blocks_beyond_disk()?;
         self.zero_end_of_last_block(block_size)?;
         failpoint::reached("resize.last-block-blank");

@@ -56,6 +56,8 @@ pub struct Writable {
     pub(super) mtime_at_open: SavedMtime,
     /// Whether the contents of the disk may have changed since the image was opened.
     pub(super) content_changed: AtomicBool,
+    /// Whether the session has ended. No session begins any more.
+    pub(super) has_ended: AtomicBool,
     /// Modification time that the file gets when the image is retired; set once.
     pub(super) retired_time: OnceLock<ModifiedTime>,
 }
@@ -100,6 +102,7 @@ impl Writable {
             allocation: OnceLock::new(),
             mtime_at_open,
             content_changed: AtomicBool::new(!replayed.is_empty()),
+            has_ended: AtomicBool::new(false),
             retired_time: OnceLock::new(),
         };
         if let Some(session) = image.session() {

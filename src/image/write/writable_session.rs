@@ -2,6 +2,7 @@
 //! the generation, and the session ends.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use super::free_tail::{FreeTail, stamp_sector_from};
 use super::journal::Journal;
@@ -23,7 +24,9 @@ impl Writable {
     /// a second footer are written after the existing footer. The next step of growth overwrites the existing footer
     /// with zeros; `trim` removes the second one.
     pub(super) fn begin_session(&self, tail: &mut FreeTail) {
-        let Some(session) = self.session().filter(|session| !session.is_begun()) else { return };
+        // A poison after the end of the session must not change the file, whose structure may be another one now.
+        let may_begin = |session: &&Session| !session.is_begun() && !self.has_ended.load(Ordering::SeqCst);
+        let Some(session) = self.session().filter(may_begin) else { return };
         let Some(stamp) = session.prepared_stamp(self.image()) else { return };
         let old = tail.footer;
         if old > tail.next {
@@ -123,8 +126,9 @@ impl Writable {
     }
 
     /// Ends the session after the last commit: no slot of the journal is valid any more. The caller calls
-    /// [`Writable::trim`] next.
+    /// [`Writable::trim`] next. From now on, the image writes to its file only in `trim`.
     pub fn end_session(&self) {
+        self.has_ended.store(true, Ordering::SeqCst);
         self.session().into_iter().for_each(Session::end);
     }
 
