@@ -38,6 +38,7 @@ struct Body {
     message: String,
     path: Option<PathBuf>,
     offset: Option<u64>,
+    is_from_sync: bool,
     source: Option<Box<dyn error::Error + Send + Sync>>,
 }
 
@@ -47,7 +48,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Creates an error from a message, which is one sentence without a full stop.
     pub fn new(kind: ErrorKind, what: impl Into<String>) -> Error {
-        Error(Box::new(Body { kind, message: what.into(), path: None, offset: None, source: None }))
+        let body = Body { kind, message: what.into(), path: None, offset: None, is_from_sync: false, source: None };
+        Error(Box::new(body))
     }
 
     /// Creates an error for a failed system call. The kind follows from the error code.
@@ -86,6 +88,19 @@ impl Error {
     pub fn without_offset(mut self) -> Error {
         self.0.offset = None;
         self
+    }
+
+    /// Records that a sync of a file failed.
+    #[must_use]
+    pub fn from_sync(mut self) -> Error {
+        self.0.is_from_sync = true;
+        self
+    }
+
+    /// Returns whether a sync of a file failed: the kernel may have dropped what the sync should have made durable, and
+    /// a later sync succeeds without it.
+    pub fn is_from_sync(&self) -> bool {
+        self.0.is_from_sync
     }
 
     /// Attaches the cause.

@@ -14,8 +14,8 @@
 //! No sector of the old disk moves, so reads pass in every phase, also those that were planned before.
 //!
 //! An error before `End` changes nothing. After an error in a later phase the image is opened again with the size that
-//! it has then, and the disk is served on. If the error may come from a failed sync, the image is poisoned: the kernel
-//! may have dropped what the sync was to make durable.
+//! it has then, and the disk is served on. If the error is a failed sync, the image is poisoned: the kernel may have
+//! dropped what the sync should have made durable.
 //!
 //! A kill in any phase leaves an image that the next open accepts, with the old or the new size (`image::offline`).
 
@@ -85,7 +85,7 @@ pub struct ResizeRun {
     /// Whether the session of the old image has ended, so that this image must not take writes any more.
     has_ended: bool,
     /// Why the image that is opened again must be poisoned.
-    distrust: Option<String>,
+    failed_sync: Option<String>,
     /// Whether to leave everything as it is, as the end of the process does.
     is_abandoned: bool,
     // Dropped last: the next change may begin then.
@@ -115,7 +115,8 @@ impl ResizeRun {
         }
         image::check_size(image, size)?;
         if size < image.size() {
-            let what = format!("the disk has {} bytes; it can be made smaller only while it is not served", image.size());
+            let what =
+                format!("the disk has {} bytes; it can be made smaller only while it is not served", image.size());
             return refused(format!("{what}, by `diffdisk resize --shrink`"));
         }
         refuse_change(disk.env(), image, ImageChange::Size, &disk.options().allow_parents, None)?;
@@ -128,7 +129,7 @@ impl ResizeRun {
             commit: None,
             exposed: Vec::new(),
             has_ended: false,
-            distrust: None,
+            failed_sync: None,
             is_abandoned: false,
             _turn: turn,
         })
@@ -173,16 +174,16 @@ impl ResizeRun {
             }
             Phase::End => {
                 self.has_ended = true;
-                self.trusting(ResizeRun::end_session)?;
+                self.note_failed_sync(ResizeRun::end_session)?;
                 Phase::Grow
             }
             Phase::Grow => {
-                self.trusting(ResizeRun::grow)?;
+                self.note_failed_sync(ResizeRun::grow)?;
                 failpoint::reached("live-resize.grown");
                 Phase::Open
             }
             Phase::Open => {
-                self.trusting(ResizeRun::open_again)?;
+                self.note_failed_sync(ResizeRun::open_again)?;
                 failpoint::reached("live-resize.opened");
                 Phase::Adopt
             }
@@ -200,8 +201,8 @@ impl ResizeRun {
     ///
     /// # Errors
     /// - `Busy` if a queue or a commit does not answer in time: nothing has changed.
-    /// - `NoSpace`: the disk has its old or its new size, and is served on.
-    /// - `Poisoned`, `Io`: likewise, but the image may be poisoned.
+    /// - `Poisoned` if the image was or is poisoned by a failed sync.
+    /// - `NoSpace`, `Io`: the disk has its old or its new size, and is served on, unless a sync failed.
     pub fn run(mut self) -> Result<ResizeReport> {
         let mut deadline = Instant::now() + LANE_TIMEOUT;
         loop {
@@ -278,13 +279,11 @@ impl ResizeRun {
         result
     }
 
-    /// Runs a step after which a failed sync may have lost changes of the file.
-    fn trusting(&mut self, step: fn(&mut ResizeRun) -> Result<()>) -> Result<()> {
+    /// Runs a step, and records if it ends with a failed sync.
+    fn note_failed_sync(&mut self, step: fn(&mut ResizeRun) -> Result<()>) -> Result<()> {
         let result = step(self);
-        if let Err(e) = result.as_ref()
-            && e.kind() != ErrorKind::NoSpace
-        {
-            self.distrust = Some(format!("a resize failed ({})", e.line()));
+        if let Some(e) = result.as_ref().err().filter(|e| e.is_from_sync()) {
+            self.failed_sync.get_or_insert_with(|| format!("a sync failed during a resize ({})", e.line()));
         }
         result
     }
@@ -317,7 +316,7 @@ impl ResizeRun {
         let image = Arc::new(Writable::new(self.disk.env(), opened, &options.keep)?);
         image.set_allocation(options.allocation);
         image.report_events_to(options.events.clone());
-        if let Some(why) = &self.distrust {
+        if let Some(why) = &self.failed_sync {
             image.poison(why);
         }
         let swap = self.swap.as_mut().expect("writes are held");
@@ -351,7 +350,7 @@ impl ResizeRun {
         let swap = self.swap.as_mut().expect("writes are held");
         if swap.phase() < SwapPhase::Published {
             if self.phase < Phase::Adopt
-                && let Err(e) = self.open_again()
+                && let Err(e) = self.note_failed_sync(ResizeRun::open_again)
             {
                 let why = format!("the image cannot be opened again after a resize that did not end ({})", e.line());
                 return self.old().poison(&why);
@@ -370,8 +369,11 @@ impl ResizeRun {
 impl Drop for ResizeRun {
     /// Ends a resize that is not done. The gates open on every way out.
     fn drop(&mut self) {
+        if let Some(commit) = self.commit.take() {
+            commit.give_up(&self.disk);
+        }
         if std::thread::panicking() {
-            self.distrust.get_or_insert_with(|| "a resize failed by a defect of the program".to_owned());
+            self.failed_sync.get_or_insert_with(|| "a resize failed by a defect of the program".to_owned());
         }
         // Also if the disk is being closed: the old image must not be committed or trimmed any more.
         if self.has_ended && !self.is_abandoned {

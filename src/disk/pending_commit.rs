@@ -60,6 +60,14 @@ impl PendingCommit {
         None
     }
 
+    /// Leaves the round, whose result is not needed any more. A round that this thread should lead gets another leader.
+    pub(super) fn give_up(self, disk: &Disk) {
+        match self.joined.lead {
+            true => disk.group_commit.hand_over(&self.mailbox),
+            false => disk.group_commit.leave(&self.mailbox),
+        }
+    }
+
     /// Waits until there are events, or for `at_most`.
     pub(super) fn wait(&self, at_most: Duration) {
         self.mailbox.sleep_at_most(at_most);

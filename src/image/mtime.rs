@@ -76,13 +76,15 @@ impl SavedMtime {
     /// Runs `work`, which preserves the disk's contents even if it fails, and restores the time of `file`, durably.
     ///
     /// # Errors
-    /// The error of `work`; `Io`.
+    /// The error of `work`; `Io`. If both fail, the error of a failed sync has priority.
     pub fn preserve<T>(file: &File, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let time = SavedMtime::save(file)?;
         let outcome = work();
         let put_back = time.restore_and_sync();
-        let done = outcome?;
-        put_back.map(|()| done)
+        match (outcome, put_back) {
+            (Err(e), Err(of_sync)) => Err(if of_sync.is_from_sync() { of_sync } else { e }),
+            (outcome, put_back) => outcome.and_then(|done| put_back.map(|()| done)),
+        }
     }
 
     /// Returns a time that differs from the saved one by at least a second, and is not earlier than the present one: the

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::backend::{File, Folder};
 use super::types::{AllocationMode, DirectRules, FileSystemSpace, Lock, ModifiedTime, NameStatus, Stat};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 impl File {
     /// Returns the path by which the file was opened.
@@ -76,7 +76,7 @@ impl File {
     /// - `NoSpace` if the file system (for example NFS) reports only now that there is no space for the bytes
     /// - `Io`
     pub fn sync(&self) -> Result<()> {
-        self.0.sync()
+        self.0.sync().map_err(Error::from_sync)
     }
 
     /// Makes the bytes and all metadata durable, including the modification time (fsync).
@@ -84,7 +84,7 @@ impl File {
     /// # Errors
     /// `NoSpace`, `Io`, for the reasons listed at [`File::sync`].
     pub fn sync_all(&self) -> Result<()> {
-        self.0.sync_all()
+        self.0.sync_all().map_err(Error::from_sync)
     }
 
     /// Sets the modification time (futimens). A later write changes the time again. The time is durable after

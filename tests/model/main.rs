@@ -15,6 +15,9 @@ mod early_writeback;
 mod events;
 #[cfg(feature = "sim")]
 mod gated_host;
+mod live_resize;
+#[cfg(feature = "sim")]
+mod live_resize_faults;
 #[path = "../common/memory.rs"]
 mod memory;
 mod readahead;

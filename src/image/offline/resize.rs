@@ -215,7 +215,10 @@ impl Offline {
                     let more =
                         (blocks - u64::from(block.get())).min(MASK_GROWTH_BLOCKS) * layout::aligned_stride(block_size);
                     match self.extend((next + more).byte_offset()) {
-                        Err(e) if e.kind() == ErrorKind::NoSpace => self.extend(next.byte_offset())?,
+                        // After a failed sync, the bitmaps written above may be lost.
+                        Err(e) if e.kind() == ErrorKind::NoSpace && !e.is_from_sync() => {
+                            self.extend(next.byte_offset())?;
+                        }
                         extended => extended?,
                     }
                 }
