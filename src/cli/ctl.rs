@@ -28,6 +28,7 @@ pub(super) fn run(args: &CtlArgs, common: &CommonArgs) -> (&'static str, Result<
         CtlVerb::Disk { .. } => ("ctl disk", "disk"),
         CtlVerb::Stats { .. } => ("ctl stats", "stats"),
         CtlVerb::Snapshot(_) => ("ctl snapshot", "snapshot"),
+        CtlVerb::Resize { .. } => ("ctl resize", "resize"),
         CtlVerb::Watch { .. } => ("ctl watch", "watch"),
         CtlVerb::Schema => ("ctl schema", "schema"),
         CtlVerb::Shutdown { .. } => ("ctl shutdown", "shutdown"),
@@ -61,6 +62,7 @@ fn call(args: &CtlArgs, method: &str, common: &CommonArgs) -> Result<Exit> {
         CtlVerb::Version => ctl_print::version(out, &result),
         CtlVerb::Disks => ctl_print::disks(out, &result),
         CtlVerb::Disk { .. } => ctl_print::disk(out, &result),
+        CtlVerb::Resize { disk, .. } => ctl_print::resized(out, disk, &result),
         CtlVerb::Stats { format: None, .. } => ctl_stats::statistics(out, &result),
         CtlVerb::Stats { format: Some(StatsFormatArg::Prometheus), .. } => ctl_print::text(out, &result),
         _ => print::json(out, &result),
@@ -84,6 +86,10 @@ fn params(verb: &CtlVerb) -> Value {
         CtlVerb::Snapshot(args) => {
             let disk = |(disk, keep_as): &(String, String)| json!({"disk": disk, "keep_as": keep_as});
             add("disks", Some(args.disks.iter().map(disk).collect()));
+        }
+        CtlVerb::Resize { disk, size } => {
+            add("disk", Some(json!(disk)));
+            add("size", Some(json!(size)));
         }
         CtlVerb::Watch { events } => add("events", (!events.is_empty()).then(|| json!(events))),
         CtlVerb::Shutdown { timeout_s } => add("timeout_s", timeout_s.map(|seconds| json!(seconds))),

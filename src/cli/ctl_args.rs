@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args as Group, Subcommand, ValueEnum};
 
 use super::ctl_snapshot_args::{EXAMPLES, SnapshotArgs};
+use super::size::parse_size;
 
 #[derive(Group, Debug)]
 pub(super) struct CtlArgs {
@@ -48,9 +49,17 @@ pub(super) enum CtlVerb {
     /// has ended. If the command is interrupted, the daemon still takes the snapshot.
     #[command(after_help = EXAMPLES)]
     Snapshot(SnapshotArgs),
+    /// Make a disk larger while it is served
+    Resize {
+        /// Name of the disk
+        disk: String,
+        /// New size of the disk: bytes, or with a unit (512M, 20G)
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
     /// Print events of the disks until the daemon ends
     Watch {
-        /// Kinds of events: front_end, disk_full, room_again, poisoned, snapshot [default: all]
+        /// Kinds of events: front_end, disk_full, room_again, poisoned, snapshot, resized [default: all]
         #[arg(value_name = "EVENT")]
         events: Vec<String>,
     },

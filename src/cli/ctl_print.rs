@@ -54,6 +54,20 @@ pub(super) fn disk(out: &mut dyn Write, disk: &Value) -> Result<()> {
     table(out, &rows)
 }
 
+/// Prints the result of `resize` on one line.
+pub(super) fn resized(out: &mut dyn Write, disk: &str, result: &Value) -> Result<()> {
+    let told = match result["front_end_told"] == true {
+        true => "the front-end was told",
+        false => {
+            "the front-end was not told: tell the guest by device-sync-config (QEMU) or PATCH /drives (Firecracker), or \
+             restart it"
+        }
+    };
+    let (name, size) = (escape_controls(disk), size(&result["size"]));
+    let pause = result["pause_us"].as_u64().map_or_else(|| "-".into(), |us| format!("{}.{:03}", us / 1000, us % 1000));
+    writeln!(out, "{name}: {size} ({} bytes); writes waited for {pause} ms; {told}", plain(&result["size"]))
+}
+
 /// Prints a text that the daemon has formatted.
 pub(super) fn text(out: &mut dyn Write, result: &Value) -> Result<()> {
     let lines = result.as_str().unwrap_or_default().lines();
@@ -157,7 +171,7 @@ mod tests {
     #[test]
     fn answers_of_other_versions_are_printed() {
         for odd in [json!(null), json!([1, {"chain": 3}]), json!({"disks": [{"counters": {"x": 1}}], "chain": [1]})] {
-            for print in [version, disks, disk, text, event] {
+            for print in [version, disks, disk, text, event, |out: &mut dyn Write, odd: &Value| resized(out, "a", odd)] {
                 assert!(!printed(|out| print(out, &odd)).contains('\u{1b}'));
             }
         }

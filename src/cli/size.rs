@@ -1,24 +1,8 @@
-//! Parsing of sizes in arguments (`512`, `64K`, `10M`, `2G`, `1T`), and their output (`1.5 GiB`).
+//! Parsing of sizes in arguments, and their output (`1.5 GiB`).
+
+pub(super) use crate::units::parse_byte_size as parse_size;
 
 use crate::units::BlockSize;
-
-/// Parses a size: a number with an optional unit, which is a power of 1024 (`K`, `KB` and `KiB` are the same).
-pub(super) fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let unit = unit.to_ascii_uppercase();
-    let shift = match unit.strip_suffix("IB").or(unit.strip_suffix('B')).unwrap_or(&unit) {
-        "" if !unit.starts_with('I') => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        _ => return Err("a size is a whole number with an optional unit: 512, 64K, 10M, 2G, 1T".to_owned()),
-    };
-    let number: u64 =
-        number.parse().map_err(|_| "a size is a whole number with an optional unit: 512, 64K".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "the size does not fit in 64 bits".to_owned())
-}
 
 /// Parses a block size.
 pub(super) fn parse_block_size(text: &str) -> Result<BlockSize, String> {

@@ -14,7 +14,7 @@ use super::message::{MAX_BATCH, MAX_MESSAGE_BYTES, RpcCall};
 use super::rpc_error::{INVALID_PARAMS, RpcError};
 use super::schema::{self, array, integer, object, text};
 use super::watch::{Subscription, WatchParams};
-use super::{disk_info, snapshot, stats, watch};
+use super::{disk_info, resize, snapshot, stats, watch};
 
 /// Version of the protocol. It changes if a method, a member or an event changes its meaning or is removed.
 const PROTOCOL: u64 = 1;
@@ -99,6 +99,14 @@ pub(super) const METHODS: &[Method] = &[
         result: snapshot::result_schema,
         is_logged: true,
         run: Run::Change(|context, params| snapshot::take(context, parse(params)?)),
+    },
+    Method {
+        name: "resize",
+        summary: "Makes a disk larger while it is served, and tells its front-end.",
+        params: resize::params_schema,
+        result: resize::result_schema,
+        is_logged: true,
+        run: Run::Change(|context, params| resize::run(context, parse(params)?)),
     },
     Method {
         name: "watch",

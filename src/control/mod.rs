@@ -38,6 +38,7 @@ mod message;
 mod methods;
 mod outbox;
 mod registry;
+mod resize;
 mod rpc_error;
 mod schema;
 mod server;

@@ -1,4 +1,4 @@
-//! Units: sectors and ranges of sectors, blocks and their sizes, and the progress callback.
+//! Units: sectors and ranges of sectors, blocks and their sizes, sizes that users type, and the progress callback.
 //!
 //! All conversions between sectors, blocks and bytes are in this folder, so that overflow is handled once. A sector is
 //! always 512 bytes, regardless of the logical block size of the storage device.
@@ -7,9 +7,11 @@
 //! [`FileSector`].
 
 mod block;
+mod byte_size;
 mod sector;
 
 pub use block::{BitmapSectorIndex, BlockIndex, BlockSize};
+pub use byte_size::parse_byte_size;
 pub use sector::{FileSector, SectorRange};
 
 use crate::error::Result;

@@ -1,16 +1,20 @@
 //! One connection of a front-end. Handles its messages, replies to refused messages, and warns if guest memory is
 //! missing.
 
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::warn;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
+use super::backend_channel::BackendChannel;
 use super::frame::MessageFrame;
 use super::handler::Handler;
 use super::memory_sharing::SHARE_HINT;
+use super::server_status::ServerStatus;
 use crate::error::{Error, Result};
 
 /// Time for which a ring may lack nothing but guest memory before a warning is logged.
@@ -31,6 +35,7 @@ pub(super) enum ConnectionEnd {
 /// One connection of a front-end.
 pub(super) struct Connection<'a> {
     name: &'a str,
+    status: &'a ServerStatus,
     requests: BackendReqHandler<Mutex<Handler<'a>>>,
     pub(super) handler: Arc<Mutex<Handler<'a>>>,
     refusals: u32,
@@ -44,11 +49,17 @@ pub(super) struct Connection<'a> {
 
 impl<'a> Connection<'a> {
     /// Creates a connection on a stream from which nothing has been read.
-    pub(super) fn new(name: &'a str, stream: UnixStream, handler: Handler<'a>) -> Connection<'a> {
+    pub(super) fn new(
+        name: &'a str,
+        status: &'a ServerStatus,
+        stream: UnixStream,
+        handler: Handler<'a>,
+    ) -> Connection<'a> {
         let handler = Arc::new(Mutex::new(handler));
         let requests = BackendReqHandler::from_stream(stream, handler.clone());
         Connection {
             name,
+            status,
             requests,
             handler,
             refusals: 0,
@@ -98,8 +109,19 @@ impl<'a> Connection<'a> {
         let broken = |e| Error::io("I/O on the connection failed", e);
         let state = |session: &Self| {
             let handler = session.handler.lock().unwrap_or_else(PoisonError::into_inner);
-            (handler.handled_requests(), handler.has_reply_ack())
+            (handler.handled_requests(), handler.has(VhostUserProtocolFeatures::REPLY_ACK))
         };
+        if frame.is_backend_channel() {
+            let channel = self.take_backend_channel(frame, socket).map_err(broken)?;
+            let accepted = channel.map(|channel| self.status.set_backend_channel(channel));
+            if let Err(why) = &accepted {
+                self.log_refusal(frame, why);
+            }
+            if frame.needs_reply() && state(self).1 {
+                frame.acknowledge(socket, u64::from(accepted.is_err())).map_err(broken)?;
+            }
+            return Ok(None);
+        }
         let (calls, _) = state(self);
         let (why, acknowledged) = if frame.is_readable() {
             match self.requests.handle_request() {
@@ -114,14 +136,7 @@ impl<'a> Connection<'a> {
             frame.skip(socket).map_err(broken)?;
             ("unknown request, or file descriptors that the request must not have".into(), false)
         };
-        self.refusals += 1;
-        match self.refusals {
-            ..MAX_LOGGED_REFUSALS => warn!("disk {}: request {} is refused: {why}", self.name, frame.request()),
-            MAX_LOGGED_REFUSALS => {
-                warn!("disk {}: further refused requests of this front-end are not logged", self.name)
-            }
-            _ => {}
-        }
+        self.log_refusal(frame, &why);
         if frame.has_no_error_reply() && !(acknowledged && frame.has_error_reply_from_crate()) {
             return Err(Error::io(
                 "the request is refused, and the protocol has no error reply for it",
@@ -132,6 +147,38 @@ impl<'a> Connection<'a> {
             frame.refuse(socket).map_err(broken)?;
         }
         Ok(None)
+    }
+
+    /// Reads SET_BACKEND_REQ_FD. Returns the channel, `None` if the front-end does not accept messages about the
+    /// configuration, or why the request is refused.
+    fn take_backend_channel(
+        &self,
+        frame: MessageFrame,
+        socket: &UnixStream,
+    ) -> io::Result<Result<Option<BackendChannel>, String>> {
+        let passed = frame.take_descriptor(socket)?;
+        let handler = self.handler.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_told = handler.has(VhostUserProtocolFeatures::CONFIG);
+        Ok(match passed {
+            _ if !handler.has(VhostUserProtocolFeatures::BACKEND_REQ) => Err("BACKEND_REQ was not negotiated".into()),
+            None => Err("it has no socket".into()),
+            Some(passed) => match BackendChannel::new(passed) {
+                Ok(channel) => Ok(is_told.then_some(channel)),
+                Err(e) => Err(format!("socket of the back-end channel: {e}")),
+            },
+        })
+    }
+
+    /// Logs a refused message, unless too many were logged.
+    fn log_refusal(&mut self, frame: MessageFrame, why: &str) {
+        self.refusals += 1;
+        match self.refusals {
+            ..MAX_LOGGED_REFUSALS => warn!("disk {}: request {} is refused: {why}", self.name, frame.request()),
+            MAX_LOGGED_REFUSALS => {
+                warn!("disk {}: further refused requests of this front-end are not logged", self.name)
+            }
+            _ => {}
+        }
     }
 }
 

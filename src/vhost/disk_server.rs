@@ -225,7 +225,7 @@ impl DiskServer {
     ) -> Result<ConnectionEnd> {
         let socket = stream.try_clone().map_err(|e| Error::io("cannot use the connection", e))?;
         let handler = Handler::new(&self.device, &self.workers, &self.name, stop);
-        let mut connection = Connection::new(&self.name, stream, handler);
+        let mut connection = Connection::new(&self.name, &self.status, stream, handler);
         let mut partial_since = None;
         loop {
             if connection.is_memory_lost() {

@@ -3,13 +3,17 @@
 //! The vhost crate reads with blocking calls, and leaves the body unread if it rejects a header. With the header, the
 //! control thread avoids four faults. It never waits for the rest of a message. It skips a message whose body the crate
 //! would leave unread. It closes a connection on which the beginning of the next message cannot be found. It replies to
-//! a refused request if the crate does not.
+//! a refused request if the crate does not. Besides, it reads the message that the crate handles without the socket
+//! that it needs ([`MessageFrame::is_backend_channel`]).
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::AsFd;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg, send};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg, send,
+};
 use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -95,6 +99,11 @@ impl MessageFrame {
         self.header.request
     }
 
+    /// Returns whether the message passes the socket of the back-end channel, which the vhost crate does not expose.
+    pub(super) fn is_backend_channel(self) -> bool {
+        self.header.flags & REPLY == 0 && self.code() == Some(FrontendReq::SET_BACKEND_REQ_FD)
+    }
+
     fn code(self) -> Option<FrontendReq> {
         FrontendReq::try_from(self.header.request).ok()
     }
@@ -169,16 +178,25 @@ impl MessageFrame {
     /// * `UnexpectedEof` if the front-end closes the connection.
     /// * Any error of recv(2).
     pub(super) fn skip(self, socket: impl AsFd) -> io::Result<()> {
-        let mut left = HEADER_LEN + self.header.size as usize;
-        let mut sink = [0; 512];
-        while left > 0 {
-            let room = left.min(sink.len());
-            match recv(&socket, &mut sink[..room], RecvFlags::empty())? {
-                (0, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                (n, _) => left -= n,
-            }
-        }
-        Ok(())
+        discard(socket, HEADER_LEN + self.header.size as usize)
+    }
+
+    /// Reads the message, and returns the file descriptor that is attached to it, if there is one.
+    ///
+    /// # Errors
+    /// As [`MessageFrame::skip`], and any error of recvmsg(2).
+    pub(super) fn take_descriptor(self, socket: impl AsFd) -> io::Result<Option<OwnedFd>> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut header = MessageHeader::new_zeroed();
+        let into = &mut [IoSliceMut::new(header.as_mut_bytes())];
+        let bytes = recvmsg(&socket, into, &mut control, RecvFlags::CMSG_CLOEXEC)?.bytes;
+        let descriptor = control.drain().find_map(|part| match part {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        discard(socket, HEADER_LEN + self.header.size as usize - bytes)?;
+        Ok(descriptor)
     }
 
     /// Sends a reply that reports failure.
@@ -187,13 +205,35 @@ impl MessageFrame {
     /// * `WriteZero` if the socket does not accept the whole reply.
     /// * Any error of send(2).
     pub(super) fn refuse(self, socket: impl AsFd) -> io::Result<()> {
+        self.acknowledge(socket, 1)
+    }
+
+    /// Sends a reply with a result: 0 for success.
+    ///
+    /// # Errors
+    /// * `WriteZero` if the socket does not accept the whole reply.
+    /// * Any error of send(2).
+    pub(super) fn acknowledge(self, socket: impl AsFd, result: u64) -> io::Result<()> {
         let header = MessageHeader { request: self.header.request, flags: 1 | REPLY, size: 8 };
-        let message = [header.as_bytes(), 1u64.as_bytes()].concat();
+        let message = [header.as_bytes(), result.as_bytes()].concat();
         match send(socket, &message, SendFlags::NOSIGNAL)? {
             n if n == message.len() => Ok(()),
             _ => Err(io::ErrorKind::WriteZero.into()),
         }
     }
+}
+
+/// Reads and discards `left` bytes.
+fn discard(socket: impl AsFd, mut left: usize) -> io::Result<()> {
+    let mut sink = [0; 512];
+    while left > 0 {
+        let room = left.min(sink.len());
+        match recv(&socket, &mut sink[..room], RecvFlags::empty())? {
+            (0, _) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            (n, _) => left -= n,
+        }
+    }
+    Ok(())
 }
 
 /// Returns whether a reply can be sent without blocking. A front-end that reads none of its replies fills the socket.

@@ -85,9 +85,9 @@ impl<'a> Handler<'a> {
         self.rings.setups.iter().any(|ring| ring.size > 0)
     }
 
-    /// Returns whether REPLY_ACK was negotiated.
-    pub(super) fn has_reply_ack(&self) -> bool {
-        self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    /// Returns whether a protocol feature was negotiated.
+    pub(super) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol_features & feature.bits() != 0
     }
 
     fn ring(&mut self, index: impl TryInto<usize>) -> VhostResult<(usize, &mut RingSetup)> {
@@ -240,6 +240,7 @@ impl VhostUserBackendReqHandlerMut for Handler<'_> {
         self.handled_requests += 1;
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS

@@ -23,9 +23,11 @@
 //! * If guest memory is lost, the worker notifies the control thread, which ends the connection
 //!   (`docs/virtio.md`, section 6).
 //!
-//! Protocol features offered (`handler`): MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS, RESET_DEVICE.
+//! Protocol features offered (`handler`): MQ, REPLY_ACK, BACKEND_REQ (`backend_channel`), CONFIG, INFLIGHT_SHMFD,
+//! CONFIGURE_MEM_SLOTS, RESET_DEVICE.
 
 mod adaptive_poll;
+mod backend_channel;
 mod bind;
 mod connection;
 mod disk_server;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use super::backend_channel::BackendChannel;
 use super::socket::Peer;
 use crate::disk::Disk;
 use crate::event::DiskEvent;
@@ -16,6 +17,8 @@ pub struct ServerStatus {
     write_back: bool,
     engine: &'static str,
     front_end: Mutex<Option<Peer>>,
+    /// The back-end channel of the connected front-end, if it has set one and accepts messages about the configuration.
+    backend_channel: Mutex<Option<BackendChannel>>,
 }
 
 impl ServerStatus {
@@ -26,7 +29,15 @@ impl ServerStatus {
         write_back: bool,
         engine: &'static str,
     ) -> ServerStatus {
-        ServerStatus { socket, queues, queue_size, write_back, engine, front_end: Mutex::default() }
+        ServerStatus {
+            socket,
+            queues,
+            queue_size,
+            write_back,
+            engine,
+            front_end: Mutex::default(),
+            backend_channel: Mutex::default(),
+        }
     }
 
     /// Path of the socket. `None` if a connection was handed over.
@@ -59,9 +70,22 @@ impl ServerStatus {
         *self.front_end.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sets the back-end channel of the connected front-end.
+    pub(super) fn set_backend_channel(&self, channel: Option<BackendChannel>) {
+        *self.backend_channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
+    }
+
+    /// Tells the front-end that the configuration space has changed, for example the capacity. Does not wait. Returns
+    /// whether the message was sent: the front-end is connected, has negotiated such messages, and reads them.
+    pub fn send_config_change(&self) -> bool {
+        let channel = self.backend_channel.lock().unwrap_or_else(PoisonError::into_inner);
+        channel.as_ref().is_some_and(BackendChannel::send_config_change)
+    }
+
     /// Records that a front-end connected (`connected`) or disconnected, and reports the event.
     pub(super) fn set_front_end(&self, peer: Peer, connected: bool, disk: &Disk) {
         *self.front_end.lock().unwrap_or_else(PoisonError::into_inner) = connected.then_some(peer);
+        self.set_backend_channel(None);
         disk.events().report(DiskEvent::FrontEnd { connected, pid: peer.pid(), uid: peer.uid() });
     }
 }
