@@ -171,7 +171,8 @@ mod tests {
     #[test]
     fn answers_of_other_versions_are_printed() {
         for odd in [json!(null), json!([1, {"chain": 3}]), json!({"disks": [{"counters": {"x": 1}}], "chain": [1]})] {
-            for print in [version, disks, disk, text, event, |out: &mut dyn Write, odd: &Value| resized(out, "a", odd)] {
+            for print in [version, disks, disk, text, event, |out: &mut dyn Write, odd: &Value| resized(out, "a", odd)]
+            {
                 assert!(!printed(|out| print(out, &odd)).contains('\u{1b}'));
             }
         }

@@ -4,7 +4,6 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::context::ControlContext;
-use super::methods::Outcome;
 use super::rpc_error::{INVALID_PARAMS, RpcError};
 use super::schema::{boolean, integer, object, text};
 use crate::disk::live_resize;
@@ -28,7 +27,7 @@ enum SizeParam {
 }
 
 /// Grows a disk. Waits for the storage and for the queues of the disk.
-pub(super) fn run(context: &ControlContext, params: ResizeParams) -> Outcome {
+pub(super) fn run(context: &ControlContext, params: ResizeParams) -> Result<Value, RpcError> {
     let size = match params.size {
         SizeParam::Bytes(bytes) => bytes,
         SizeParam::Text(text) => parse_byte_size(&text).map_err(|e| RpcError::of_form(INVALID_PARAMS, e))?,

@@ -58,7 +58,7 @@ pub fn resize(disk: &Arc<Disk>, size: u64) -> Result<ResizeReport> {
 
 /// What has to be done next.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Phase {
+enum ResizePhase {
     Survey,
     Commit,
     HoldRounds,
@@ -77,7 +77,7 @@ pub struct ResizeRun {
     /// The version before the resize.
     before: Arc<ServedVersion>,
     size: u64,
-    phase: Phase,
+    phase: ResizePhase,
     swap: Option<VersionSwap>,
     commit: Option<PendingCommit>,
     /// The added sectors at which a parent has data, ascending.
@@ -123,7 +123,7 @@ impl ResizeRun {
         Ok(ResizeRun {
             disk: disk.clone(),
             size,
-            phase: if size == image.size() { Phase::Done } else { Phase::Survey },
+            phase: if size == image.size() { ResizePhase::Done } else { ResizePhase::Survey },
             before: before.clone(),
             swap: None,
             commit: None,
@@ -141,9 +141,9 @@ impl ResizeRun {
     /// Those of [`ResizeRun::run`], without `Busy`. The resize must be dropped then.
     pub fn step(&mut self) -> Result<ChangeStep> {
         let awaited = match self.phase {
-            Phase::HoldRounds => Some(SwapPhase::RoundsHeld),
-            Phase::HoldWrites => Some(SwapPhase::Held),
-            Phase::Adopt => Some(SwapPhase::Open),
+            ResizePhase::HoldRounds => Some(SwapPhase::RoundsHeld),
+            ResizePhase::HoldWrites => Some(SwapPhase::Held),
+            ResizePhase::Adopt => Some(SwapPhase::Open),
             _ => None,
         };
         if let Some(phase) = awaited
@@ -152,46 +152,46 @@ impl ResizeRun {
             return Ok(ChangeStep::Wait);
         }
         let next = match self.phase {
-            Phase::Survey => {
+            ResizePhase::Survey => {
                 self.survey()?;
                 self.commit = Some(PendingCommit::begin(&self.disk)?);
-                Phase::Commit
+                ResizePhase::Commit
             }
-            Phase::Commit => {
+            ResizePhase::Commit => {
                 let commit = self.commit.as_mut().expect("the phase before has begun it");
                 let Some(result) = commit.poll(&self.disk) else { return Ok(ChangeStep::Wait) };
                 self.commit = None;
                 result?;
                 self.swap = Some(VersionSwap::in_place(&self.disk));
-                Phase::HoldRounds
+                ResizePhase::HoldRounds
             }
-            Phase::HoldRounds => Phase::HoldWrites,
-            Phase::HoldWrites => Phase::Rest,
-            Phase::Rest => {
+            ResizePhase::HoldRounds => ResizePhase::HoldWrites,
+            ResizePhase::HoldWrites => ResizePhase::Rest,
+            ResizePhase::Rest => {
                 self.commit_rest()?;
                 failpoint::reached("live-resize.committed");
-                Phase::End
+                ResizePhase::End
             }
-            Phase::End => {
+            ResizePhase::End => {
                 self.has_ended = true;
                 self.note_failed_sync(ResizeRun::end_session)?;
-                Phase::Grow
+                ResizePhase::Grow
             }
-            Phase::Grow => {
+            ResizePhase::Grow => {
                 self.note_failed_sync(ResizeRun::grow)?;
                 failpoint::reached("live-resize.grown");
-                Phase::Open
+                ResizePhase::Open
             }
-            Phase::Open => {
+            ResizePhase::Open => {
                 self.note_failed_sync(ResizeRun::open_again)?;
                 failpoint::reached("live-resize.opened");
-                Phase::Adopt
+                ResizePhase::Adopt
             }
-            Phase::Adopt => {
+            ResizePhase::Adopt => {
                 self.adopted();
-                Phase::Done
+                ResizePhase::Done
             }
-            Phase::Done => return Ok(ChangeStep::Done),
+            ResizePhase::Done => return Ok(ChangeStep::Done),
         };
         self.phase = next;
         Ok(ChangeStep::Again)
@@ -209,7 +209,7 @@ impl ResizeRun {
             match self.step()? {
                 ChangeStep::Done => return Ok(self.report()),
                 ChangeStep::Again => {
-                    let timeout = if self.phase == Phase::Commit { COMMIT_TIMEOUT } else { LANE_TIMEOUT };
+                    let timeout = if self.phase == ResizePhase::Commit { COMMIT_TIMEOUT } else { LANE_TIMEOUT };
                     deadline = Instant::now() + timeout;
                 }
                 ChangeStep::Wait => {
@@ -218,7 +218,7 @@ impl ResizeRun {
                         (_, None, Some(swap)) if !left.is_zero() => swap.wait(left),
                         (_, Some(commit), _) if !left.is_zero() => commit.wait(left),
                         // The new version stands. A queue that responds later adopts it first.
-                        (Phase::Adopt, _, Some(swap)) => swap.open_without_reports(),
+                        (ResizePhase::Adopt, _, Some(swap)) => swap.open_without_reports(),
                         (_, _, Some(swap)) => return Err(swap.late_error()),
                         _ => {
                             let what = "a commit takes longer than 20 seconds; try again later";
@@ -349,7 +349,7 @@ impl ResizeRun {
     fn recover(&mut self) {
         let swap = self.swap.as_mut().expect("writes are held");
         if swap.phase() < SwapPhase::Published {
-            if self.phase < Phase::Adopt
+            if self.phase < ResizePhase::Adopt
                 && let Err(e) = self.note_failed_sync(ResizeRun::open_again)
             {
                 let why = format!("the image cannot be opened again after a resize that did not end ({})", e.line());

@@ -8,8 +8,8 @@ pub const MAX_QUEUE_SIZE: u16 = 32768;
 /// File descriptors per queue: the engine's io_uring, the epoll instance, two eventfds, the descriptors that a
 /// front-end passes (kick, call, error) with their duplicates, and a reserve.
 const PER_QUEUE: u64 = 10;
-/// File descriptors per disk: the socket, the lock of the socket's name, a connection with its duplicates, a connection
-/// that is refused, and the descriptors of one message (32 memory regions).
+/// File descriptors per disk: the socket, the lock of the socket's name, a connection with its duplicates and its
+/// back-end channel, a connection that is refused, and the descriptors of one message (32 memory regions).
 const PER_DISK: u64 = 48;
 /// File descriptors per file of a chain: that of the file, and one more while the file is opened or registered.
 const PER_FILE: u64 = 2;

@@ -21,6 +21,7 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 pub struct Daemon {
     child: Child,
     arguments: Vec<OsString>,
+    variables: Vec<(String, String)>,
     /// Identity of the socket that a killed predecessor left.
     old_socket: Option<SocketIdentity>,
     // This folder is in the system's temporary folder, since a socket's path must be short.
@@ -30,6 +31,12 @@ pub struct Daemon {
 impl Daemon {
     /// Starts a daemon on `image` and waits for its socket. `extra` are further command-line arguments.
     pub fn start(image: &Path, extra: &[&str]) -> Self {
+        Self::start_with(image, extra, &[])
+    }
+
+    /// Starts a daemon as [`Daemon::start`] does, with variables in its environment.
+    pub fn start_with(image: &Path, extra: &[&str], variables: &[(&str, &str)]) -> Self {
+        let variables: Vec<_> = variables.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
         let rendezvous = tempfile::tempdir().expect("a temporary folder");
         let option = |name: &str, value: &Path| {
             let mut option = OsString::from(name);
@@ -39,8 +46,8 @@ impl Daemon {
         let mut arguments =
             vec![option("--socket-path=", &rendezvous.path().join("disk.sock")), option("--blk-file=", image)];
         arguments.extend(extra.iter().map(OsString::from));
-        let child = spawn(&arguments, rendezvous.path(), None);
-        let mut daemon = Self { child, arguments, old_socket: None, socket_folder: rendezvous };
+        let child = spawn(&arguments, &variables, rendezvous.path());
+        let mut daemon = Self { child, arguments, variables, old_socket: None, socket_folder: rendezvous };
         daemon.wait_for_socket(None);
         daemon
     }
@@ -130,19 +137,29 @@ impl Daemon {
     /// Starts an ended daemon again with the same command line.
     pub fn restart(&mut self) {
         self.old_socket = identity(&self.socket());
-        self.child = spawn(&self.arguments, self.socket_folder.path(), None);
+        self.child = spawn(&self.arguments, &self.variables, self.socket_folder.path());
     }
 
     /// Starts an ended daemon again with the same command line. The daemon kills itself at a failpoint.
     pub fn restart_killed_at(&mut self, failpoint: &str) {
-        self.old_socket = identity(&self.socket());
-        self.child = spawn(&self.arguments, self.socket_folder.path(), Some(failpoint));
+        self.variables = vec![("DIFFDISK_KILL_AT".to_owned(), failpoint.to_owned())];
+        self.restart();
+        self.variables.clear();
     }
 
     /// Waits until the daemon has killed itself.
     pub fn wait_until_killed(&mut self) {
         let status = self.wait_for_end();
         assert_eq!(status.signal(), Some(9), "the daemon ended with {status}; its log:\n{}", self.log());
+    }
+
+    /// Waits for the end of a daemon that kills itself, and starts it again with the same command line, without the
+    /// variables.
+    pub fn restart_without_variables(&mut self) {
+        self.wait_for_end();
+        self.variables.clear();
+        self.restart();
+        self.wait_until_listening();
     }
 
     /// Waits until the daemon listens on a socket that is not its predecessor's.
@@ -200,12 +217,12 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(arguments: &[OsString], folder: &Path, kill_at: Option<&str>) -> Child {
+fn spawn(arguments: &[OsString], variables: &[(String, String)], folder: &Path) -> Child {
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("a log file");
     let _lock = super::tool::lock_spawns();
     Command::new(env!("CARGO_BIN_EXE_diffdiskd"))
         .args(arguments)
-        .envs(kill_at.map(|failpoint| ("DIFFDISK_KILL_AT", failpoint)))
+        .envs(variables.iter().cloned())
         .stdin(Stdio::null())
         .stderr(log)
         .spawn()

@@ -9,6 +9,7 @@ mod ctl;
 mod events;
 mod hostile;
 mod protocol;
+mod resize;
 mod rpc;
 mod schema;
 mod snapshot;
@@ -48,11 +49,17 @@ fn create_chain(folder: &Path) -> PathBuf {
 
 impl Served {
     fn start(extra: &[&str]) -> Served {
+        Served::start_with(extra, &[])
+    }
+
+    /// Starts the daemon with variables in its environment.
+    fn start_with(extra: &[&str], variables: &[(&str, &str)]) -> Served {
         let (folder, runtime) = (tempfile::tempdir().expect("a folder"), RuntimeDir::new());
         let image = create_chain(folder.path());
         let control = folder.path().join("vm.control");
         let option = format!("--control={}", control.display());
-        let daemon = Daemon::start(&image, &[&[option.as_str(), runtime.option()], extra].concat());
+        let options = [&[option.as_str(), runtime.option()], extra].concat();
+        let daemon = Daemon::start_with(&image, &options, variables);
         daemon.wait_for_log("control socket on", 1);
         Served { daemon, control, folder, runtime }
     }

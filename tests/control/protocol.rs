@@ -23,6 +23,7 @@ fn every_method_answers_as_its_schema_says() {
         ("stats", json!({})),
         ("stats", json!({"disk": DISK, "format": "json"})),
         ("stats", json!({"format": "prometheus"})),
+        ("resize", json!({"disk": DISK, "size": "12M"})),
         ("watch", json!({})),
         ("watch", json!({"events": ["front_end", "poisoned"]})),
         // The last call, since it ends the daemon.

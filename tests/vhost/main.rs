@@ -15,6 +15,7 @@ mod lost_memory;
 mod mounts;
 mod page_cache;
 mod raw;
+mod resize;
 #[path = "../common/rng.rs"]
 #[allow(dead_code, reason = "only one test is random")]
 mod rng;

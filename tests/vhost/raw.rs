@@ -29,6 +29,7 @@ pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
 pub(crate) const GET_QUEUE_NUM: u32 = 17;
 pub(crate) const SET_VRING_ENABLE: u32 = 18;
+pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
 pub(crate) const GET_CONFIG: u32 = 24;
 pub(crate) const SET_CONFIG: u32 = 25;
 pub(crate) const GET_INFLIGHT_FD: u32 = 31;
@@ -38,8 +39,8 @@ pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
 pub(crate) const ADD_MEM_REG: u32 = 37;
 pub(crate) const REM_MEM_REG: u32 = 38;
 
-/// MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
-pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 0 | 1 << 3 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
+/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
+pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15;
 /// VERSION_1 and PROTOCOL_FEATURES.
 pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 30;
 
@@ -53,11 +54,16 @@ impl FrontEnd {
 
     /// Negotiates the features over a connected socket.
     pub(crate) fn negotiated(socket: UnixStream) -> FrontEnd {
+        FrontEnd::negotiated_with(socket, PROTOCOL_FEATURES)
+    }
+
+    /// Negotiates the features over a connected socket, and only `protocol_features` of the protocol.
+    pub(crate) fn negotiated_with(socket: UnixStream, protocol_features: u64) -> FrontEnd {
         let mut front_end = FrontEnd::new(socket);
         front_end.send_message(SET_OWNER, &[], &[]);
         assert_eq!(front_end.get(GET_FEATURES) & FEATURES, FEATURES);
         assert_eq!(front_end.get(GET_PROTOCOL_FEATURES), PROTOCOL_FEATURES);
-        front_end.send_message(SET_PROTOCOL_FEATURES, PROTOCOL_FEATURES.as_bytes(), &[]);
+        front_end.send_message(SET_PROTOCOL_FEATURES, protocol_features.as_bytes(), &[]);
         assert!(front_end.set(SET_FEATURES, FEATURES.as_bytes(), &[]));
         front_end
     }

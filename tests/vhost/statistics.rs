@@ -13,7 +13,7 @@ use diffdisk::image::{ImageKind, ImageSpec, create};
 use diffdisk::storage::EngineKind;
 use diffdisk::storage::host::Host;
 use diffdisk::units::BlockSize;
-use diffdisk::vhost::{DiskServer, ServeOptions, Socket, SocketAccess};
+use diffdisk::vhost::{DiskServer, ServeOptions, ServerStatus, Socket, SocketAccess};
 
 use super::client::{Client, Command, Options};
 use super::rng::Rng;
@@ -34,6 +34,7 @@ const DEPTH: usize = 24;
 /// A disk that a thread of this process serves.
 pub(super) struct Served {
     pub(super) disk: Arc<Disk>,
+    pub(super) status: Arc<ServerStatus>,
     stop: UnixStream,
     server: JoinHandle<()>,
 }
@@ -53,9 +54,10 @@ impl Served {
         };
         let socket = Socket::bind(socket, SocketAccess::default()).unwrap_or_else(|e| panic!("{}", e.line()));
         let server = DiskServer::new(disk.clone(), &serve, socket).unwrap_or_else(|e| panic!("{}", e.line()));
+        let status = server.status().clone();
         let (stop, stopped) = UnixStream::pair().unwrap();
         let server = std::thread::spawn(move || server.run(stopped).unwrap_or_else(|e| panic!("{}", e.line())));
-        Served { disk, stop, server }
+        Served { disk, status, stop, server }
     }
 
     pub(super) fn connect(&self, socket: &Path) -> Client {
