@@ -23,7 +23,7 @@
 //!
 //! The served version can be replaced while requests run: the top moves to another file slot (`version_change`). Each
 //! lane adopts the new version when it takes the event, or earlier to lead a commit (`lane_versions`). Writes wait
-//! meanwhile (`lane_gate`).
+//! meanwhile (`lane_gate`). So the disk can grow in the file of its top ([`live_resize`]).
 //!
 //! A lane belongs to one thread. A read whose bitmaps are in memory takes no lock.
 //!

@@ -10,6 +10,8 @@ use diffdisk::disk::live_resize::resize;
 use diffdisk::image::{ImageKind, ImageSpec, create};
 use diffdisk::storage::host::Host;
 use diffdisk::units::BlockSize;
+use zerocopy::FromBytes;
+use zerocopy::little_endian::U64;
 
 use super::raw::*;
 use super::setup::{MIB, event, memory};
@@ -26,7 +28,7 @@ fn make(image: &Path) {
 
 /// Returns the capacity in bytes that a front-end reads.
 fn capacity(front_end: &mut FrontEnd) -> u64 {
-    u64::from_le_bytes(front_end.config(0, 8).try_into().unwrap()) * 512
+    U64::read_from_bytes(&front_end.config(0, 8)).unwrap().get() * 512
 }
 
 /// Grows the disk, and tells the front-end. Returns whether the front-end was told.
