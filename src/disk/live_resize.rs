@@ -370,7 +370,7 @@ impl Drop for ResizeRun {
     /// Ends a resize that is not done. The gates open on every way out.
     fn drop(&mut self) {
         if let Some(commit) = self.commit.take() {
-            commit.give_up(&self.disk);
+            commit.leave(&self.disk);
         }
         if std::thread::panicking() {
             self.failed_sync.get_or_insert_with(|| "a resize failed by a defect of the program".to_owned());

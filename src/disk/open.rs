@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::image::{self, Image};
 use crate::storage::Env;
 
-/// Length of a serial (virtio 5.2.6).
+/// Length of a serial in bytes.
 const SERIAL_BYTES: usize = 20;
 
 impl Disk {

@@ -8,9 +8,33 @@ use super::mailbox::{LaneEvent, Mailbox};
 use super::shared::Disk;
 use crate::error::{Error, ErrorKind, Result};
 
+impl Disk {
+    /// Makes all completed writes durable, and waits until they are durable. Does not wait for space on a full file
+    /// system: the calling thread has other work. If the disk parks writes, the flushes of lanes do not fail with the
+    /// call; they wait for space.
+    ///
+    /// # Errors
+    /// - `NoSpace` if the file system is full. No write is lost, and the call may be repeated.
+    /// - `Io` if the commit failed, or if a commit that a lane led failed, also for lack of space, or if the process
+    ///   has no file descriptors left.
+    /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
+    pub fn commit(&self) -> Result<()> {
+        if self.is_read_only() {
+            return Ok(());
+        }
+        let mut commit = PendingCommit::begin(self)?;
+        loop {
+            if let Some(result) = commit.poll(self) {
+                return result;
+            }
+            commit.mailbox.sleep();
+        }
+    }
+}
+
 /// A commit round that a thread has joined. The thread does not wait for space on a full file system.
 pub(super) struct PendingCommit {
-    pub(super) mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox>,
     round: u64,
     /// The result, if this thread has led the round.
     result: Option<Result<()>>,
@@ -58,14 +82,6 @@ impl PendingCommit {
             }
         }
         None
-    }
-
-    /// Leaves the round, whose result is not needed any more. A round that this thread should lead gets another leader.
-    pub(super) fn give_up(self, disk: &Disk) {
-        match self.joined.lead {
-            true => disk.group_commit.hand_over(&self.mailbox),
-            false => disk.group_commit.leave(&self.mailbox),
-        }
     }
 
     /// Waits until there are events, or for `at_most`.

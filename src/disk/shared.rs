@@ -12,7 +12,6 @@ use super::lane_table::LaneTable;
 use super::lost_names::LostNames;
 use super::mailbox::{LaneEvent, Mailbox};
 use super::options::{DiskOptions, WhenFull};
-use super::pending_commit::PendingCommit;
 use super::punch::PunchLock;
 use super::served_version::ServedVersion;
 use super::slot_table::SlotTable;
@@ -234,28 +233,6 @@ impl Disk {
     /// Whether writes wait while the file system is full.
     pub(super) fn parks_when_full(&self) -> bool {
         self.options.when_full == WhenFull::Park
-    }
-
-    /// Makes all completed writes durable, and waits until they are durable. Does not wait for space on a full file
-    /// system: the calling thread has other work. If the disk parks writes, the flushes of lanes do not fail with the
-    /// call; they wait for space.
-    ///
-    /// # Errors
-    /// - `NoSpace` if the file system is full. No write is lost, and the call may be repeated.
-    /// - `Io` if the commit failed, or if a commit that a lane led failed, also for lack of space, or if the process
-    ///   has no file descriptors left.
-    /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
-    pub fn commit(&self) -> Result<()> {
-        if self.is_read_only {
-            return Ok(());
-        }
-        let mut commit = PendingCommit::begin(self)?;
-        loop {
-            if let Some(result) = commit.poll(self) {
-                return result;
-            }
-            commit.mailbox.sleep();
-        }
     }
 
     /// Leads the running round on the calling thread, whose mailbox is `mailbox`. Leaves the next round to its waiters.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use super::SnapshotRequest;
+use super::snapshot_types::SnapshotRequest;
 use crate::chain::{Layer, MAX_DEPTH, SnapshotMember, Top, record_child};
 use crate::disk::file_table::ServedFile;
 use crate::disk::pending_commit::PendingCommit;

@@ -23,7 +23,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::snapshot_member::Member;
-use super::{KeptImage, SnapshotReport, SnapshotRequest};
+use super::snapshot_types::{KeptImage, SnapshotReport, SnapshotRequest};
 use crate::chain::{SnapshotNote, SnapshotState};
 use crate::disk::pending_commit::PendingCommit;
 use crate::disk::version_swap::{ChangeStep, LANE_TIMEOUT, SwapPhase};
