@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The demo: a golden image stays unchanged while a virtual machine works on a child of it. Run by `make demo`.
+# The demo: a golden image stays unchanged while a virtual machine works on a child of it. Meanwhile, a snapshot is taken,
+# and the child is merged into it afterwards. Run by `make demo`.
 #
 # Installs its dependencies (.ci/install demo), builds diffdisk, and works in target/demo.* (or $DIFFDISK_DEMO_DIR, which is
 # then kept). Exits with 0 only if every step succeeded. An error is printed with the daemon's log.
@@ -108,7 +109,7 @@ for _ in $(seq 100); do
 done
 [ -S "$socket" ] || fail "the daemon has no socket after 10 s"
 
-# Keeps the disk as it is one second after the machine has connected.
+# Takes a snapshot one second after QEMU has connected.
 snapshot_while_running() {
     for _ in $(seq 600); do
         if "$diffdisk" ctl disk child.vhd --json | grep -q '"connected": *true'; then
@@ -117,7 +118,7 @@ snapshot_while_running() {
         fi
         sleep 0.1
     done
-    echo "the machine did not connect"
+    echo "QEMU did not connect to the daemon"
     return 1
 }
 
@@ -139,7 +140,7 @@ status=0
 wait "$daemon" || status=$?
 daemon=''
 [ "$status" -eq 0 ] || fail "the daemon ended with status $status"
-say "it wrote down what it held, and ended with 0"
+say "it committed all writes, closed the disk, and ended with exit code 0"
 
 step "The golden image is what it was"
 golden_after=$(sha256sum golden.vhd)
@@ -156,7 +157,7 @@ step "The snapshot is not needed any more: the child is merged into it"
 run "$diffdisk" merge child.vhd
 run "$diffdisk" info before.vhd --chain
 
-step "Who answers which part of the disk"
+step "Which file contains which part of the disk"
 echo "  \$ diffdisk map before.vhd"
 "$diffdisk" map before.vhd >map.txt
 head -n 16 map.txt

@@ -13,7 +13,7 @@ pub(super) struct CtlArgs {
     /// on which a daemon listens]
     #[arg(long, value_name = "PATH", global = true)]
     pub(super) control: Option<PathBuf>,
-    /// The result as JSON; of `watch`, one line for each event
+    /// Print the result as JSON; with `watch`, one line for each event
     #[arg(long, global = true)]
     pub(super) json: bool,
     #[command(subcommand)]
@@ -39,7 +39,7 @@ pub(super) enum CtlVerb {
         #[arg(long, value_enum)]
         format: Option<StatsFormatArg>,
     },
-    /// Keep the present contents of disks, at one moment, while their guests continue
+    /// Keep the present contents of one or several disks, at one moment, while their guests continue
     ///
     /// The contents of each disk are kept in an image with a new name. The disk's own path then leads to a new child of
     /// that image, which takes the guest's writes. Each disk is followed by its own --keep-as, or one --keep-as serves
@@ -50,10 +50,17 @@ pub(super) enum CtlVerb {
     #[command(after_help = EXAMPLES)]
     Snapshot(SnapshotArgs),
     /// Make a disk larger while it is served
+    ///
+    /// The added space reads as zeros. The guest's writes wait meanwhile, for some milliseconds, and its reads do not. The
+    /// front-end gets a message, by which QEMU informs the guest. Other front-ends may need a command of their own, or a
+    /// restart of the guest. The partitions and file systems of the guest keep their sizes.
+    ///
+    /// Prints the new size, how long writes waited, and whether the front-end was told. A disk is made smaller by
+    /// `diffdisk resize --shrink`, while it is not served.
     Resize {
-        /// Name of the disk
+        /// Name of the disk, as `diffdisk ctl disks` prints it
         disk: String,
-        /// New size of the disk: bytes, or with a unit (512M, 20G)
+        /// New size of the disk in bytes, or with a unit (512M, 20G)
         #[arg(value_parser = parse_size)]
         size: u64,
     },

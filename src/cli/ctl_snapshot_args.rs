@@ -37,8 +37,8 @@ impl Args for SnapshotArgs {
             .long("keep-as")
             .value_name("PATH")
             .help(
-                "Path under which the contents are kept, in the folder of the disk's image; a relative path counts \
-                 from that folder. {name} stands for the name of the disk, {time} for the time in UTC, such as \
+                "New path of the kept image, in the folder of the disk's image; a relative path counts from that \
+                 folder. {name} stands for the name of the disk, {time} for the time in UTC, such as \
                  20261130T235959Z",
             )
             .required(true)
@@ -76,12 +76,13 @@ enum SnapshotWord {
     KeepAs(String),
 }
 
-/// Gives each disk its path: each disk is followed by a path, or one path before or after all disks is that of all.
+/// Pairs each disk with its path: each disk is followed by a path, or the only path, before or after all disks, serves
+/// for all.
 ///
 /// # Errors
 /// The message for the user, if a disk has no path or a path has no disk.
 fn pair(words: impl Iterator<Item = SnapshotWord>) -> Result<Vec<(String, String)>, String> {
-    // Each path, with the disks between the path before and this one.
+    // Each path, with the disks between the previous path and this one; then the disks after the last path.
     let (mut groups, mut open): (Vec<(Vec<String>, String)>, Vec<String>) = (Vec::new(), Vec::new());
     for word in words {
         match word {

@@ -8,6 +8,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod load;
+#[cfg(feature = "mutants")]
 mod snapshots;
 
 use std::ffi::OsStr;

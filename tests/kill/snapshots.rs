@@ -90,6 +90,7 @@ fn run(what: &str, image: &Path, rng: &mut Rng) {
     let mut daemon = Daemon::start(image, &["--num-queues=3", "--log-level=info", runtime.option(), &option]);
     let mut machine = Machine::new(QUEUES, true);
     let points = failpoints::of("snapshot");
+    let mut killed = 0;
     let (kept, requests) = load::under_load(&mut machine, rng, |machine, rng| {
         let mut run =
             Run { daemon: &mut daemon, machine, connection: None, control, image, kept: BTreeMap::new(), number: 0 };
@@ -112,6 +113,7 @@ fn run(what: &str, image: &Path, rng: &mut Rng) {
                 continue;
             }
             run.daemon.wait_until_killed();
+            killed += 1;
             run.connection = None;
             // The next daemon is killed once more, while it resolves the snapshot.
             for again in &points {
@@ -145,6 +147,7 @@ fn run(what: &str, image: &Path, rng: &mut Rng) {
         run.kept
     });
     println!("{what}: {} kept images, {requests} requests", kept.len());
+    assert!(killed >= 15, "the daemon was killed only {killed} times");
     assert!(requests > 1000 && kept.len() as u64 >= WHOLE);
     daemon.stop();
     diffdisk(["check".as_ref(), image.as_os_str(), "--chain".as_ref()]).ok();
