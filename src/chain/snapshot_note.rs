@@ -94,9 +94,9 @@ impl SnapshotNote {
         note_name(self.members[index].active_uuid)
     }
 
-    /// The second name, under which the coordinator's next text is prepared.
-    pub(super) fn prepared_name(&self) -> OsString {
-        format!(".{}.switched", self.members[0].active_uuid).into()
+    /// The second name of a member's note. The coordinator's next text is prepared under the second name of its note.
+    pub(super) fn second_name(&self, index: usize) -> OsString {
+        format!(".{}.switched", self.members[index].active_uuid).into()
     }
 
     /// Returns the position of the member whose active image was `active_uuid`.

@@ -44,6 +44,23 @@ impl SnapshotNote {
         Ok(())
     }
 
+    /// Checks that the folder of member `index` can have hard links, by a second name of its note.
+    ///
+    /// # Errors
+    /// - `Unsupported` if the file system has no hard links
+    /// - `NoSpace`, `Io`
+    pub fn check_links(&self, folder: &Folder, index: usize) -> Result<()> {
+        let (name, second) = (self.name(index), self.second_name(index));
+        folder.link(&name, &second).map_err(|e| match e.raw_os_error() {
+            Some(libc::EPERM | libc::EOPNOTSUPP | libc::ENOSYS) => {
+                let what = "a snapshot needs hard links, and the file system has none";
+                Error::new(ErrorKind::Unsupported, what).at_path(folder.path()).caused_by(e)
+            }
+            _ => e,
+        })?;
+        folder.remove(&second)
+    }
+
     /// Writes the coordinator's next text durably under the second name. The name itself is not durable.
     ///
     /// # Errors
@@ -60,7 +77,7 @@ impl SnapshotNote {
     /// - `NotFound` if no text was prepared
     /// - `NoSpace`, `Io`
     pub fn switch(&self, folder: &Folder) -> Result<()> {
-        folder.rename(&self.prepared_name(), folder, &self.name(0))?;
+        folder.rename(&self.second_name(0), folder, &self.name(0))?;
         failpoint::reached("snapshot.switched");
         Ok(())
     }
@@ -86,7 +103,7 @@ impl SnapshotNote {
     }
 
     fn write_prepared(&self, folder: &Folder) -> Result<File> {
-        let name = self.prepared_name();
+        let name = self.second_name(0);
         remove_if_present(folder, &name)?;
         let next = folder.create(&name)?;
         let written = next.write_at(self.encode().as_bytes(), 0).and_then(|()| next.sync());
@@ -107,14 +124,14 @@ impl SnapshotNote {
         Ok(())
     }
 
-    /// Removes the note of member `index` durably, and for the coordinator also the prepared text. Names that do not
-    /// exist are no error.
+    /// Removes the note of member `index` durably, and also its second name (of the coordinator: the prepared text).
+    /// Names that do not exist are no error.
     ///
     /// # Errors
     /// `Io`.
     pub fn remove(&self, folder: &Folder, index: usize) -> Result<()> {
-        // The prepared text is found by the note, so the note is removed last.
-        if index == 0 && remove_if_present(folder, &self.prepared_name())? {
+        // The second name is found by the note, so the note is removed last.
+        if remove_if_present(folder, &self.second_name(index))? {
             folder.sync()?;
             failpoint::reached("snapshot.prepared-removed");
         }

@@ -38,7 +38,7 @@ pub(super) fn run(args: &CtlArgs, common: &CommonArgs) -> (&'static str, Result<
 
 fn call(args: &CtlArgs, method: &str, common: &CommonArgs) -> Result<Exit> {
     let mut daemon = connect(args.control.as_deref(), std::env::var_os(VARIABLE), common)?;
-    if let CtlVerb::Snapshot(_) = &args.verb {
+    if let CtlVerb::Snapshot(_) | CtlVerb::Resize { .. } = &args.verb {
         daemon.remove_time_limit()?;
     }
     let result = daemon.call(method, &params(&args.verb))?;

@@ -58,6 +58,7 @@ pub(super) fn disk(out: &mut dyn Write, disk: &Value) -> Result<()> {
 pub(super) fn resized(out: &mut dyn Write, disk: &str, result: &Value) -> Result<()> {
     let told = match result["front_end_told"] == true {
         true => "the front-end was told",
+        false if result["pause_us"] == 0 => "the disk has this size already",
         false => {
             "the front-end was not told: tell the guest by device-sync-config (QEMU) or PATCH /drives (Firecracker), or \
              restart it"

@@ -38,7 +38,7 @@ pub(super) fn run(context: &ControlContext, params: ResizeParams) -> Result<Valu
     // A resize that fails may have changed the size.
     let has_changed = served.disk.capacity() != before;
     let front_end_told = has_changed && served.server.send_config_change();
-    let report = resized?;
+    let report = resized.inspect_err(|e| log::warn!("disk {}: a resize failed: {}", served.name, e.line()))?;
     let pause = u64::try_from(report.pause.as_micros()).unwrap_or(u64::MAX);
     log::info!("disk {}: has {} bytes now; writes waited for {pause} us", served.name, report.size);
     Ok(json!({"pause_us": pause, "size": report.size, "front_end_told": front_end_told}))

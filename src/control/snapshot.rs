@@ -49,7 +49,7 @@ pub(super) fn take(context: &ControlContext, params: SnapshotParams) -> Result<V
             Ok(result(&report))
         }
         Err(error) => {
-            warn!("no snapshot: {}", Error::from(error.clone()).line());
+            warn!("a snapshot failed: {}", Error::from(error.clone()).line());
             Err(error)
         }
     }

@@ -48,7 +48,7 @@ fn parameters_match_the_schema_or_are_refused() {
         check(&schema["error"], &error).unwrap_or_else(|e| panic!("{params}: {e}"));
     }
     served.daemon.wait_for_log("requests snapshot", 1);
-    served.daemon.wait_for_log("no snapshot: no disk has the name \"other\"", 2);
+    served.daemon.wait_for_log("a snapshot failed: no disk has the name \"other\"", 2);
     // The disk refuses a name that exists, or any snapshot if it cannot take one. Its error has all details.
     let error = rpc.error("snapshot", &json!({"disks": [disk("root.vhd")]}));
     assert!(error["code"] == -1 || error["code"] == -7, "{error}");
@@ -79,11 +79,11 @@ fn an_error_of_the_disk_reaches_the_client_and_the_exit_code() {
     let request = json!({"jsonrpc": "2.0", "id": 1, "method": "snapshot", "params": params});
     leaving.send(format!("{request}\n"));
     drop(leaving);
-    served.daemon.wait_for_log("no snapshot: the disk", 3);
+    served.daemon.wait_for_log("a snapshot failed: the disk", 3);
     // A notification, and requests at once: each request has one answer.
     let notification = json!({"jsonrpc": "2.0", "method": "snapshot", "params": params});
     rpc.send(format!("{notification}\n"));
-    served.daemon.wait_for_log("no snapshot: the disk", 4);
+    served.daemon.wait_for_log("a snapshot failed: the disk", 4);
     let many = |id: u64| format!("{}\n", json!({"jsonrpc": "2.0", "id": id, "method": "snapshot", "params": params}));
     rpc.send((0..200).map(many).collect::<String>());
     let mut ids = Vec::new();

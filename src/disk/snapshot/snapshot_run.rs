@@ -111,6 +111,7 @@ impl SnapshotRun {
                     // `Refused`: there is a note of another snapshot.
                     member.has_note = !written.as_ref().is_err_and(|e| e.kind() == ErrorKind::Refused);
                     written?;
+                    self.note.check_links(&member.folder, index)?;
                     failpoint::reached("snapshot.a-note-written");
                 }
                 Phase::Child
@@ -277,9 +278,22 @@ impl SnapshotRun {
                     log::warn!("{}; the snapshot waits", e.line());
                     std::thread::sleep(RETRY_PAUSE);
                 }
-                Err(e) => return Err(e),
+                Err(e) => return Err(self.explain(e)),
             }
         }
+    }
+
+    /// Adds to an error what it means for the snapshot, if that is not undone.
+    fn explain(&self, e: Error) -> Error {
+        let what = match self.phase {
+            Phase::Retire | Phase::Decide => "the disk refuses writes until the daemon is restarted",
+            Phase::Name | Phase::Clean => {
+                "the snapshot is taken, but not all files have their names: restart the daemon, which completes them"
+            }
+            Phase::Freeze => "the snapshot is complete, but the disk needs a restart of the daemon before the next one",
+            _ => return e,
+        };
+        Error::new(e.kind(), what).at_path(self.members[0].kept_path()).caused_by(e)
     }
 
     /// Whether the step is repeated after the error: the file system is full, and the snapshot can no longer be undone.
