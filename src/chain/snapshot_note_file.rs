@@ -44,16 +44,16 @@ impl SnapshotNote {
         Ok(())
     }
 
-    /// Checks that the folder of member `index` can have hard links, by a second name of its note.
+    /// Checks that the active image of member `index` can have a second name, before the snapshot depends on it.
     ///
     /// # Errors
     /// - `Unsupported` if the file system has no hard links
     /// - `NoSpace`, `Io`
     pub fn check_links(&self, folder: &Folder, index: usize) -> Result<()> {
-        let (name, second) = (self.name(index), self.second_name(index));
-        folder.link(&name, &second).map_err(|e| match e.raw_os_error() {
+        let second = self.second_name(index);
+        folder.link(&self.members[index].active, &second).map_err(|e| match e.raw_os_error() {
             Some(libc::EPERM | libc::EOPNOTSUPP | libc::ENOSYS) => {
-                let what = "a snapshot needs hard links, and the file system has none";
+                let what = "a snapshot gives the image a second name, and the file system has no hard links";
                 Error::new(ErrorKind::Unsupported, what).at_path(folder.path()).caused_by(e)
             }
             _ => e,

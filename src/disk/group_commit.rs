@@ -135,6 +135,11 @@ impl GroupCommit {
         self.lock().remove_waiters(|waiter| waiter.urgent);
     }
 
+    /// Removes all waiters from both rounds: no round can begin, and flushes must not wait.
+    pub(super) fn fail_waiters(&self) {
+        self.lock().remove_waiters(|_| true);
+    }
+
     /// Removes the leader of the running round, whose mailbox is `mailbox`, from both rounds, and offers the lead to
     /// the other waiters: the round found the file system full, and its leader must not wait for space.
     pub(super) fn hand_over(&self, mailbox: &Arc<Mailbox>) {

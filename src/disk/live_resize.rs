@@ -217,8 +217,11 @@ impl ResizeRun {
                     match (self.phase, &self.commit, &mut self.swap) {
                         (_, None, Some(swap)) if !left.is_zero() => swap.wait(left),
                         (_, Some(commit), _) if !left.is_zero() => commit.wait(left),
-                        // The new version stands. A queue that responds later adopts it first.
-                        (ResizePhase::Adopt, _, Some(swap)) => swap.open_without_reports(),
+                        // The new version stands. Writes wait, since the queue may still read with the old version.
+                        (ResizePhase::Adopt, _, Some(swap)) => {
+                            log::warn!("{}; the resize waits for it", swap.late_error().line());
+                            deadline = Instant::now() + LANE_TIMEOUT;
+                        }
                         (_, _, Some(swap)) => return Err(swap.late_error()),
                         _ => {
                             let what = "a commit takes longer than 20 seconds; try again later";

@@ -202,14 +202,15 @@ impl Disk {
         self.version().top().is_some_and(|top| top.image.is_poisoned())
     }
 
-    /// Poisons the top of a version that a lane uses. If a change has opened its file again meanwhile, poisons that
-    /// image, too. Such a change calls this function after it has published the image, if the old one is poisoned.
+    /// Poisons the top of a version that a lane uses. If a change has replaced the top meanwhile, poisons the new one, too:
+    /// flushes promise that the writes to both are durable. A change that opens the file of the top again calls this
+    /// function after it has published the image, if the old one is poisoned.
     pub(super) fn poison_top(&self, version: &ServedVersion, why: &str) {
         let top = version.writable_top();
         top.image.poison(why);
         let current = self.version();
         let now = current.writable_top();
-        if now.slot == top.slot && !Arc::ptr_eq(&now.image, &top.image) {
+        if !Arc::ptr_eq(&now.image, &top.image) {
             now.image.poison(why);
         }
     }
@@ -268,8 +269,8 @@ impl Disk {
     /// its length if the file system has no space for that footer. All lanes must be dropped before this call.
     ///
     /// # Errors
-    /// `Busy` if a change of the disk is still in progress after five seconds. Those of [`Disk::commit`], of cutting the file, and of removing the live journal; the next open then recovers
-    /// the image.
+    /// `Busy` if a change of the disk is still in progress after five seconds. Those of [`Disk::commit`], of cutting the
+    /// file, and of removing the live journal; the next open then recovers the image.
     pub fn close(&self) -> Result<()> {
         // No change begins from here on. A change that is in progress ends soon, since there are no lanes.
         self.is_closed.store(true, Ordering::SeqCst);
@@ -277,9 +278,11 @@ impl Disk {
         while self.is_changing.load(Ordering::SeqCst) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
+        let is_changing = self.is_changing.load(Ordering::SeqCst);
+        // No version is published from here on, unless a change is in progress.
         let version = self.version();
         let Some(top) = version.top() else { return Ok(()) };
-        if self.is_changing.load(Ordering::SeqCst) {
+        if is_changing {
             let what = "a change of the disk is in progress; the next open for writing completes or undoes it";
             return Err(Error::new(ErrorKind::Busy, what).at_path(version.top_path()));
         }

@@ -248,8 +248,9 @@ impl VersionSwap {
         Error::new(ErrorKind::Busy, what).at_path(self.disk.version().top_path())
     }
 
-    /// Opens the gates without waiting until all lanes have adopted the new version. A lane adopts that version before
-    /// it plans another write, since it takes its events in order, and before it leads a commit.
+    /// Opens the gates without waiting until all lanes have adopted the new version, for a change that has failed. A lane
+    /// adopts that version before it plans another write, since it takes its events in order, and before it leads a
+    /// commit. It may still plan a read with the old version, and so miss a write that another lane has made since.
     pub(super) fn open_without_reports(&mut self) {
         assert!(self.phase == SwapPhase::Published, "only a published version can be adopted");
         self.open_gates();

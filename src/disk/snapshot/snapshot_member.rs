@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::snapshot_types::SnapshotRequest;
 use crate::chain::{Layer, MAX_DEPTH, SnapshotMember, Top, record_child};
 use crate::disk::file_table::ServedFile;
+use crate::disk::options::WhenFull;
 use crate::disk::pending_commit::PendingCommit;
 use crate::disk::served_version::ServedVersion;
 use crate::disk::shared::Disk;
@@ -241,7 +242,10 @@ impl Member {
         let layer = Layer { slot: top.slot, image: Arc::new(Image::open(file.clone())?) };
         let current = self.disk.version();
         self.disk.publish(Arc::new(current.with_sealed_frozen(layer)));
-        file.lock(Lock::Shared)
+        if let Err(e) = file.lock(Lock::Shared) {
+            log::warn!("{}; no other process can open the kept image until the daemon ends", e.line());
+        }
+        Ok(())
     }
 
     /// Removes the new child, which took no writes, and its journal. Returns whether nothing of it is left.
@@ -261,6 +265,15 @@ impl Member {
             .and(removed)
             .inspect_err(|e| log::warn!("{}; the next open of the disk removes what is left of the snapshot", e.line()))
             .is_ok()
+    }
+
+    /// Fails the flushes that must not wait until the snapshot is decided: those of queues that stop, and all if the disk
+    /// is to report a full file system to the guest.
+    pub(super) fn fail_flushes_that_must_not_wait(&self) {
+        match self.disk.options().when_full {
+            WhenFull::Park => self.disk.group_commit.stall(),
+            WhenFull::Fail => self.disk.group_commit.fail_waiters(),
+        }
     }
 
     /// Lets flushes of the disk be answered again. Returns how long they were held.

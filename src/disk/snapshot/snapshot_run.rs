@@ -37,6 +37,8 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
 const GROWTH_POLL: Duration = Duration::from_millis(1);
 /// Time between two attempts to commit X while the file system is full.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
+/// Time for which a step between the switch and the decision is repeated after errors other than a lack of space.
+const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What has to be done next.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -247,10 +249,12 @@ impl SnapshotRun {
     /// Takes the steps, and waits for the lanes between them.
     pub(super) fn run(mut self) -> Result<SnapshotReport> {
         let mut deadline = Instant::now() + LANE_TIMEOUT;
+        let mut failing_since = Instant::now();
         loop {
             match self.step() {
                 Ok(ChangeStep::Done) => return Ok(self.report()),
                 Ok(ChangeStep::Again) => {
+                    failing_since = Instant::now();
                     let timeout = if matches!(self.phase, Phase::Register | Phase::Commit) {
                         COMMIT_TIMEOUT
                     } else {
@@ -262,20 +266,20 @@ impl SnapshotRun {
                     let left = deadline.saturating_duration_since(Instant::now());
                     match self.phase {
                         Phase::Adopt if left.is_zero() => {
-                            // The switch stands. A queue that responds later adopts the new version first.
-                            self.members.iter_mut().map(Member::swap).for_each(|swap| {
-                                if swap.phase() == SwapPhase::Published {
-                                    swap.open_without_reports();
-                                }
-                            });
+                            // The switch stands. Writes wait, since the queue may still read with the old version.
+                            log::warn!("{}; the snapshot waits for it", self.late_error().line());
+                            deadline = Instant::now() + LANE_TIMEOUT;
                         }
                         _ if left.is_zero() => return Err(self.late_error()),
                         _ => self.wait(left),
                     }
                 }
                 // The guest's flushes wait, as they do on any full file system.
-                Err(e) if self.must_repeat(&e) => {
+                Err(e) if self.must_repeat(&e, failing_since.elapsed()) => {
                     log::warn!("{}; the snapshot waits", e.line());
+                    for member in &self.members {
+                        member.fail_flushes_that_must_not_wait();
+                    }
                     std::thread::sleep(RETRY_PAUSE);
                 }
                 Err(e) => return Err(self.explain(e)),
@@ -296,13 +300,14 @@ impl SnapshotRun {
         Error::new(e.kind(), what).at_path(self.members[0].kept_path()).caused_by(e)
     }
 
-    /// Whether the step is repeated after the error: the file system is full, and the snapshot can no longer be undone.
-    fn must_repeat(&self, e: &Error) -> bool {
-        matches!(self.phase, Phase::Retire | Phase::Decide) && e.kind() == ErrorKind::NoSpace && !self.is_any_closed()
-    }
-
-    fn is_any_closed(&self) -> bool {
-        self.members.iter().any(|member| member.disk.is_closed.load(Ordering::SeqCst))
+    /// Whether the step is repeated after the error: nothing is lost, and the snapshot can no longer be undone. A lack of
+    /// space may take any time, other errors only `RETRY_TIMEOUT`.
+    fn must_repeat(&self, e: &Error, failing_for: Duration) -> bool {
+        let is_undecided = matches!(self.phase, Phase::Retire | Phase::Decide);
+        let is_lost = e.is_from_sync() || self.members.iter().any(|member| member.old().is_poisoned());
+        let is_closed = self.members.iter().all(|member| member.disk.is_closed.load(Ordering::SeqCst));
+        let may_pass = e.kind() == ErrorKind::NoSpace || failing_for < RETRY_TIMEOUT;
+        is_undecided && !is_lost && !is_closed && may_pass
     }
 
     /// Waits for the first disk that is late.
@@ -342,8 +347,8 @@ impl SnapshotRun {
 
 impl Drop for SnapshotRun {
     /// Ends a snapshot that is not done: undoes it before the switch. Between the switch and the decision that is
-    /// impossible, and the old images may not be committed: flushes must fail from now on, unless the disk is closed
-    /// and nobody waits for them. Later the next open completes the snapshot.
+    /// impossible, and the old images may not be committed: flushes and the close of the disk must fail from now on, and
+    /// the next open completes the snapshot. Later the disk works on, and the next open completes the names.
     fn drop(&mut self) {
         if self.phase <= Phase::Switch {
             for (index, member) in self.members.iter_mut().enumerate().rev() {
@@ -355,9 +360,10 @@ impl Drop for SnapshotRun {
                     log::warn!("{}; the next open of the disk removes the note of the snapshot", e.line());
                 }
             }
-        } else if self.phase <= Phase::Decide && !self.is_any_closed() {
+        } else if self.phase <= Phase::Decide {
+            // The child's journal stays valid: the next open settles the old images, and then finishes the snapshot.
             for member in &self.members {
-                member.child().image.poison("a snapshot failed after the switch to the new file");
+                member.child().image.refuse_writes("a snapshot failed after the switch to the new file");
             }
         }
     }

@@ -43,6 +43,8 @@ pub struct Writable {
     /// Bitmap sectors that the next commit writes.
     dirty: Mutex<Vec<BitmapSectorIndex>>,
     poison: OnceLock<String>,
+    /// Why writes are refused although no sync has failed; set once.
+    refusal: OnceLock<String>,
     pub(super) durability: DurabilityState,
     /// Whether a commit should begin, as the journal is nearly full or too many bitmap sectors are dirty.
     pub(super) commit_due: AtomicBool,
@@ -96,6 +98,7 @@ impl Writable {
             unsynced: AtomicBool::new(!mutant::enabled(Mutant::CleanAtOpen)),
             dirty: Mutex::default(),
             poison: OnceLock::new(),
+            refusal: OnceLock::new(),
             durability,
             commit_due: AtomicBool::new(false),
             events: OnceLock::new(),
@@ -310,21 +313,37 @@ impl Writable {
         }
     }
 
-    /// Whether the image is poisoned.
-    #[inline]
-    pub fn is_poisoned(&self) -> bool {
-        self.poison.get().is_some()
+    /// Refuses all further writes and commits of this process. Nothing is lost, so the journal is not poisoned, and the
+    /// next process may replay it.
+    pub fn refuse_writes(&self, why: &str) {
+        if self.refusal.set(why.to_owned()).is_ok() {
+            log::error!("{}: {why}; writes are refused until the image is opened again", self.path().display());
+            if let Some(events) = self.events.get() {
+                events.report(DiskEvent::Poisoned { path: self.path().to_path_buf(), reason: why.to_owned() });
+            }
+        }
     }
 
-    /// Fails if the image is poisoned.
+    /// Whether the image is poisoned, or refuses writes for another reason.
+    #[inline]
+    pub fn is_poisoned(&self) -> bool {
+        self.poison.get().is_some() || self.refusal.get().is_some()
+    }
+
+    /// Fails if the image is poisoned, or refuses writes for another reason.
     ///
     /// # Errors
     /// `Poisoned`, with the first reason.
     pub fn check_poison(&self) -> Result<()> {
-        match self.poison.get() {
+        match self.poison.get().or(self.refusal.get()) {
             None => Ok(()),
             Some(why) => Err(Error::new(ErrorKind::Poisoned, why.clone()).at_path(self.path())),
         }
+    }
+
+    /// Why the image is poisoned; `None` if no sync has failed.
+    pub(super) fn poison_reason(&self) -> Option<&str> {
+        self.poison.get().map(String::as_str)
     }
 
     /// Encodes the footer, which is the same at both ends of the file.

@@ -65,8 +65,8 @@ impl Writable {
 
     /// Records in the journal of a session that has just begun that the image was poisoned before.
     fn record_poison_in_journal(&self) {
-        if let (Err(e), Some(journal)) = (self.check_poison(), self.session().and_then(Session::any_journal)) {
-            journal.poison(&e.line());
+        if let (Some(why), Some(journal)) = (self.poison_reason(), self.session().and_then(Session::any_journal)) {
+            journal.poison(why);
         }
     }
 
