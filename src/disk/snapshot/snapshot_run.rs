@@ -5,7 +5,7 @@
 //! | `Note` | the notes, in the state *begun* | pass | text, name, folder |
 //! | `Child` | the new child Y, its journal, its first growth | pass | file, folder |
 //! | `Register` | all lanes register Y's file | pass | |
-//! | `Commit` | a commit of X, so that little is left to commit | pass | X |
+//! | `Growth`, `Commit` | a commit of X, so that little is left to commit | pass | X |
 //! | `Prepare` | the text of the state *switched*, under a second name | pass | text |
 //! | `Hold` | the commit rounds, then the writes of all disks | wait | |
 //! | `Switch` | that text becomes the coordinator's note; the lanes adopt Y over the sealed X | wait | nothing |
@@ -46,6 +46,7 @@ enum Phase {
     Note,
     Child,
     Register,
+    Growth,
     Commit,
     Prepare,
     HoldRounds,
@@ -123,11 +124,12 @@ impl SnapshotRun {
                 failpoint::reached("snapshot.child-created");
                 Phase::Register
             }
+            Phase::Register => Phase::Growth,
             // A commit repeats its syncs while a lane syncs a step of growth.
-            Phase::Register if self.members.iter().any(|member| member.old().is_growth_syncing()) => {
+            Phase::Growth if self.members.iter().any(|member| member.old().is_growth_syncing()) => {
                 return Ok(ChangeStep::Wait);
             }
-            Phase::Register => {
+            Phase::Growth => {
                 for member in &mut self.members {
                     member.commit = Some(PendingCommit::begin(&member.disk)?);
                 }
@@ -255,11 +257,8 @@ impl SnapshotRun {
                 Ok(ChangeStep::Done) => return Ok(self.report()),
                 Ok(ChangeStep::Again) => {
                     failing_since = Instant::now();
-                    let timeout = if matches!(self.phase, Phase::Register | Phase::Commit) {
-                        COMMIT_TIMEOUT
-                    } else {
-                        LANE_TIMEOUT
-                    };
+                    let timeout =
+                        if matches!(self.phase, Phase::Growth | Phase::Commit) { COMMIT_TIMEOUT } else { LANE_TIMEOUT };
                     deadline = Instant::now() + timeout;
                 }
                 Ok(ChangeStep::Wait) => {
@@ -317,17 +316,17 @@ impl SnapshotRun {
                 return commit.wait(left);
             }
         }
-        let first = self.members.iter_mut().map(Member::swap).min_by_key(|swap| swap.phase());
-        match first {
-            Some(swap) if swap.phase() != SwapPhase::Registered => swap.wait(left),
+        if self.phase == Phase::Growth {
             // A step of growth ends without an event for this thread.
-            _ => std::thread::sleep(GROWTH_POLL.min(left)),
+            return std::thread::sleep(GROWTH_POLL.min(left));
         }
+        let first = self.members.iter_mut().map(Member::swap).min_by_key(|swap| swap.phase());
+        first.into_iter().for_each(|swap| swap.wait(left));
     }
 
     fn late_error(&mut self) -> Error {
         let busy = |what| Error::new(ErrorKind::Busy, what);
-        if self.phase == Phase::Commit {
+        if matches!(self.phase, Phase::Growth | Phase::Commit) {
             return busy("a commit takes longer than a minute; try again later");
         }
         let first = self.members.iter_mut().map(Member::swap).min_by_key(|swap| swap.phase());
