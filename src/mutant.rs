@@ -1,9 +1,11 @@
-//! Mutants: deliberate mistakes in the order of durable writes, which the tests must find (feature `mutants`, never in
-//! a release). Without the feature [`enabled`] is `false` at compile time, and a mutant compiles to nothing.
+//! Mutants: deliberate mistakes in the order of durable writes, and in the steps of changes of a running disk. The
+//! tests must find each of them. Mutants exist only with the feature `mutants`, which no release has. Without the
+//! feature [`enabled`] is `false` at compile time, and a mutant compiles to nothing.
 //!
 //! A mutant is enabled per thread, because tests run in parallel.
 
-/// A deliberate mistake. docs/crash-safety.md describes the order of writes that each mistake breaks.
+/// A deliberate mistake. docs/crash-safety.md describes the order of writes that most mistakes break.
+/// `disk::version_swap` describes the order of a change of the version.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mutant {
     /// A commit of a child writes the bitmaps without a preceding sync of the data.
@@ -93,10 +95,10 @@ pub enum Mutant {
     /// A journal slot contains only new bits, and its replay replaces the bits in the file.
     SlotReplacesBits,
 
-    // A mistake in the change of versions.
+    // Mistakes in changes of the version of a running disk, with snapshots.
     /// A file slot is freed while operations of an older version use it.
     SlotFreedEarly,
-    /// Commit rounds go on while the file that takes the writes is replaced.
+    /// Commit rounds continue while the file that takes the writes is replaced.
     RoundsNotHeld,
     /// The file that takes the writes is replaced although writes to the old one are under way.
     WritesNotAwaited,
@@ -105,7 +107,7 @@ pub enum Mutant {
     /// Flushes are answered between the switch and the decision of a snapshot.
     FlushBeforeDecision,
 
-    // Mistakes in a snapshot of running disks (crash-safety 12).
+    // Mistakes in the notes of snapshots, and in their resolution (crash-safety 12).
     /// The link to the kept name is not synced before the new child is renamed over the active image.
     SnapshotKeptUnsynced,
     /// The decision is recorded in the note without a sync of the folder.

@@ -61,15 +61,15 @@ impl Frozen {
         Frozen { layers, cache: FrozenCache::new(sectors), sectors }
     }
 
-    /// Returns the map of the same layers below another one. Cells of which `layer` has no block are taken over from the
-    /// cache, so that they need not be computed again.
+    /// Returns the map of the same layers below `layer`. Copies cached cells in which `layer` has no block, so that
+    /// they need not be computed again, until the new cache is half full.
     #[must_use]
     pub fn with_layer(&self, layer: Layer) -> Frozen {
         let layers: Vec<Layer> = std::iter::once(layer).chain(self.layers.iter().cloned()).collect();
         let new = Frozen::new(layers);
         let mut handle = FrozenCacheHandle::default();
         let cached = self.cache.table(&mut handle);
-        // The cell at the end of the shorter one of the two disks is computed again.
+        // If a disk ends inside a cell, that cell is computed again.
         let whole_cells = usize::try_from(self.sectors.min(new.sectors) / CELL_SECTORS).expect("at most 2^20 cells");
         for index in (0..whole_cells).filter(|index| !new.youngest_has_block(*index)) {
             match cached.get(index) {
@@ -80,7 +80,7 @@ impl Frozen {
         new
     }
 
-    /// Whether the youngest layer has a block, or is fixed, in the range of a cell.
+    /// Whether the youngest layer is fixed, or has a block in the range of a cell.
     fn youngest_has_block(&self, index: usize) -> bool {
         let image = &self.layers[0].image;
         let (Some(table), Some(block_size)) = (image.bat(), image.block_size()) else { return true };

@@ -1,12 +1,13 @@
-//! The text of a note: a small file beside images that records an unfinished operation, such as a merge or a snapshot.
-//! A note consists of lines of ASCII. Its last line is a checksum of the lines above, so that damage is detected.
+//! The text of a note. A note is a small file in the folder of an image. It records an unfinished operation, such as a
+//! merge or a snapshot. A note consists of lines. Its last line is a checksum of the lines above, so that damage is
+//! detected.
 
 use std::fmt::Write;
 
 use crate::error::Result;
 use crate::storage::File;
 
-/// Maximum size of a note in bytes: it names few images, and a path has at most 4096 bytes.
+/// Maximum size of a note in bytes. A note names few images, and a path has at most 4096 bytes.
 const MAX_NOTE_BYTES: u64 = 2 << 20;
 
 /// Appends the line with the checksum to the lines of a note.

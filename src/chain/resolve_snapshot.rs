@@ -6,13 +6,15 @@
 //! | switched, with journals | no | settle the previous images of all members, record `decided`, then forward |
 //! | switched, without journals | no | back: no write to a child was acknowledged |
 //! | switched | yes | back: no flush of a child was acknowledged |
-//! | begun, or no coordinator's note | - | back |
+//! | begun, or not decided, as there is no coordinator's note | - | back |
+//! | unknown, as neither the coordinator's note nor its disk was found | - | refused; back with `discard` |
 //!
-//! Forward: X gets its kept name K, and Y the name A. Back: Y is removed with its journal, and X stays as it is. The
-//! proof is in docs/crash-safety.md (crash-safety 12).
+//! Forward: X gets its kept name K, and Y gets the name A. Back: Y is removed with its journal, and X stays as it is.
+//! If A already is Y, the state counts as decided. The proof is in docs/crash-safety.md (crash-safety 12).
 //!
-//! Each member is resolved when it is opened. Two rules keep the members together: only `decided` allows to go forward,
-//! and before one member goes back from `switched`, the coordinator's note durably returns to `begun`.
+//! Each member is resolved when it is opened. Two rules ensure that all members go in the same direction. A member goes
+//! forward only if the state is `decided`. Before a member goes back from `switched`, the coordinator's note durably
+//! returns to `begun`.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -33,11 +35,11 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// Finishes or undoes each unfinished snapshot of the disk whose active image is at `path`, and returns whether there
-/// was one. Does nothing if no note concerns that image. Called before a chain whose youngest image is at `path` is
-/// opened for writing. `runtime` are the folders with live journals.
+/// was one. Does nothing if no note concerns that image. The caller opens the chain whose youngest image is at `path`
+/// for writing afterwards. `runtime` are the folders with live journals.
 ///
 /// If acknowledged writes cannot be restored, because a journal is lost or belongs to another machine, the snapshot
-/// stays as it is, unless `discard` gives these writes up: then it is undone.
+/// stays as it is. With `discard`, the snapshot is undone instead, and these writes are lost.
 ///
 /// # Errors
 /// - `Busy` if another process has an image of the disk open, or still holds a lock on the note or on another disk of
@@ -68,7 +70,7 @@ fn resolve_within(
         let find = || FoundNote::at(env, path).map(|notes| notes.into_iter().find(is_same));
         let Some(found) = find()? else { continue };
         let Some(_lock) = lock_note(env, &found, deadline)? else { continue };
-        // Another process may have resolved the snapshot before this one got the lock.
+        // Another process may have resolved the snapshot before this process got the lock.
         let Some(found) = find()? else { continue };
         Resolution { env, runtime, discard, deadline, found }.run()?;
         is_resolved = true;
@@ -77,6 +79,10 @@ fn resolve_within(
 }
 
 /// Locks the coordinator's note or, if there is none, the note that was found. Returns `None` if that note is gone.
+///
+/// # Errors
+/// - `Busy` if another process still holds a lock on the note at `deadline`
+/// - `Refused`, `Io`
 fn lock_note(env: &dyn Env, found: &FoundNote, deadline: Instant) -> Result<Option<File>> {
     loop {
         let first = match found.folder_of_member(env, 0)? {
@@ -189,7 +195,8 @@ impl Resolution<'_> {
         Ok(Some(child))
     }
 
-    /// Refuses a file that is an image with a session of another machine.
+    /// Refuses a file that is an image with a session of another machine. A file that cannot be opened as an image is
+    /// not refused.
     fn refuse_if_used_elsewhere(&self, file: &File) -> Result<()> {
         Image::open(file.clone()).map_or(Ok(()), |image| refuse_if_on_other_machine(self.env, &image))
     }
@@ -233,7 +240,8 @@ impl Resolution<'_> {
             // A fixed image has no journal: its acknowledged writes may be in the page cache alone.
             file.sync()?;
             failpoint::reached("snapshot.member-settled");
-            // What the child reads is unchanged: it records the time of the file before the last writes.
+            // The changes of the file have moved its time. What the child reads is unchanged, so the file gets the time
+            // that the child records.
             parent_time::restore(child, file)?;
         }
         failpoint::reached("snapshot.all-settled");
@@ -249,13 +257,15 @@ impl Resolution<'_> {
         Ok(file.clone())
     }
 
-    /// Records a state in the coordinator's note, durably, and returns the lock on the new file of the note.
+    /// Records a state in the coordinator's note, durably, and returns the lock on the new file of the note. Does
+    /// nothing and returns `None` if there is no coordinator's note.
     fn record(&self, coordinator: &Coordinator, state: SnapshotState) -> Result<Option<File>> {
         let Some(folder) = &coordinator.folder else { return Ok(None) };
         SnapshotNote { state, ..self.found.note.clone() }.replace_locked(folder).map(Some)
     }
 
-    /// Records, before this member goes back, that no member may go forward any more.
+    /// Records, before this member goes back, that no member may go forward any more. First refuses, unless `discard`
+    /// is set, if an image of another member has a session of another machine.
     fn return_to_begun(&self, coordinator: &Coordinator) -> Result<Option<File>> {
         for index in (0..self.found.note.members.len()).filter(|index| *index != self.found.index && !self.discard) {
             let member = &self.found.note.members[index];
@@ -273,7 +283,7 @@ impl Resolution<'_> {
     fn go_forward(&self, coordinator: &Coordinator, is_named: bool) -> Result<()> {
         let found = &self.found;
         if let Some(folder) = &coordinator.folder {
-            // A killed daemon may have left the decision in memory alone.
+            // A killed daemon may have recorded the decision without a sync of the folder.
             folder.sync()?;
         }
         found.note.name_files(self.env, &found.folder, found.index)?;
@@ -297,8 +307,8 @@ impl Resolution<'_> {
             found.folder.remove(child.name())?;
             failpoint::reached("snapshot.child-removed");
         }
-        // The child is found by the note, so the note is removed last. A killed process may have left the removal of
-        // the child in memory alone.
+        // The child is found by the note, so the note is removed last. A killed process may have removed the child
+        // without a sync.
         found.folder.sync()?;
         failpoint::reached("snapshot.child-gone");
         found.note.remove(&found.folder, found.index)?;
@@ -307,7 +317,7 @@ impl Resolution<'_> {
         Ok(())
     }
 
-    /// Removes the note of this member, and the coordinator's note if no member needs it any more.
+    /// Removes the note of this member, and also the coordinator's note if no other member needs it any more.
     fn remove_notes(&self, coordinator: &Coordinator) -> Result<()> {
         let found = &self.found;
         if found.index != 0 {
@@ -324,7 +334,8 @@ impl Resolution<'_> {
         found.note.remove(folder, 0)
     }
 
-    /// Whether another member needs the coordinator's note no more. False if its folder or its disk is not there.
+    /// Whether member `index`, another one than this, no longer needs the coordinator's note. False if the folder or
+    /// the disk of that member is not found, or its note is damaged.
     fn is_finished(&self, index: usize) -> Result<bool> {
         let (found, member) = (&self.found, &self.found.note.members[index]);
         let Some(uuid) = found.active_uuid_of_member(self.env, index)? else { return Ok(false) };

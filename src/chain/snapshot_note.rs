@@ -67,7 +67,8 @@ pub enum SnapshotState {
     Switched {
         /// The boot id of the machine on which the daemon runs or ran.
         boot: Uuid,
-        /// Whether the acknowledged writes are in live journals. Otherwise no write to a child is acknowledged yet.
+        /// Whether live journals record the acknowledged writes to the children. If not, no write to a child is
+        /// acknowledged yet.
         has_journal: bool,
     },
     /// The previous active images are durable and do not change any more.
@@ -145,7 +146,8 @@ impl SnapshotNote {
         (note.is_valid() && note.encode() == text).then_some(note)
     }
 
-    /// Whether there is a member, no two members have the same image, and all names are single components.
+    /// Whether there is a member, no two members have the same previous image, all folders are absolute, all names are
+    /// single components, and the names and the UUIDs of each member differ.
     fn is_valid(&self) -> bool {
         let is_name = |name: &OsStr| {
             let mut parts = Path::new(name).components();
@@ -169,6 +171,12 @@ impl SnapshotNote {
 /// Returns the file name of the note of the member whose active image was `active_uuid`.
 pub(super) fn note_name(active_uuid: Uuid) -> OsString {
     format!(".{active_uuid}.snapshot").into()
+}
+
+/// Whether a name has the form of a note's name.
+pub(super) fn is_note_name(name: &OsStr) -> bool {
+    let name = name.as_encoded_bytes();
+    name.starts_with(b".") && name.ends_with(b".snapshot")
 }
 
 /// Encodes a path as printable ASCII without spaces.

@@ -3,8 +3,9 @@
 //! The text of the coordinator's note is replaced in two steps: the next text is written under a second name and made
 //! durable, and then that name is renamed over the note. So the switch of a running disk needs only the rename.
 //!
-//! Only one process changes the notes of a snapshot at a time: the daemon that serves the members has their images
-//! locked, and a process that finishes or undoes the snapshot has the coordinator's note locked.
+//! Only one process changes the notes of a snapshot at a time. The daemon that serves the members has their images
+//! locked. A process that finishes or undoes the snapshot has the coordinator's note locked, or the note of its own
+//! member if there is no coordinator's note.
 
 use std::ffi::OsStr;
 
@@ -19,7 +20,7 @@ use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, File, Folder, Lock};
 
 impl SnapshotNote {
-    /// Writes the note of member `index`, which must not exist, in the member's folder. Text, name and folder are
+    /// Writes the note of member `index`, which must not exist, in the member's folder. Then text, name and folder are
     /// durable.
     ///
     /// # Errors
@@ -82,7 +83,7 @@ impl SnapshotNote {
         Ok(())
     }
 
-    /// Replaces the coordinator's note. Text, name and folder are durable.
+    /// Replaces the coordinator's note. Then text, name and folder are durable.
     ///
     /// # Errors
     /// `NoSpace`, `Io`: the note has the old or the new text.
@@ -124,8 +125,8 @@ impl SnapshotNote {
         Ok(())
     }
 
-    /// Removes the note of member `index` durably, and also its second name (of the coordinator: the prepared text).
-    /// Names that do not exist are no error.
+    /// Removes the note of member `index` durably, and also its second name. The second name of the coordinator's note
+    /// is the prepared text. Names that do not exist are no error.
     ///
     /// # Errors
     /// `Io`.
@@ -145,7 +146,8 @@ impl SnapshotNote {
     /// Idempotent.
     ///
     /// # Errors
-    /// - `Refused` if K is another file, if A is neither of the two images, or if T is not the new child
+    /// - `Refused` if K is another file, if A is neither of the two images, if T is not the new child, or if a name
+    ///   leads to no regular file
     /// - `NotFound` if A or T does not exist
     /// - `NoSpace`, `Io`: the same call may be repeated
     pub fn name_files(&self, _env: &dyn Env, folder: &Folder, index: usize) -> Result<()> {
@@ -178,8 +180,8 @@ impl SnapshotNote {
             }
         }
         failpoint::reached("snapshot.kept");
-        // The rename removes the name A of X. If the rename was durable without the link, X would have no name. A
-        // killed process may have linked K without a sync.
+        // The rename removes the name A of X. If the rename were durable without the link, X would have no name. The
+        // sync is necessary even if K exists, since a killed process may have linked K without a sync.
         if !mutant::enabled(Mutant::SnapshotKeptUnsynced) {
             folder.sync()?;
         }
@@ -192,7 +194,7 @@ impl SnapshotNote {
     /// Reads the note of the member whose active image was `active_uuid`. Returns `None` if there is none.
     ///
     /// # Errors
-    /// - `Invalid` if the note is damaged or has another member's name
+    /// - `Invalid` if the note is damaged, or has no member whose active image was `active_uuid`
     /// - `Refused` if the name leads to no regular file
     /// - `Io`
     pub(super) fn load(folder: &Folder, active_uuid: Uuid) -> Result<Option<SnapshotNote>> {
@@ -212,11 +214,14 @@ impl SnapshotNote {
 }
 
 /// Returns the UUID of the image in a file; `None` if the file is no image.
+///
+/// # Errors
+/// `Io`.
 pub(super) fn uuid_of(file: &File) -> Result<Option<Uuid>> {
     Ok(ImageIdentity::peek(file)?.map(|identity| identity.uuid))
 }
 
-/// Removes a name. Returns whether it existed.
+/// Removes a name. Returns whether the name existed.
 fn remove_if_present(folder: &Folder, name: &OsStr) -> Result<bool> {
     Ok(folder.exists(name)? && none_if_not_found(folder.remove(name))?.is_some())
 }

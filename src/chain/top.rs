@@ -1,4 +1,5 @@
-//! Top: the one writable layer. A look-up reads this layer first, and all writes go to this layer.
+//! Top: the one writable layer. A look-up reads this layer first, and all writes go to this layer. A sealed layer,
+//! which was the top before, has the same type.
 
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use crate::units::{BlockSize, SECTOR, SectorRange};
 /// The layers below a top.
 #[derive(Clone, Copy)]
 pub(super) struct LowerLayers<'a> {
-    /// The layer that was the top before, if it is not committed yet.
+    /// The sealed layer, which was the top before; `None` if the disk has none.
     pub(super) sealed: Option<&'a Top>,
     pub(super) frozen: &'a Frozen,
 }
@@ -36,7 +37,7 @@ impl LowerLayers<'_> {
     }
 }
 
-/// The youngest layer, open for writing, or the one that was youngest before. Clones share the image.
+/// The youngest layer, open for writing, or the sealed layer, which was the youngest before. Clones share the image.
 #[derive(Clone)]
 pub struct Top {
     /// The slot of the image's file in the engines.
@@ -46,7 +47,8 @@ pub struct Top {
 }
 
 impl Top {
-    /// Appends the extents of `range` to `plan`: from this layer, or from the layers below.
+    /// Appends the extents of `range` to `plan`: from this layer, or from the layers below. Also adds the bitmaps and
+    /// cells that must be loaded first.
     #[inline]
     pub(super) fn plan_read(
         &self,
@@ -152,7 +154,8 @@ impl Top {
     }
 
     /// Appends the extents of `range` that this layer holds to `plan`, to be punched. No bit changes: setting a clear
-    /// bit would hide data of the parents, and clearing a set bit would expose that data.
+    /// bit would hide data of the parents, and clearing a set bit would expose that data. Adds bitmaps that are not
+    /// loaded to `plan`.
     pub fn plan_discard(&self, range: SectorRange, plan: &mut PlanBuffer) {
         let Some((block_size, table)) = self.table() else {
             self.image.note_content_change();
@@ -188,7 +191,7 @@ impl Top {
     }
 
     /// Calls `f` for each run of equal bits in a range of one block that has a place. Adds bitmaps that are not loaded
-    /// to the plan.
+    /// to `plan`, and does not call `f` for their sectors.
     #[inline]
     fn for_each_run(
         &self,

@@ -1,4 +1,4 @@
-//! Finds the notes of unfinished snapshots beside an image, and refuses images that lack the newest writes.
+//! Finds the notes of unfinished snapshots in the folder of an image, and refuses images that lack the newest writes.
 //!
 //! A note is found by the image's UUID (the image is the previous active image X of the snapshot), or by the UUID of
 //! its parent (the image is the new child Y, which is active already). Whether it concerns the image is decided by the
@@ -11,9 +11,10 @@
 //! | X, renamed or copied | may be used | refused | may be read; writes are refused |
 //! | Y under the name A | may be used | may be used | may be used |
 //!
-//! Only the state in the coordinator's note counts. If that note does not exist, the snapshot was not decided, because
-//! the coordinator's note is removed last. But if the coordinator's disk is not there either, its folder may be moved
-//! or not mounted, and the state is unknown.
+//! Only the state in the coordinator's note counts. If that note does not exist, but the coordinator's disk does, and
+//! its active image is not the new child, the snapshot was not decided, because the coordinator's note is removed last.
+//! If the coordinator's disk does not exist either, its folder may be moved or not mounted. Then the state is unknown,
+//! and X is refused. X is not refused under another name than A if A is no longer X: the disk is finished then.
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -21,12 +22,16 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::open_mode::OpenMode;
-use super::snapshot_note::{SnapshotMember, SnapshotNote, SnapshotState};
+use super::snapshot_note::{SnapshotMember, SnapshotNote, SnapshotState, is_note_name};
 use super::snapshot_note_file::uuid_of;
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::{Image, ImageIdentity, file_name, folder_of};
 use crate::mutant::{self, Mutant};
 use crate::storage::{Access, Env, Folder};
+
+/// Maximum number of names in a folder that are searched for notes. In a folder with more names, notes are looked up by
+/// the UUIDs of the image.
+const MAX_LISTED: usize = 4096;
 
 /// A note in the folder of an image that concerns this image.
 pub(super) struct FoundNote {
@@ -42,9 +47,10 @@ pub(super) struct FoundNote {
 /// The state of a snapshot, as the members have to act on it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum GroupState {
-    /// The state in the coordinator's note, or `Decided` if the coordinator's disk is finished.
+    /// The state in the coordinator's note. Without that note: `Decided` if the active image of the coordinator is its
+    /// new child.
     Known(SnapshotState),
-    /// There is no coordinator's note: the snapshot was not decided.
+    /// There is no coordinator's note, and the coordinator's disk is not its new child: the snapshot was not decided.
     NotDecided,
     /// Neither the coordinator's note nor its disk was found.
     Unknown,
@@ -65,6 +71,17 @@ impl GroupState {
     }
 }
 
+/// Returns false if no file in a folder has the name of a note. Reads no file.
+///
+/// # Errors
+/// `Io`.
+fn may_have_note(folder: &Folder) -> Result<bool> {
+    match folder.list_at_most(MAX_LISTED) {
+        Err(e) if e.is_denied() => Ok(true),
+        listed => Ok(listed?.is_none_or(|names| names.iter().any(|name| is_note_name(name)))),
+    }
+}
+
 /// The coordinator of a snapshot.
 pub(super) struct Coordinator {
     /// The folder with its note; `None` if there is no note.
@@ -77,9 +94,15 @@ impl FoundNote {
     ///
     /// # Errors
     /// - `Invalid`, with the path of the note, if a note is damaged
+    /// - `Refused` if the name of a note leads to no regular file
     /// - `Io`
     pub(super) fn at(env: &dyn Env, path: &Path) -> Result<Vec<FoundNote>> {
         let Some((folder, name)) = locate(env, path)? else { return Ok(Vec::new()) };
+        // The image is not locked yet: I/O of a killed daemon may still reach it. Nearly always there is no note, and the
+        // image is not read here.
+        if !may_have_note(&folder)? {
+            return Ok(Vec::new());
+        }
         let file = match folder.open(&name, Access::Read) {
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) => return Ok(Vec::new()),
             opened => opened?,
@@ -183,11 +206,12 @@ fn locate(env: &dyn Env, path: &Path) -> Result<Option<(Folder, OsString)>> {
 /// Refuses an image that lacks the newest writes of its disk because of an unfinished snapshot, or that must not change
 /// before the snapshot is finished. Does nothing in mode `Inspect`.
 ///
-/// A writable open calls [`resolve_snapshot`](super::resolve_snapshot::resolve_snapshot) before, so that only an image
-/// under another name than that of the active image is refused.
+/// A writable open first calls [`resolve_snapshot`](super::resolve_snapshot::resolve_snapshot), so that this function
+/// then refuses only an image under another name than that of the active image.
 ///
 /// # Errors
-/// - `Refused`, with the command that finishes or undoes the snapshot
+/// - `Refused`, with the command that finishes or undoes the snapshot, or if the name of a note leads to no regular
+///   file
 /// - `Invalid`, with the path of the note, if a note is damaged
 /// - `Io`
 pub fn refuse_unfinished_snapshot(env: &dyn Env, image: &Image, mode: OpenMode) -> Result<()> {

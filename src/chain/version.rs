@@ -1,9 +1,10 @@
 //! A version of the disk: an optional writable layer ([`Top`]) over the read-only layers ([`Frozen`]). Queues plan
-//! their requests with a version. The layers of a version never change: a live operation replaces the version by
-//! another one.
+//! their requests with a version. The list of layers of a version never changes: a live operation replaces the version
+//! by another one.
 //!
-//! During a snapshot a second top is between them: the *sealed* layer, which was the top before. It takes no writes any
-//! more, but is not committed yet, so its bits are read from memory.
+//! From the switch of a snapshot until its last step, a second [`Top`] is between the top and the frozen layers: the
+//! *sealed* layer, which was the top before. The sealed layer takes no writes. It may not be committed yet, so its bits
+//! are read from memory.
 
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use crate::image::{Image, Writable};
 use crate::storage::{File, FileSlot};
 use crate::units::SECTOR;
 
-/// The layers of a disk: at most one writable top over the frozen layers. Clones share the layers.
+/// The layers of a disk: an optional top, an optional sealed layer, and the frozen layers. Clones share the layers.
 #[derive(Clone)]
 pub struct Version {
     top: Option<Top>,
@@ -36,7 +37,10 @@ impl Version {
     }
 
     /// Returns the same disk with the new, empty child `top` over the old top, which is sealed. No write of the old top
-    /// may be under way. There is no sealed layer yet.
+    /// may be under way.
+    ///
+    /// # Panics
+    /// If the disk is read-only, or has a sealed layer.
     #[must_use]
     pub fn with_child(&self, top: Top) -> Version {
         assert!(self.sealed.is_none() && self.top.is_some(), "a disk has at most two tops");
@@ -45,6 +49,9 @@ impl Version {
 
     /// Returns the same disk with the sealed layer, which is committed, as the youngest frozen layer. `layer` is the
     /// sealed layer, opened again in the same slot.
+    ///
+    /// # Panics
+    /// If the disk has no sealed layer in that slot.
     #[must_use]
     pub fn with_sealed_frozen(&self, layer: Layer) -> Version {
         assert!(
@@ -76,7 +83,7 @@ impl Version {
         self.top.as_ref()
     }
 
-    /// The layer that was the top before, and is not committed yet.
+    /// The sealed layer; `None` if the disk has none.
     #[inline]
     pub fn sealed(&self) -> Option<&Top> {
         self.sealed.as_ref()
@@ -103,8 +110,7 @@ impl Version {
         &self.frozen
     }
 
-    /// The number of sectors of the disk, as passed to [`Version::new`]. For an opened disk, that of the youngest
-    /// layer.
+    /// The number of sectors of the disk. For an opened disk, that of the youngest layer.
     pub fn sectors(&self) -> u64 {
         self.sectors
     }
@@ -127,6 +133,9 @@ impl Version {
     }
 
     /// The file in a slot of this version.
+    ///
+    /// # Panics
+    /// If the version has no file in that slot.
     pub fn file(&self, slot: FileSlot) -> &File {
         self.files().find(|(s, _)| *s == slot).map(|(_, f)| f).expect("a slot of this version")
     }

@@ -1,4 +1,4 @@
-//! The method `resize`: grows a disk while it is served, and tells its front-end.
+//! The method `resize`: grows a disk while it is served, and notifies its front-end.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -15,10 +15,11 @@ use crate::units::parse_byte_size;
 pub(super) struct ResizeParams {
     /// Name of the disk.
     disk: String,
+    /// New size of the disk.
     size: SizeParam,
 }
 
-/// A size in bytes, as a number or as a text with a unit.
+/// A size: a number of bytes, or a text with an optional unit.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum SizeParam {
@@ -26,7 +27,13 @@ enum SizeParam {
     Text(String),
 }
 
-/// Grows a disk. Waits for the storage and for the queues of the disk.
+/// Grows a disk, and notifies its front-end if the size has changed. Waits for the storage and for the queues of the
+/// disk.
+///
+/// # Errors
+/// - `INVALID_PARAMS` if the text is no size
+/// - `NotFound` if the disk does not exist
+/// - the errors of [`live_resize::resize`]
 pub(super) fn run(context: &ControlContext, params: ResizeParams) -> Result<Value, RpcError> {
     let size = match params.size {
         SizeParam::Bytes(bytes) => bytes,
@@ -35,7 +42,7 @@ pub(super) fn run(context: &ControlContext, params: ResizeParams) -> Result<Valu
     let served = context.disks.find(&params.disk)?;
     let before = served.disk.capacity();
     let resized = live_resize::resize(&served.disk, size);
-    // A resize that fails may have changed the size.
+    // The size may have changed even if the resize fails.
     let has_changed = served.disk.capacity() != before;
     let front_end_told = has_changed && served.server.send_config_change();
     let report = resized.inspect_err(|e| log::warn!("disk {}: a resize failed: {}", served.name, e.line()))?;

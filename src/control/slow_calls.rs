@@ -22,13 +22,13 @@ use crate::storage::Notifier;
 
 /// Maximum number of calls that wait for the thread.
 const MAX_WAITING: usize = 256;
-/// Maximum number of calls that change disks at once.
+/// Maximum number of calls that change disks at the same time.
 const MAX_CHANGES: usize = 8;
 
 /// The function of a method.
 pub(super) type MethodFn = fn(&ControlContext, Params) -> Outcome;
 
-/// The request that a slow call belongs to: the client, the message, and the id of the request.
+/// The request to which a slow call belongs: the client, the message, and the id of the request.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct CallOrigin {
     /// Number of the client.
@@ -135,7 +135,7 @@ impl SlowCalls {
         Ok(start_thread("control-change", body)?)
     }
 
-    /// Removes the outcomes of finished calls.
+    /// Removes and returns the outcomes of finished calls.
     pub(super) fn take(&self) -> Vec<(CallOrigin, Outcome)> {
         self.finished.notifier.drain();
         std::mem::take(&mut *self.finished.outcomes.lock().unwrap_or_else(PoisonError::into_inner))
@@ -154,7 +154,7 @@ fn start_thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> 
     thread::Builder::new().name(name.into()).spawn(body).map(drop).map_err(cannot)
 }
 
-/// Runs a method. A panic becomes an error of the answer, and the thread continues.
+/// Runs a method. If the method panics, returns an error, and the thread continues.
 pub(super) fn run_guarded(run: impl FnOnce() -> Outcome) -> Outcome {
     catch_unwind(AssertUnwindSafe(run))
         .unwrap_or_else(|_| Err(RpcError::of_form(INTERNAL_ERROR, "internal error; the log of the daemon has details")))

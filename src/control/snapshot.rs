@@ -1,4 +1,4 @@
-//! The method `snapshot`: keeps the contents of running disks at one moment.
+//! The method `snapshot`: keeps the contents that running disks have at one moment.
 
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -40,6 +40,7 @@ struct DiskToKeep {
 /// # Errors
 /// - `Invalid` if there are no disks, a disk or a path is given twice, or a path is malformed
 /// - `NotFound` if a disk or the folder of a path does not exist
+/// - `Refused` if a disk is read-only
 /// - the errors of [`disk::snapshot`]
 pub(super) fn take(context: &ControlContext, params: SnapshotParams) -> Result<Value, RpcError> {
     let taken = requests(&context.disks, params).and_then(|requests| Ok(disk::snapshot(&requests)?));
@@ -55,7 +56,7 @@ pub(super) fn take(context: &ControlContext, params: SnapshotParams) -> Result<V
     }
 }
 
-/// Returns the requests for the disk floor.
+/// Returns the requests for [`disk::snapshot`].
 fn requests(disks: &DiskRegistry, params: SnapshotParams) -> Result<Vec<SnapshotRequest>, RpcError> {
     if params.disks.is_empty() {
         return Err(invalid("a snapshot needs at least one disk".into()));

@@ -50,6 +50,9 @@ pub(super) struct FileTable(Vec<ServedFile>);
 impl FileTable {
     /// Collects the attributes of the files of `version`. If `direct` is true, first switches each file to O_DIRECT
     /// whose file system supports it.
+    ///
+    /// # Errors
+    /// `Io`.
     pub(super) fn new(version: &Version, direct: bool) -> Result<FileTable> {
         let unused = ServedFile { memory_align: 1, readahead: ReadaheadPolicy::Off };
         let mut files = vec![unused; usize::from(FILE_SLOTS)];

@@ -4,18 +4,20 @@
 //! | --- | --- | --- |
 //! | `Survey` | finds the data of a larger parent that the added sectors must hide | pass |
 //! | `Commit` | a commit, so that little is left to commit | pass |
-//! | `HoldRounds`, `HoldWrites` | the commit rounds, then the writes | wait |
+//! | `HoldRounds` | holds the commit rounds | flushes wait |
+//! | `HoldWrites` | holds the writes | wait |
 //! | `Rest` | commits the rest | wait |
 //! | `End` | the session of the image ends: stamp, then journal | wait |
 //! | `Grow` | the file grows, by the code of the offline verb | wait |
 //! | `Open` | the image is opened again, for writing | wait |
 //! | `Adopt` | the lanes adopt the version with the image as it is now, and the new size | wait, then pass |
 //!
-//! No sector of the old disk moves, so reads pass in every phase, also those that were planned before.
+//! No sector of the old disk moves in the file, so reads pass in every phase, also reads that were planned before.
 //!
-//! An error before `End` changes nothing. After an error in a later phase the image is opened again with the size that
-//! it has then, and the disk is served on. If the error is a failed sync, the image is poisoned: the kernel may have
-//! dropped what the sync should have made durable.
+//! An error before `End` changes neither the size nor the structure of the image. After an error in `End` or later, the
+//! image is opened again with the size that it has then, and the daemon continues to serve the disk. The image is
+//! poisoned if it cannot be opened again, or if the error is a failed sync: the kernel may have dropped what the sync
+//! should have made durable.
 //!
 //! A kill in any phase leaves an image that the next open accepts, with the old or the new size (`image::offline`).
 
@@ -34,7 +36,7 @@ use crate::failpoint;
 use crate::image::{self, Commit, Image, Writable};
 use crate::units::{SECTOR, SectorRange};
 
-/// Time that the commit before the hold may take.
+/// Maximum time of the commit before the rounds are held.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(20);
 /// Number of sectors of the parents that are looked up at a time. The cells of this range fit into the frozen cache.
 const SURVEY_SECTORS: u64 = 1 << 16;
@@ -56,7 +58,7 @@ pub fn resize(disk: &Arc<Disk>, size: u64) -> Result<ResizeReport> {
     ResizeRun::begin(disk, size)?.run()
 }
 
-/// What has to be done next.
+/// The phase of a resize: what is done next.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum ResizePhase {
     Survey,
@@ -82,9 +84,10 @@ pub struct ResizeRun {
     commit: Option<PendingCommit>,
     /// The added sectors at which a parent has data, ascending.
     exposed: Vec<SectorRange>,
-    /// Whether the session of the old image has ended, so that this image must not take writes any more.
+    /// Whether the session of the old image has ended, and the resize is not complete. The old image must not take
+    /// writes then, and the file must be opened again.
     has_ended: bool,
-    /// Why the image that is opened again must be poisoned.
+    /// Why the image that is opened again must be poisoned; `None` if it need not be.
     failed_sync: Option<String>,
     /// Whether to leave everything as it is, as the end of the process does.
     is_abandoned: bool,
@@ -98,9 +101,11 @@ impl ResizeRun {
     /// # Errors
     /// - `Busy` if another change of the disk is in progress, or the disk is closed.
     /// - `Invalid` if the format does not allow the size.
+    /// - `Invalid` if the note of an unfinished snapshot is damaged.
     /// - `Refused` if the disk is read-only or larger than `size`, if an earlier snapshot is not complete, if the block
-    ///   table would be too large, or if an unfinished merge forbids the change.
-    /// - `Poisoned`, `Io`.
+    ///   table would be too large, or if an unfinished merge or snapshot forbids the change.
+    /// - `Poisoned` if the image refuses writes.
+    /// - `Io`.
     pub fn begin(disk: &Arc<Disk>, size: u64) -> Result<ResizeRun> {
         let turn = ChangeTurn::take(disk)?;
         let before = disk.version();
@@ -135,7 +140,7 @@ impl ResizeRun {
         })
     }
 
-    /// Takes the next step. Never waits for a lane, but for the storage.
+    /// Takes the next step. Waits for the storage, but never for a lane.
     ///
     /// # Errors
     /// Those of [`ResizeRun::run`], without `Busy`. The resize must be dropped then.
@@ -200,9 +205,10 @@ impl ResizeRun {
     /// Takes the steps, and waits for the lanes between them.
     ///
     /// # Errors
-    /// - `Busy` if a queue or a commit does not answer in time: nothing has changed.
-    /// - `Poisoned` if the image was or is poisoned by a failed sync.
-    /// - `NoSpace`, `Io`: the disk has its old or its new size, and is served on, unless a sync failed.
+    /// - `Busy` if a queue or a commit takes too long: nothing has changed.
+    /// - `Poisoned` if the image refuses writes, for example after a failed sync.
+    /// - `NoSpace`, `Io`: the disk has its old or its new size. The image is poisoned if a sync failed.
+    /// - Any error of opening the image again. The image is poisoned if a second attempt to open it fails, too.
     pub fn run(mut self) -> Result<ResizeReport> {
         let mut deadline = Instant::now() + LANE_TIMEOUT;
         loop {
@@ -217,7 +223,7 @@ impl ResizeRun {
                     match (self.phase, &self.commit, &mut self.swap) {
                         (_, None, Some(swap)) if !left.is_zero() => swap.wait(left),
                         (_, Some(commit), _) if !left.is_zero() => commit.wait(left),
-                        // The new version stands. Writes wait, since the queue may still read with the old version.
+                        // The new version is published. Writes wait, since the queue may still read with the old one.
                         (ResizePhase::Adopt, _, Some(swap)) => {
                             log::warn!("{}; the resize waits for it", swap.late_error().line());
                             deadline = Instant::now() + LANE_TIMEOUT;
@@ -233,7 +239,7 @@ impl ResizeRun {
         }
     }
 
-    /// The report of a resize that is done.
+    /// Returns the report of a resize that is done.
     pub fn report(&self) -> ResizeReport {
         let pause = self.swap.as_ref().map_or(Duration::ZERO, VersionSwap::pause);
         ResizeReport { pause, size: self.disk.capacity() * SECTOR }
@@ -248,8 +254,8 @@ impl ResizeRun {
         &self.before.writable_top().image
     }
 
-    /// Finds the data of the frozen layers in the added sectors. These layers do not change, and are larger than their
-    /// child only in rare chains.
+    /// Finds the data of the frozen layers in the added sectors. The frozen layers do not change. They are larger than
+    /// their child only in rare chains.
     fn survey(&mut self) -> Result<()> {
         let frozen = self.before.frozen_disk();
         let end = frozen.sectors().min(self.size / SECTOR);
@@ -262,7 +268,7 @@ impl ResizeRun {
         Ok(())
     }
 
-    /// Takes steps of the swap up to a phase. Returns whether it has been reached.
+    /// Takes steps of the swap up to a phase. Returns whether the swap has reached the phase.
     fn swap_reaches(&mut self, phase: SwapPhase) -> Result<bool> {
         let swap = self.swap.as_mut().expect("the commit has ended");
         while swap.phase() < phase {
@@ -273,7 +279,7 @@ impl ResizeRun {
         Ok(true)
     }
 
-    /// Commits what was written after the first commit. No write is under way, and no commit.
+    /// Commits what was written after the first commit. No write and no other commit is under way.
     fn commit_rest(&self) -> Result<()> {
         let (env, top) = (self.disk.env(), self.before.writable_top());
         let mut commit = Commit::new(top.image.clone(), top.slot);
@@ -282,7 +288,7 @@ impl ResizeRun {
         result
     }
 
-    /// Runs a step, and records if it ends with a failed sync.
+    /// Runs a step. If its error is a failed sync, records that the image must be poisoned.
     fn note_failed_sync(&mut self, step: fn(&mut ResizeRun) -> Result<()>) -> Result<()> {
         let result = step(self);
         if let Some(e) = result.as_ref().err().filter(|e| e.is_from_sync()) {
@@ -312,7 +318,8 @@ impl ResizeRun {
         })
     }
 
-    /// Opens the image again for writing, and makes it the top of the version that the swap publishes.
+    /// Opens the image again for writing, and makes it the top of the version that the swap publishes. Poisons the
+    /// image if a sync has failed.
     fn open_again(&mut self) -> Result<()> {
         let options = self.disk.options();
         let opened = image::open_reconciled(self.old().file())?;
@@ -327,12 +334,13 @@ impl ResizeRun {
         Ok(())
     }
 
-    /// Completes the swap, which is published and whose gates are open.
+    /// Completes the resize after the swap has published the version and opened the gates: releases the rounds, and
+    /// reports the new size, if the size has changed.
     fn adopted(&mut self) {
         self.has_ended = false;
         let swap = self.swap.as_mut().expect("it is published");
         swap.release_rounds();
-        // A hint to write back that was in flight may have poisoned the old image.
+        // A hint to start writeback that was in flight may have poisoned the old image.
         if let Err(e) = self.old().check_poison() {
             self.disk.poison_top(&self.before, &e.line());
         }
@@ -348,7 +356,8 @@ impl ResizeRun {
         }
     }
 
-    /// Serves the image on with the size that it has, after its session has ended.
+    /// Ends a resize that has failed after the session of the image has ended: opens the image again with the size that
+    /// it has, publishes it, and opens the gates. If the image cannot be opened, poisons the old image.
     fn recover(&mut self) {
         let swap = self.swap.as_mut().expect("writes are held");
         if swap.phase() < SwapPhase::Published {
@@ -370,7 +379,7 @@ impl ResizeRun {
 }
 
 impl Drop for ResizeRun {
-    /// Ends a resize that is not done. The gates open on every way out.
+    /// Ends a resize that is not done. The gates open in all cases, since the swap is dropped.
     fn drop(&mut self) {
         if let Some(commit) = self.commit.take() {
             commit.leave(&self.disk);
@@ -378,7 +387,7 @@ impl Drop for ResizeRun {
         if std::thread::panicking() {
             self.failed_sync.get_or_insert_with(|| "a resize failed by a defect of the program".to_owned());
         }
-        // Also if the disk is being closed: the old image must not be committed or trimmed any more.
+        // This is necessary also while the disk is being closed: the old image must not be committed or trimmed.
         if self.has_ended && !self.is_abandoned {
             self.recover();
         }

@@ -20,7 +20,8 @@ pub enum LaneEvent {
         /// Whether the commit succeeded.
         ok: bool,
     },
-    /// A commit round found the file system full, and the receiver, which must not wait for space, has left the round.
+    /// The receiver was removed from a commit round that cannot end or begin now. Either the file system is full, or a
+    /// snapshot that holds the rounds repeats a step that fails, and the receiver must not wait.
     LeftRound {
         /// Number of the round.
         round: u64,

@@ -17,14 +17,16 @@ use crate::storage::Env;
 const SERIAL_BYTES: usize = 20;
 
 impl Disk {
-    /// Opens a chain. If the disk is writable, recovers images that were not closed.
+    /// Opens a chain. If the disk is writable, finishes or undoes an unfinished snapshot of the disk, and recovers
+    /// images that were not closed.
     ///
     /// # Errors
     /// - `Busy` if another process holds a conflicting lock on a file of the chain.
     /// - `Refused` if the disk is writable, and an unfinished merge forbids changes, or other images have the top as
     ///   their parent and `allow_writable_parent` is not set.
-    /// - `Refused` if an unfinished snapshot of the disk can be neither finished nor undone without a loss of
-    ///   acknowledged writes.
+    /// - `Refused` if the disk is read-only and has an unfinished snapshot that a writable open must resolve, or if the
+    ///   disk is writable and its unfinished snapshot can be neither finished nor undone without a loss of acknowledged
+    ///   writes.
     /// - `Unsupported` if the serial is longer than 20 bytes.
     /// - Any error of a file of the chain, with its path and offset.
     pub fn open(env: Arc<dyn Env>, options: &DiskOptions) -> Result<Arc<Disk>> {
@@ -74,8 +76,12 @@ impl Disk {
     }
 }
 
-/// Returns the serial that the guest reads by default: the one that a snapshot has recorded in the active image, since
-/// the guest knows it, or the first 20 digits of the UUID.
+/// Returns the serial that the guest reads by default. This is the serial that a snapshot has recorded in the active
+/// image, since the guest has read that serial before. If none is recorded, or the recorded text is no valid serial,
+/// the default is the first 20 hexadecimal digits of the UUID.
+///
+/// # Errors
+/// `Io`.
 fn default_serial(youngest: &Image) -> Result<[u8; 20]> {
     let recorded = youngest.file().attribute(SERIAL_ATTRIBUTE)?.and_then(|text| String::from_utf8(text).ok());
     match recorded.filter(|text| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic())) {

@@ -1,4 +1,4 @@
-//! A commit that a thread which serves no queue waits for.
+//! Commits that are requested by threads that serve no queue.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,15 +9,17 @@ use super::shared::Disk;
 use crate::error::{Error, ErrorKind, Result};
 
 impl Disk {
-    /// Makes all completed writes durable, and waits until they are durable. Does not wait for space on a full file
-    /// system: the calling thread has other work. If the disk parks writes, the flushes of lanes do not fail with the
-    /// call; they wait for space.
+    /// Makes all completed writes durable, and waits until they are durable. Does nothing on a read-only disk. Does not
+    /// wait for space on a full file system: the calling thread has other work. If the disk parks writes, the flushes
+    /// of lanes do not fail with the call; they wait for space.
     ///
     /// # Errors
-    /// - `NoSpace` if the file system is full. No write is lost, and the call may be repeated.
-    /// - `Io` if the commit failed, or if a commit that a lane led failed, also for lack of space, or if the process
-    ///   has no file descriptors left.
-    /// - `Poisoned` if a sync failed, now or earlier: completed writes may be lost.
+    /// - `NoSpace` if the file system is full, or if a snapshot has ended the wait after an error between its switch
+    ///   and its decision. No write is lost, and the call may be repeated.
+    /// - `Io` if the commit failed, or if a commit that another thread led failed, also for lack of space, or if the
+    ///   process has no file descriptors left.
+    /// - `Poisoned` if a sync failed, now or earlier, so that completed writes may be lost; or if a snapshot has failed
+    ///   between its switch and its decision.
     pub fn commit(&self) -> Result<()> {
         if self.is_read_only() {
             return Ok(());
@@ -41,7 +43,8 @@ pub(super) struct PendingCommit {
 }
 
 impl PendingCommit {
-    /// Joins the next round of a writable disk, and leads it at once if no other one runs.
+    /// Joins the next round of a writable disk. If no other round runs and the rounds are not held, leads the round,
+    /// and returns after the commit has ended.
     ///
     /// # Errors
     /// `Io` if the process has no file descriptors left.
@@ -55,13 +58,13 @@ impl PendingCommit {
         Ok(PendingCommit { mailbox, round, result })
     }
 
-    /// Leaves the round. The thread does not wait any more.
+    /// Leaves the round. The thread gets no result.
     pub(super) fn leave(self, disk: &Disk) {
         disk.group_commit.leave(&self.mailbox);
     }
 
-    /// Returns the result of the commit if the round has ended. Leads the round if its lead falls to this thread. To be
-    /// called again when the mailbox has events.
+    /// Returns the result of the commit; `None` if the thread still waits for the round. If the running round has no
+    /// leader, leads that round. The caller calls this function again when the mailbox has events.
     pub(super) fn poll(&mut self, disk: &Disk) -> Option<Result<()>> {
         if let Some(result) = self.result.take() {
             return Some(result);
@@ -69,7 +72,10 @@ impl PendingCommit {
         for event in self.mailbox.take() {
             match event {
                 LaneEvent::Leaderless if disk.group_commit.claim_lead() => {
-                    return Some(disk.lead_commit(&self.mailbox));
+                    let result = disk.lead_commit(&self.mailbox);
+                    // The round may be an earlier one than that which this thread has joined.
+                    disk.group_commit.leave(&self.mailbox);
+                    return Some(result);
                 }
                 LaneEvent::LeftRound { .. } => {
                     let what = "the host is full: completed writes are not durable yet; free space on its file system";
@@ -84,13 +90,13 @@ impl PendingCommit {
         None
     }
 
-    /// Waits until there are events, or for `at_most`.
+    /// Waits until there are events or a signal arrives, but at most for `at_most`.
     pub(super) fn wait(&self, at_most: Duration) {
         self.mailbox.sleep_at_most(at_most);
     }
 }
 
-/// The error of a commit that a lane led.
+/// Returns the error of a commit that another thread led.
 fn commit_error(disk: &Disk) -> Error {
     let version = disk.version();
     match version.writable_top().image.check_poison() {

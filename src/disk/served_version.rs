@@ -1,4 +1,4 @@
-//! A version of the chain as lanes serve it: with its number, and with the attributes of its files.
+//! A version of the chain as lanes serve it: the layers, the number of the version, and the attributes of its files.
 
 use std::ops::Deref;
 use std::path::Path;
@@ -51,19 +51,26 @@ impl ServedVersion {
         ServedVersion { epoch: self.epoch + 1, version: self.version.with_child(top), files }
     }
 
-    /// Creates the next version, with the committed sealed layer, opened again as `layer`, as a frozen one.
+    /// Creates the next version, in which the sealed layer, which is committed, is a frozen layer. `layer` is the
+    /// sealed layer, opened again.
     pub(super) fn with_sealed_frozen(&self, layer: Layer) -> ServedVersion {
         let version = self.version.with_sealed_frozen(layer);
         ServedVersion { epoch: self.epoch + 1, version, files: self.files.clone() }
     }
 
     /// The writable layer. A read-only disk refuses writes, commits and changes before they call this function.
+    ///
+    /// # Panics
+    /// If the disk is read-only.
     #[inline]
     pub(super) fn writable_top(&self) -> &Top {
         self.version.top().expect("only a writable disk writes, commits or grows")
     }
 
     /// Path of the image that takes the writes.
+    ///
+    /// # Panics
+    /// If the disk is read-only.
     pub(super) fn top_path(&self) -> &Path {
         self.writable_top().image.path()
     }

@@ -1,4 +1,5 @@
-//! Changes of the version of a disk: one at a time, and each ends, whatever happens. The steps are in `version_swap`.
+//! Changes of the version of a disk: the right to change the version, and the change that moves the top to another
+//! slot. `version_swap` has the steps.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,7 +9,8 @@ use super::shared::Disk;
 use super::version_swap::{ChangeStep, LANE_TIMEOUT, SwapPhase, VersionSwap};
 use crate::error::{Error, ErrorKind, Result};
 
-/// A change that moves the top to another file slot. The disk stays the same. Tests use it.
+/// A change that moves the top to another file slot. Neither the contents nor the files of the disk change. Only tests
+/// use this change.
 pub struct VersionChange {
     swap: VersionSwap,
     // Dropped last: the next change may begin then.
@@ -27,7 +29,8 @@ impl ChangeTurn {
         if disk.is_changing.swap(true, Ordering::SeqCst) {
             return Err(Error::new(ErrorKind::Busy, "another change of the disk is in progress"));
         }
-        // The flag is checked after the turn is taken: `Disk::close` sets it, and then waits for the turn to end.
+        // `is_closed` is checked after the turn is taken: `Disk::close` sets `is_closed`, and then waits for the end of
+        // the turn.
         let turn = ChangeTurn(disk.clone());
         if disk.is_closed.load(Ordering::SeqCst) {
             return Err(Error::new(ErrorKind::Busy, "the disk is closed"));
@@ -62,7 +65,7 @@ impl VersionChange {
         Ok(VersionChange { swap, _turn: turn })
     }
 
-    /// Takes the next step if the lanes have reported what it needs.
+    /// Takes the next step, unless the current phase waits for lanes or for a commit round.
     ///
     /// # Errors
     /// `Io` if a lane cannot register the new file. The disk is unchanged, and the change must be dropped.
@@ -73,11 +76,12 @@ impl VersionChange {
         self.swap.step()
     }
 
-    /// Carries out the change. Returns the pause: how long writes were held.
+    /// Carries out the change. Returns the pause: how long writes were held. If operations of an older version take
+    /// longer than two seconds, returns before the old slot is free.
     ///
     /// # Errors
-    /// - `Busy` if a lane or a commit does not answer within two seconds. If the lanes had not been asked to adopt the
-    ///   new version, the disk is unchanged. Operations of an older version are no error, however long they take.
+    /// - `Busy` if a lane or a commit takes longer than two seconds. The disk is unchanged, unless the lanes had been
+    ///   asked to adopt the new version.
     /// - Those of [`VersionChange::step`].
     pub fn run(mut self) -> Result<Duration> {
         let mut deadline = Instant::now() + LANE_TIMEOUT;

@@ -5,23 +5,25 @@
 //!   Register ────────────────────────> adds the new file to its engine
 //!   hold the commit rounds             (waits until the running round has ended)
 //!   Hold ────────────────────────────> new writes wait; reports when those under way have ended
-//!   publish the version, Adopt ──────> plans with it from now on
+//!   publish the version, Adopt ──────> plans with it from now on, and reports that
 //!   Open ────────────────────────────> plans the held writes
 //!   release the commit rounds
 //!   (waits) <───────────────────────── reports when no operation uses an older version
 //!   Unregister ──────────────────────> removes the old file from its engine
 //! ```
 //!
-//! No request is answered with an error because of a swap. Only writes wait, from `Hold` to `Open`: the *pause*.
-//! Flushes wait while the rounds are held, so a flush is never answered by a commit of another file, and one image is
-//! never committed twice at a time.
+//! A swap answers no request with an error. Writes wait from `Hold` to `Open`: this time is the *pause*. Flushes wait
+//! while the rounds are held, so a flush is never answered by a commit of another file, and one image is never
+//! committed twice at a time. A snapshot holds the rounds longer than the pause. Reads never wait.
+//!
+//! A swap in place keeps the file and its slot. It registers and unregisters nothing.
 //!
 //! A file keeps its slot until no lane has an operation of an older version: the slot of an operation in flight must
-//! not name another file. If that takes long, the swap ends, and a later change frees the slot. Each lane takes its
-//! events in order, so a slot may be used again as soon as `Unregister` is posted.
+//! not name another file. If such operations take long, the owner drops the swap, and a later change frees the slot.
+//! Each lane takes its events in order, so a slot may be used again as soon as `Unregister` is posted.
 //!
-//! Each step is short and never waits, so tests can put a crash, a kill or a request between any two steps. If the swap
-//! is dropped, the gates open and the rounds are released.
+//! Each step is short and never waits, so tests can put a crash, a kill or a request between any two steps. When the
+//! swap is dropped, the gates open and the rounds are released.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,7 +42,7 @@ pub(super) const LANE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Result of a step of a change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ChangeStep {
-    /// Lanes have not reported yet. Take the step again when they have.
+    /// A lane, a commit or a step of growth has not ended yet. Take the step again later.
     Wait,
     /// The next step can be taken.
     Again,
@@ -69,7 +71,7 @@ pub(super) enum SwapPhase {
     Published,
     /// The gates are open.
     Open,
-    /// The old file is unregistered.
+    /// The rounds are released, and the slot that the new version does not use is free.
     Done,
 }
 
@@ -78,7 +80,7 @@ pub(super) enum SwapPhase {
 pub(super) struct VersionSwap {
     disk: Arc<Disk>,
     phase: SwapPhase,
-    /// The new version. It is set at the latest when no write is under way.
+    /// The new version. It is set before the step that publishes it.
     new: Option<Arc<ServedVersion>>,
     /// Number of the new version.
     epoch: u32,
@@ -86,16 +88,17 @@ pub(super) struct VersionSwap {
     new_slot: Option<FileSlot>,
     /// The slot that the new version does not use any more.
     retired_slot: Option<FileSlot>,
-    /// When the gates were closed.
+    /// When the gates were closed; `None` while they are open.
     held_at: Option<Instant>,
-    /// When the rounds were held.
+    /// Since when the rounds are held; `None` if they are not held.
     rounds_held_at: Option<Instant>,
     pause: Duration,
 }
 
 impl VersionSwap {
     /// Begins to replace the current version of `disk` by `new`, whose top is in `new_slot`. The caller has the right
-    /// to change the version, and has taken the slot, which the swap frees if it does not come to its end.
+    /// to change the version, and has taken the slot. The swap frees `new_slot` if it is dropped before it publishes
+    /// `new`, and frees `retired_slot` after all lanes have stopped using it.
     pub(super) fn new(
         disk: &Arc<Disk>,
         new: ServedVersion,
@@ -116,7 +119,7 @@ impl VersionSwap {
     }
 
     /// Begins to replace the current version by one whose top is in the same slot and file. The caller has the right to
-    /// change the version, and calls [`VersionSwap::set_version`] when no write is under way.
+    /// change the version, and calls [`VersionSwap::set_version`] before the step that publishes the version.
     pub(super) fn in_place(disk: &Arc<Disk>) -> VersionSwap {
         VersionSwap {
             disk: disk.clone(),
@@ -135,12 +138,13 @@ impl VersionSwap {
         self.phase
     }
 
-    /// How long writes were held.
+    /// How long writes were held; zero until the gates have opened.
     pub(super) fn pause(&self) -> Duration {
         self.pause
     }
 
-    /// Takes the next step if the lanes have reported what it needs. The step after `Open` ends the swap.
+    /// Takes the next step, unless the current phase waits for lanes or for a commit round. The step after `Open` ends
+    /// the swap.
     ///
     /// # Errors
     /// `Io` if a lane cannot register the new file. The disk is unchanged, and the swap must be dropped.
@@ -224,13 +228,19 @@ impl VersionSwap {
         }
     }
 
-    /// Sets the new version, whose number is the next one. For a swap that does not know it before writes are held.
+    /// Sets the new version of a swap in place.
+    ///
+    /// # Panics
+    /// If `new` does not have the next number, or the swap has already published its version.
     pub(super) fn set_version(&mut self, new: ServedVersion) {
         assert!(new.epoch() == self.epoch && self.phase < SwapPhase::Published, "changes are serial");
         self.new = Some(Arc::new(new));
     }
 
-    /// Checks that all lanes have registered the new file.
+    /// Checks that no lane has failed to register the new file.
+    ///
+    /// # Errors
+    /// `Io`.
     fn check_registered(&self) -> Result<()> {
         let failed = self.disk.lanes.first(|status| matches!(status.registered, Some(Err(_))));
         let Some((_, LaneStatus { registered: Some(Err(why)), .. })) = failed else { return Ok(()) };
@@ -238,7 +248,7 @@ impl VersionSwap {
         Err(Error::new(ErrorKind::Io, what).at_path(self.disk.version().top_path()))
     }
 
-    /// The error if the current phase takes too long.
+    /// Returns the `Busy` error for a phase that takes too long.
     pub(super) fn late_error(&self) -> Error {
         let what = match (self.phase, self.disk.lanes.first(self.is_late())) {
             (SwapPhase::HoldingRounds, _) => "a commit takes longer than two seconds; try again later".to_owned(),
@@ -248,9 +258,13 @@ impl VersionSwap {
         Error::new(ErrorKind::Busy, what).at_path(self.disk.version().top_path())
     }
 
-    /// Opens the gates without waiting until all lanes have adopted the new version, for a change that has failed. A lane
-    /// adopts that version before it plans another write, since it takes its events in order, and before it leads a
-    /// commit. It may still plan a read with the old version, and so miss a write that another lane has made since.
+    /// Opens the gates without waiting until all lanes have adopted the new version, for a change that has failed. A
+    /// lane adopts the new version before it plans another write, since it takes its events in order, and before it
+    /// leads a commit. Until then, the lane may plan a read with the old version, and this read may miss a write that
+    /// another lane has made since.
+    ///
+    /// # Panics
+    /// If the swap is not in the phase `Published`.
     pub(super) fn open_without_reports(&mut self) {
         assert!(self.phase == SwapPhase::Published, "only a published version can be adopted");
         self.open_gates();
@@ -262,7 +276,7 @@ impl VersionSwap {
         self.pause = self.held_at.take().map_or(Duration::ZERO, |at| at.elapsed());
     }
 
-    /// Releases the commit rounds if they are held. Returns how long they were held.
+    /// Releases the commit rounds if they are held. Returns how long they were held; zero if they were not held.
     pub(super) fn release_rounds(&mut self) -> Duration {
         let Some(at) = self.rounds_held_at.take() else { return Duration::ZERO };
         let held = at.elapsed();
@@ -272,7 +286,8 @@ impl VersionSwap {
 }
 
 impl Drop for VersionSwap {
-    /// Ends a swap that is not done. The gates open and the rounds are released on every way out, a panic included.
+    /// Opens the gates and releases the rounds, also in a panic. Before the version is published, frees the new slot.
+    /// After that, retires the old slot if it is not free yet.
     fn drop(&mut self) {
         if self.held_at.is_some() {
             self.open_gates();

@@ -76,7 +76,8 @@ impl SavedMtime {
     /// Runs `work`, which preserves the disk's contents even if it fails, and restores the time of `file`, durably.
     ///
     /// # Errors
-    /// The error of `work`; `Io`. If both fail, the error of a failed sync has priority.
+    /// The error of `work`; `Io`. If `work` and the restoration fail, the error of the restoration is returned if it is
+    /// from a failed sync, and the error of `work` otherwise.
     pub fn preserve<T>(file: &File, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let time = SavedMtime::save(file)?;
         let outcome = work();
@@ -87,8 +88,8 @@ impl SavedMtime {
         }
     }
 
-    /// Returns a time that differs from the saved one by at least a second, and is not earlier than the present one: the
-    /// time that the file gets when it stops taking writes, and that a new child records in advance.
+    /// Returns a time that is, in whole seconds, later than the saved one and not earlier than the present one. The
+    /// file gets this time when it stops taking writes, and a new child records the time in advance.
     ///
     /// # Errors
     /// `Io`.
@@ -97,7 +98,7 @@ impl SavedMtime {
         Ok(ModifiedTime { seconds, nanos: 0 })
     }
 
-    /// Sets the time, durably.
+    /// Sets the time, durably. If this process may not set the time, the file keeps the time that it has now.
     ///
     /// # Errors
     /// `Io`.

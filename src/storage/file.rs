@@ -8,7 +8,7 @@ use super::types::{AllocationMode, DirectRules, FileSystemSpace, Lock, ModifiedT
 use crate::error::{Error, Result};
 
 impl File {
-    /// Returns the path by which the file was opened.
+    /// Returns the path by which the file was opened, or the path that [`File::renamed`] has given to this handle.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
@@ -18,8 +18,9 @@ impl File {
         self.0.folder().clone()
     }
 
-    /// Returns another handle on the open file, with another path: the file is about to get this name, or has got it.
-    /// Both handles share the open file description and its lock.
+    /// Returns another handle on the open file, with another path in the same folder: the name that the file is about
+    /// to get, or has got. The name on the file system does not change. Both handles share the open file description
+    /// and its lock.
     ///
     /// # Errors
     /// `Io` if the process has no file descriptors left.
@@ -45,7 +46,7 @@ impl File {
         self.0.stat()
     }
 
-    /// Returns whether the path by which the file was opened still refers to it.
+    /// Returns whether the path of this handle still refers to the file.
     ///
     /// # Errors
     /// `Io`.

@@ -1,7 +1,8 @@
 //! The back-end channel: a socket of the front-end on which the daemon sends requests to the front-end.
 //!
 //! The daemon sends one kind of request: the configuration space has changed, for example because the disk has grown.
-//! It never requests a reply, since QEMU replies only after it has read the configuration space over the connection.
+//! The daemon never requests a reply, since QEMU replies only after it has read the configuration space over the
+//! connection.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -31,8 +32,8 @@ impl BackendChannel {
         Ok(BackendChannel(socket))
     }
 
-    /// Sends the message that the configuration space has changed. Does not wait: returns whether the socket has
-    /// accepted the whole message.
+    /// Sends the message that the configuration space has changed, without waiting. Returns whether the socket has
+    /// accepted the whole message. It does not if its buffer is full or the front-end has closed it.
     pub(super) fn send_config_change(&self) -> bool {
         let message = CONFIG_CHANGE.as_bytes();
         send(&self.0, message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) == Ok(message.len())

@@ -75,8 +75,9 @@ impl ServerStatus {
         *self.backend_channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
     }
 
-    /// Tells the front-end that the configuration space has changed, for example the capacity. Does not wait. Returns
-    /// whether the message was sent: the front-end is connected, has negotiated such messages, and reads them.
+    /// Notifies the front-end that the configuration space has changed, for example the capacity. Does not wait.
+    /// Returns whether the message was sent. Returns false if no front-end is connected, the front-end has set no
+    /// back-end channel or does not accept such messages, or the socket does not accept the message.
     pub fn send_config_change(&self) -> bool {
         let channel = self.backend_channel.lock().unwrap_or_else(PoisonError::into_inner);
         channel.as_ref().is_some_and(BackendChannel::send_config_change)

@@ -20,7 +20,7 @@ fn a_disk_grows_while_a_guest_uses_it() {
         check(&schema["methods"]["resize"]["params"], &params).unwrap_or_else(|e| panic!("{e}"));
         let result = rpc.call("resize", &params);
         check(&schema["methods"]["resize"]["result"], &result).unwrap_or_else(|e| panic!("{e}"));
-        // The test's guest sets no back-end channel.
+        // The front-end of the test sets no back-end channel.
         assert_eq!((&result["size"], &result["front_end_told"]), (&json!(bytes), &json!(false)), "{result}");
         let event = rpc.event();
         check(&schema["events"]["resized"], &event).unwrap_or_else(|e| panic!("{e}"));
@@ -30,7 +30,7 @@ fn a_disk_grows_while_a_guest_uses_it() {
         guest.write(last, &[9; 512]).expect("a write");
         last = bytes;
     }
-    // No change, no event.
+    // A resize to the present size changes nothing.
     let same = rpc.call("resize", &json!({"disk": DISK, "size": last}));
     assert_eq!(same, json!({"pause_us": 0, "size": last, "front_end_told": false}));
     for (params, code) in [
@@ -59,7 +59,7 @@ fn a_disk_grows_while_a_guest_uses_it() {
     drop(folder);
 }
 
-/// A daemon that is killed at each step of a resize leaves an image that the next daemon serves.
+/// A daemon that is killed during a resize leaves an image that the next daemon serves, at whichever step it is killed.
 #[cfg(feature = "mutants")]
 #[test]
 fn a_daemon_that_is_killed_during_a_resize_loses_nothing() {

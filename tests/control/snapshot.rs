@@ -74,13 +74,13 @@ fn an_error_of_the_disk_reaches_the_client_and_the_exit_code() {
     let control = Some(served.control.as_os_str());
     assert_fails(&ctl(&["snapshot", DISK, "--keep-as", "x"], control), "ctl snapshot", "is read-only");
     assert_fails(&ctl(&["snapshot", "b", "--keep-as", "x", "--json"], control), "ctl snapshot", "the disks are");
-    // A client that leaves at once: the outcome is in the log.
+    // If a client disconnects at once, the outcome is in the log.
     let mut leaving = served.connect();
     let request = json!({"jsonrpc": "2.0", "id": 1, "method": "snapshot", "params": params});
     leaving.send(format!("{request}\n"));
     drop(leaving);
     served.daemon.wait_for_log("a snapshot failed: the disk", 3);
-    // A notification, and requests at once: each request has one answer.
+    // A notification has no answer. Each of many requests at the same time has one answer.
     let notification = json!({"jsonrpc": "2.0", "method": "snapshot", "params": params});
     rpc.send(format!("{notification}\n"));
     served.daemon.wait_for_log("a snapshot failed: the disk", 4);
@@ -110,7 +110,7 @@ fn wrong_usage_has_exit_code_2() {
         assert_eq!((failed.code, failed.stdout.as_slice()), (Some(2), &b""[..]), "{words:?}");
         assert!(failed.stderr.contains(why), "{words:?}: {}", failed.stderr);
     }
-    // The words are right, and there is no daemon.
+    // The usage is correct, but there is no daemon.
     for words in [
         &["snapshot", "a", "--keep-as", "x", "b", "--keep-as", "y"][..],
         &["snapshot", "a", "b", "--keep-as", "{name}-{time}.vhd"],
@@ -157,7 +157,7 @@ fn a_snapshot_keeps_the_old_contents() {
     assert_eq!((&event["disk"], &event["kept"], &event["uuid"]), (&json!(DISK), &json!(kept), uuid));
     assert_eq!(event["pause_us"], result["pause_us"]);
 
-    // The same connection continues on the new image. Only that one changes.
+    // The connection of the guest continues on the new image. Only the new image changes.
     assert_same("the guest, directly after the snapshot", &contents(&mut guest), &before);
     guest.write(512 << 10, &sectors("new", 1024, 2048)).expect("a write");
     guest.discard(3 << 20, 4096).expect("a discard");
@@ -189,7 +189,7 @@ fn a_snapshot_keeps_the_old_contents() {
     served.daemon.wait_for_log("control socket on", 2);
     assert_eq!(served.connect().call("disk", &json!({"disk": DISK}))["serial"], disk_before["serial"]);
 
-    // A client that leaves at once does not end its snapshot. People get one line.
+    // If a client disconnects at once, its snapshot continues. Without --json, `ctl` prints one line.
     let request = json!({"jsonrpc": "2.0", "id": 1, "method": "snapshot",
         "params": {"disks": [{"disk": DISK, "keep_as": "left.vhd"}]}});
     let mut leaving = served.connect();
@@ -203,7 +203,7 @@ fn a_snapshot_keeps_the_old_contents() {
     assert!(line.starts_with(&start) && line.contains(" ms, flushes at most ") && line.ends_with(" ms\n"), "{line}");
     assert_same("the guest, after three snapshots", &contents(&mut guest), &after);
 
-    // After a clean end the images need no daemon, and a new daemon serves the same disk.
+    // After a clean end the tools read the images without a daemon, and a new daemon serves the same disk.
     drop(guest);
     let Served { daemon, control, folder: _folder, runtime } = served;
     daemon.stop();

@@ -11,7 +11,7 @@ use crate::{QUEUES, STRIPE, STRIPES};
 /// The expected contents of one queue's part of the disk.
 struct Model {
     queue: u64,
-    /// The contents of each stripe before the run, by the number of the stripe.
+    /// The contents of each stripe before the run, by the number of the stripe. The first read of a stripe adds them.
     initial: HashMap<u64, Vec<u8>>,
     /// The number of the last acknowledged write of each sector, or 0 for zeros. A sector without an entry has its
     /// contents from before the run.
@@ -85,7 +85,7 @@ impl QueueLoad<'_> {
                 self.driver.add(slot, asked.kind, asked.sector, asked.sectors);
                 self.in_flight[slot] = Some(asked);
                 added += 1;
-                // Some kicks come before all free slots are used.
+                // Some kicks are sent before all free slots are used.
                 if asked.tag.is_multiple_of(3) {
                     self.driver.kick(added);
                     added = 0;

@@ -1,4 +1,5 @@
-//! A guest does not notice that its disk daemon is killed at every step of a snapshot, and what was kept stays as it is.
+//! A guest does not notice that the daemon of its disk is killed at every step of a snapshot. The kept images do not
+//! change.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,7 +19,7 @@ use crate::common::temp::RuntimeDir;
 use crate::common::tool::diffdisk;
 use crate::{Connection, MIB, QUEUES, SIZE, load};
 
-/// Number of snapshots of which the daemon is not killed.
+/// Number of snapshots during which the daemon is not killed.
 const WHOLE: u64 = 8;
 
 /// The daemon, its guest, and the images that snapshots have kept.
@@ -55,7 +56,7 @@ impl Run<'_> {
         self.connection = None;
     }
 
-    /// Requests a snapshot. Returns its name and the answer; no answer if the daemon ended.
+    /// Requests a snapshot. Returns the path of the kept image, and the answer; `None` if the daemon ended first.
     fn snapshot(&mut self) -> (PathBuf, Option<String>) {
         self.number += 1;
         let kept = self.image.with_file_name(format!("kept{}.vhd", self.number));
@@ -70,7 +71,8 @@ impl Run<'_> {
         (kept, call.is_ok_and(|read| read > 0).then_some(answer))
     }
 
-    /// Records the digest of a new kept image, and checks that nothing else is left of the snapshot.
+    /// Records the digest of a new kept image, if it exists, and checks that the folder has no other file of a
+    /// snapshot.
     fn record_kept(&mut self, new: &Path) {
         if new.exists() {
             self.kept.entry(new.to_owned()).or_insert_with(|| sha256_of_file(new));

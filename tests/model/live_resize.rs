@@ -86,7 +86,7 @@ fn every_kind_of_active_image_grows() {
         let mut chain = ChainModel::new(121, EngineKind::Auto, false);
         chain.push(kind, block, 5001 * 512);
         let mut disk = chain.open(false);
-        // The first size needs no other table, the last one does.
+        // The first size is the old one. The last size needs a larger block table.
         for sectors in [5001, 5002, 5100, 9000, 20_000] {
             let report = resize_polled(&mut disk, sectors * 512).expect("it grows");
             assert_eq!((report.size, disk.disk.capacity()), (sectors * 512, sectors));
@@ -97,7 +97,7 @@ fn every_kind_of_active_image_grows() {
         chain.check(true);
         let mut disk = chain.open(false);
         chain.compare_all(&mut disk);
-        // Without a write since the open, and killed right after the resize.
+        // The guest has not written since the open, and the daemon is killed soon after the resize.
         resize_polled(&mut disk, 21_000 * 512).expect("it grows");
         chain.model.resize(21_000 * 512, 0);
         chain.work(&mut disk, 10);
@@ -145,7 +145,7 @@ fn a_resize_that_is_refused_changes_nothing() {
     assert_eq!(refused(&disk.disk, 2040 << 30), ErrorKind::Refused, "a table of more than 16 MiB");
     let same = resize(&disk.disk, 1024 * KIB).expect("the same size");
     assert_eq!((same.pause, same.size), (Duration::ZERO, 1024 * KIB));
-    // A queue that does not respond.
+    // The lanes of the disk do not respond, as no thread polls them.
     let mut other = TestDisk::new(disk.disk.clone(), EngineKind::Auto);
     let late = resize(&disk.disk, 2048 * KIB).expect_err("a lane is silent");
     assert!(late.kind() == ErrorKind::Busy && late.line().contains("does not respond"), "{}", late.line());

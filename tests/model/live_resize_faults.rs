@@ -1,4 +1,5 @@
-//! Resizes of a running disk that are killed, cut off, given up, or fail at each step, on a simulated machine.
+//! Resizes of a running disk that are interrupted at each step by a kill, a power cut, an error or a drop, on a
+//! simulated machine.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ fn create(host: &SimHost, path: &str, kind: ImageKind, sectors: u64) {
     image::create(host, Path::new(path), &spec).expect("a new image");
 }
 
-/// Creates a child of `parent`, all of whose sectors contain `1`.
+/// Creates a child of a parent with `parent_sectors` sectors. All bytes of the parent's disk are 1.
 fn create_over(host: &SimHost, parent_sectors: u64) {
     create(host, "/d/parent.vhd", ImageKind::Dynamic, parent_sectors);
     let parent = Disk::open(Arc::new(host.clone()), &DiskOptions::new("/d/parent.vhd")).expect("it opens");
@@ -60,7 +61,8 @@ const CASES: [Case; 5] = [
     Case { name: "larger parent", new: OLD + 100, make: |host| create_over(host, OLD + 50) },
 ];
 
-/// A disk with one lane, and the expected contents of its old sectors: a byte for each sector.
+/// A disk with one lane, and the expected contents of the sectors that it has before the resize: a byte for each
+/// sector.
 struct Run {
     disk: TestDisk,
     sectors: Vec<u8>,
@@ -82,7 +84,7 @@ fn contents(disk: &mut TestDisk, end: u64) -> Vec<u8> {
 }
 
 impl Case {
-    /// Makes the disk on a new machine: some data is durable, and some only acknowledged, also in the last block.
+    /// Makes the disk on a new machine. Some data is durable, and some is only acknowledged, also in the last block.
     fn start(&self) -> (SimHost, Run) {
         let host = SimHost::new(21);
         (self.make)(&host);
@@ -101,8 +103,8 @@ impl Case {
         (host, Run { disk, sectors })
     }
 
-    /// Checks the disk that a machine shows after the end of the process: it has the old or the new size, and all that
-    /// was durable. If nothing but the process ended, it has all that was acknowledged.
+    /// Checks the disk after the end of the process: it has the old or the new size, and all flushed data. If
+    /// `is_kill`, the disk also has all acknowledged data.
     fn check(&self, host: &SimHost, sectors: &[u8], is_kill: bool, when: &str) {
         let opened = open(host);
         let mut disk = opened.unwrap_or_else(|e| panic!("{}: {when}: it does not open: {}", self.name, e.line()));
@@ -115,7 +117,7 @@ impl Case {
             let fits = *byte == want || !is_kill && !is_flushed && [0, 1, 2].contains(byte);
             assert!(fits, "{}: {when}: sector {sector} of {size} contains {byte}, not {want}", self.name);
         }
-        // It can grow from there, and keeps its contents.
+        // The disk can grow to the new size, and keeps its contents.
         let run = ResizeRun::begin(&disk.disk, self.new * 512).expect("it may grow");
         finish(run, &mut disk).unwrap_or_else(|e| panic!("{}: {when}: it does not grow: {}", self.name, e.line()));
         let last = SectorRange::between(self.new - 1, self.new);
@@ -174,7 +176,8 @@ fn a_power_cut_at_any_moment_leaves_the_old_or_the_new_disk() {
                     1 => u64::MAX,
                     _ => random.next_u64() & random.next_u64() | random.next_u64(),
                 };
-                // Of a file without a table, a length survives only with the bytes that caused it.
+                // The resize of a fixed image relies on this: a new length survives only with the bytes that caused it
+                // (crash-safety A4).
                 let units = moment.unsynced_steps();
                 let deciding = |unit: usize| match case.name == "fixed" && units[unit].0 != 0 {
                     true => units.iter().position(|(step, _)| *step == units[unit].0).unwrap_or(unit),

@@ -1,4 +1,4 @@
-//! Snapshots of a running disk: what the kept image and the disk contain, and that no request is lost or fails.
+//! Snapshots of running disks: the contents of the kept images and of the disks. No request is lost or fails.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -38,8 +38,8 @@ fn kept_path(chain: &ChainModel, number: u64) -> PathBuf {
     chain.top().with_file_name(format!("kept{number}.vhd"))
 }
 
-/// Writes a counter to a sector of one disk, and then to a sector of another or of the same disk, again and again. Each
-/// of the two has a lane and a thread, which polls the lane all the time.
+/// Writes each value of a counter to two sectors in turn until `stop` is set. The sectors are on one disk or on two.
+/// Each sector has a lane, and a thread that polls the lane without pause.
 fn count(places: [(&Arc<Disk>, u64); 2], engine: EngineKind, stop: &AtomicBool) {
     let written = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -196,7 +196,7 @@ fn a_snapshot_that_is_refused_changes_nothing() {
         let refused = keep(&disk.disk, &keep_as).expect_err("it is refused");
         assert!(matches!(refused.kind(), ErrorKind::Refused), "{}", refused.line());
     }
-    // A queue that does not respond.
+    // The lanes of the disk do not respond, as no thread polls them.
     let mut other = TestDisk::new(disk.disk.clone(), EngineKind::Auto);
     let late = keep(&disk.disk, &kept_path(&chain, 1)).expect_err("a lane is silent");
     assert!(late.kind() == ErrorKind::Busy && late.line().contains("does not respond"), "{}", late.line());
@@ -243,7 +243,7 @@ fn a_snapshot_of_two_disks_keeps_one_moment() {
         reports.into_iter().max_by_key(|report| report.pause).expect("snapshots were taken")
     });
     println!("longest pause {:?}, flushes held {:?}", report.pause, report.held_flush);
-    // One of the disks cannot be kept: nothing happens to the other one.
+    // One of the disks cannot be kept, so the other one is not kept either.
     let requests = [(0, "new.vhd"), (1, "kept0.vhd")].map(|(disk, name)| SnapshotRequest {
         disk: disks[disk].clone(),
         name: format!("disk{disk}"),

@@ -1,4 +1,4 @@
-//! Changes of the version that lanes serve: which requests wait, and that none is lost, fails, or sees other data.
+//! Changes of the version that lanes serve: which requests wait. No request is lost, fails, or reads other data.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier};
@@ -151,7 +151,7 @@ fn a_thread_that_does_not_respond_ends_the_change_and_not_the_disk() {
         disk.flush();
         assert_eq!(disk.read(range), [5; 6 * 512]);
     }
-    // The file slots of changes that failed are used again.
+    // The file slots of changes that failed are free again.
     for _ in 0..3 {
         let change = VersionChange::move_top(&silent.disk).expect("no other change");
         assert_eq!(VersionChange::move_top(&silent.disk).err().map(|e| e.kind()), Some(ErrorKind::Busy));

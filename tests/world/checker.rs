@@ -17,7 +17,8 @@ use diffdisk::units::SectorRange;
 use crate::layouts::{self, top};
 use crate::model::{self, KeptContents, Model, Value};
 
-/// Limit of exhaustive checks: with fewer units than this every crash outcome is checked, otherwise a sample.
+/// Limit of exhaustive checks: with fewer units than this, every crash outcome is checked, otherwise a sample. The
+/// limit is half of this if snapshots are taken.
 const EXHAUSTIVE_LIMIT: usize = 9;
 
 /// The contents of an image after recovery.
@@ -69,9 +70,9 @@ impl Checker {
         self.changes += other.changes;
     }
 
-    /// Checks crash outcomes of a machine. With fewer than [`EXHAUSTIVE_LIMIT`] units, checks every outcome without
-    /// torn sectors, and four with torn sectors. Otherwise checks a sample of `sample` outcomes, but at least two, some
-    /// with torn sectors.
+    /// Checks crash outcomes of a machine. With fewer units than the limit of exhaustive checks, checks every outcome
+    /// without torn sectors, and some with torn sectors. Otherwise checks a sample of `sample` outcomes, but at least
+    /// two, some with torn sectors.
     pub(crate) fn explore(
         &mut self,
         host: &SimHost,
@@ -81,7 +82,7 @@ impl Checker {
     ) -> Result<(), String> {
         let units = host.unsynced_steps();
         let count = units.len();
-        // The contents of several files take longer to check.
+        // With snapshots there are several images, which take longer to check.
         if count < if self.snapshots { EXHAUSTIVE_LIMIT / 2 } else { EXHAUSTIVE_LIMIT } {
             for mask in 0_u64..1 << count {
                 self.check_crash(host, &units, model, &|i| mask >> i & 1 == 1, None)?;

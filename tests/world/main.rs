@@ -115,9 +115,10 @@ fn every_mutant_of_sessions_is_found() {
 /// The mutants that the tests of another target find, and the command that runs those tests.
 ///
 /// `StaleBits` needs two readers of one bitmap sector, and an eviction of that sector between their reads.
-/// `image/write/clock_tests.rs` finds it with threads; 12 million states here did not.
+/// `image/write/clock_tests.rs` finds it with threads; 12 million states of the random runs did not.
 ///
-/// The mutants of snapshot notes need a snapshot. `chain/resolve_snapshot_crash_tests.rs` takes one.
+/// `chain/resolve_snapshot_crash_tests.rs` finds the mutants of the notes of snapshots: it ends the daemon, and then
+/// the resolution, at every step, and also takes snapshots of several disks.
 const FOUND_ELSEWHERE: [(Mutant, &str); 7] = [
     (Mutant::StaleBits, "make test-one T=lib F=clock_tests"),
     (Mutant::SnapshotKeptUnsynced, SNAPSHOT_TESTS),

@@ -43,12 +43,12 @@ impl Model {
         Model(values.iter().map(|&v| Sector { values: vec![(0, v)], acknowledged: 0 }).collect(), Vec::new())
     }
 
-    /// Records that a snapshot keeps the disk of `moment` at `path`.
+    /// Records that a snapshot keeps the contents of `moment` at `path`.
     pub(crate) fn keep(&mut self, path: PathBuf, moment: &Model) {
         self.1.push(Kept { path, sectors: moment.0.clone(), is_complete: false });
     }
 
-    /// Removes the last kept image: its snapshot was not switched.
+    /// Removes the last kept image, whose snapshot was not switched.
     pub(crate) fn forget_kept(&mut self) {
         self.1.pop();
     }
@@ -58,7 +58,8 @@ impl Model {
         self.1.last_mut().expect("a snapshot was taken").is_complete = true;
     }
 
-    /// Checks the kept images: those of complete snapshots exist, and all have what was acknowledged at their moment.
+    /// Checks the kept images. The images of complete snapshots must exist. Each image that exists must have all that
+    /// was acknowledged at the moment of its snapshot.
     pub(crate) fn check_kept(&self, found: &KeptContents) -> Result<(), String> {
         for kept in &self.1 {
             let name = kept.path.display();
@@ -77,7 +78,8 @@ impl Model {
         }
     }
 
-    /// Replaces the possible values of the kept images by their contents. The images never change from now on.
+    /// Replaces the possible values of the kept images by their contents, and removes images that were not found. The
+    /// images never change from now on.
     pub(crate) fn settle_kept(&mut self, found: &KeptContents) {
         self.1.retain(|kept| found.contains_key(&kept.path));
         for kept in &mut self.1 {

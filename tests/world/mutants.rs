@@ -12,7 +12,7 @@ use crate::world::CheckOptions;
 /// Number of runs after which a mutant counts as not found.
 const RUNS: usize = 3000;
 
-/// The mistakes in snapshots.
+/// The mutants for which only runs with snapshots search.
 const SNAPSHOT_MUTANTS: [Mutant; 4] =
     [Mutant::RoundsNotHeld, Mutant::WritesNotAwaited, Mutant::SealedUncommitted, Mutant::FlushBeforeDecision];
 
@@ -30,7 +30,7 @@ fn first_seed(mutant: Mutant) -> u64 {
 pub(crate) fn find(mutant: Mutant, layouts: &[Layout], checks: CheckOptions) -> Option<String> {
     let mut checker = Checker::default();
     mutant::enable(Some(mutant));
-    // Mistakes in snapshots need runs that take snapshots, and such runs take longer.
+    // Runs with snapshots take longer, so only the mutants that need them use them.
     let in_snapshots = SNAPSHOT_MUTANTS.contains(&mutant);
     let seeds = (first_seed(mutant)..).filter(|seed| random::takes_snapshots(*seed) == in_snapshots);
     let found = seeds.take(RUNS).find_map(|seed| {

@@ -31,11 +31,11 @@ pub(crate) fn run(layouts: &[Layout], seed: u64, checks: CheckOptions, checker: 
     if let Some(granules) = granules {
         world.limit_bitmap_cache(granules);
     }
-    // In one of five runs, the version of the disk changes under the requests.
+    // In one of five runs, the version of the disk changes while requests run.
     if seed % 5 == 3 {
         world.change_versions(Random::new(seed));
     }
-    // In another one, snapshots of the disk are taken.
+    // In another one of five runs, snapshots of the disk are taken.
     if takes_snapshots {
         world.take_snapshots(Random::new(seed));
     }

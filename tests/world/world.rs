@@ -166,19 +166,19 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Changes the version of the disk again and again from now on. Random numbers decide when a change takes a step.
+    /// Changes the version of the disk repeatedly from now on. Random numbers decide when a change takes a step.
     pub(crate) fn change_versions(&mut self, random: Random) {
         self.changes = Some(random);
     }
 
-    /// Takes snapshots of the disk again and again from now on.
+    /// Takes snapshots of the disk repeatedly from now on.
     pub(crate) fn take_snapshots(&mut self, random: Random) {
         self.changes = Some(random);
         self.snapshots = true;
     }
 
-    /// At random: begins a change of the version, takes a step of the change in progress, gives the change up, or does
-    /// nothing.
+    /// Begins a change of the version, takes a step of the change in progress, drops that change, or does nothing.
+    /// Random numbers decide which.
     fn step_change(&mut self) -> Result<(), String> {
         let (Some(random), Some(disk)) = (&mut self.changes, &self.disk) else { return Ok(()) };
         match &mut self.change {
@@ -226,7 +226,7 @@ impl<'a> World<'a> {
         let Some(Change::Snapshot(mut snapshot)) = self.change.take() else { return Ok(()) };
         let was_switched = snapshot.is_switched();
         if !was_switched {
-            // Crash outcomes during the switch may have the image.
+            // After a crash during the switch, the kept image may exist.
             let moment = self.model.clone();
             self.model.keep(layouts::kept(self.begun_snapshots), &moment);
         }
@@ -259,7 +259,7 @@ impl<'a> World<'a> {
         self.check_now()
     }
 
-    /// Gives the snapshot in progress up, which undoes it.
+    /// Drops the snapshot in progress, which undoes it.
     fn give_snapshot_up(&mut self) -> Result<(), String> {
         self.trace.push("    given up".into());
         let change = self.change.take();
@@ -445,14 +445,14 @@ impl<'a> World<'a> {
         Ok(())
     }
 
-    /// Returns whether a sync has failed on this machine. After a failed sync no further write may become durable.
-    /// Until the machine crashes, the page cache hides the contents of the medium from every process.
+    /// Whether a sync has failed on this machine, or a snapshot between its switch and its decision. After that no
+    /// write may become durable. After a failed sync, the page cache hides the medium from every process until a crash.
     fn is_poisoned(&self) -> bool {
         self.host.counts().failed_syncs > 0 || self.is_stuck
     }
 
-    /// Whether writes and flushes must fail, since a sync has failed. A failed sync of a file of a snapshot that was
-    /// undone does not count.
+    /// Whether writes and flushes must fail. In runs with snapshots, a failed sync counts only if it has poisoned the
+    /// disk: a sync of a file of a snapshot that was undone does not count.
     fn refuses_writes(&self) -> bool {
         match &self.disk {
             Some(disk) if self.snapshots => disk.is_poisoned(),
@@ -549,7 +549,7 @@ impl<'a> World<'a> {
         self.may_fail = false;
     }
 
-    /// Kills the process; the next process opens the disk. If a sync has failed, cuts the power instead.
+    /// Kills the process; the next process opens the disk. If [`World::is_poisoned`] is true, cuts the power instead.
     pub(crate) fn kill(&mut self) -> Result<(), String> {
         if self.is_poisoned() {
             return self.crash();

@@ -57,8 +57,9 @@ impl Member {
     ///
     /// # Errors
     /// - `Busy` if another change of the disk is in progress, or the disk is closed.
-    /// - `Refused` for the reasons listed at [`super::snapshot`].
-    /// - `Poisoned`, `NotFound`, `Io`.
+    /// - `Refused`, `NotFound` and that of a chain that is too deep, for the reasons listed at [`super::snapshot`].
+    /// - `Poisoned` if the image refuses writes.
+    /// - `Io`.
     pub(super) fn begin(request: &SnapshotRequest) -> Result<Member> {
         let disk = request.disk.clone();
         let turn = ChangeTurn::take(&disk)?;
@@ -119,12 +120,18 @@ impl Member {
         self.before.writable_top()
     }
 
-    /// The new child. It exists from the second phase on.
+    /// The new child.
+    ///
+    /// # Panics
+    /// If the child has not been created.
     pub(super) fn child(&self) -> &Top {
         self.child.as_ref().expect("the child was created")
     }
 
-    /// The swap to the new child. It exists from the second phase on.
+    /// The swap to the new child.
+    ///
+    /// # Panics
+    /// If the child has not been created.
     pub(super) fn swap(&mut self) -> &mut VersionSwap {
         self.swap.as_mut().expect("the child was created")
     }
@@ -151,11 +158,11 @@ impl Member {
         }
     }
 
-    /// Creates the new child with all that it needs to take writes.
+    /// Creates the new child, opens it for writing, and grows its file.
     ///
     /// # Errors
     /// - `Refused` if all file slots are in use.
-    /// - `Unsupported`, `NoSpace`, `Io`.
+    /// - `Unsupported`, `NoSpace`, `Io`, and the errors of opening the child.
     pub(super) fn create_child(&mut self) -> Result<()> {
         let (disk, env) = (&self.disk, self.disk.env());
         let name = self.child_name();
@@ -176,7 +183,7 @@ impl Member {
         let top = Top { slot, image };
         let swap = VersionSwap::new(disk, self.before.with_child(top.clone(), served), slot, None);
         (self.child, self.swap) = (Some(top.clone()), Some(swap));
-        // The guest's first writes need not wait until the file has grown.
+        // The file grows now, so that the first writes of the guest need not wait for growth.
         if let Some(mut growth) = Growth::begin(&top.image, top.slot) {
             image::run_to_completion(env, top.image.file(), slot, |failed, ops| growth.next(failed, ops))?;
         }
@@ -203,8 +210,8 @@ impl Member {
         }
     }
 
-    /// Records the serial that the guest sees in the new active image: the default serial comes from the UUID, which
-    /// changes.
+    /// Records, in the new active image, the serial that the guest sees. The default serial comes from the UUID, and
+    /// the new image has another UUID. Logs a failure.
     fn pass_on_serial(&self, file: &File) {
         let serial = self.disk.serial();
         let len = serial.iter().position(|byte| *byte == 0).unwrap_or(serial.len());
@@ -217,7 +224,8 @@ impl Member {
     /// Commits X, which takes no writes any more, and ends its session. All flushes wait.
     ///
     /// # Errors
-    /// `NoSpace`: nothing is lost, and the call may be repeated. `Poisoned`, `Io`.
+    /// - `Poisoned` if X refuses writes.
+    /// - `NoSpace`, `Io`: if no sync failed, nothing is lost, and the call may be repeated.
     pub(super) fn retire_old(&self) -> Result<()> {
         let (env, top) = (self.disk.env(), self.old_top());
         let mut commit = Commit::new(top.image.clone(), top.slot);
@@ -227,7 +235,7 @@ impl Member {
         top.image.retire(self.time)
     }
 
-    /// Records the new child in its parent's attribute, after both have their names.
+    /// Records the new child in an attribute of its parent, after both have their names.
     pub(super) fn record_child(&self) {
         record_child(self.disk.env(), self.old().image(), &self.folder.path_to(&self.active));
     }
@@ -235,7 +243,8 @@ impl Member {
     /// Makes X, which has its new name, a frozen layer that other chains may share.
     ///
     /// # Errors
-    /// `Invalid`, `Io` if the image cannot be opened again. The disk is served as before.
+    /// - Those of [`Image::open`]; the daemon then serves the disk with the sealed layer.
+    /// - `Io`.
     pub(super) fn freeze_old(&self) -> Result<()> {
         let top = self.old_top();
         let file = top.image.file().renamed(&self.kept_path())?;
@@ -248,12 +257,13 @@ impl Member {
         Ok(())
     }
 
-    /// Removes the new child, which took no writes, and its journal. Returns whether nothing of it is left.
+    /// Removes the new child, which took no writes, and its journal. Returns whether both are gone, durably. Logs a
+    /// failure.
     pub(super) fn remove_child(&mut self) -> bool {
         if let Some(commit) = self.commit.take() {
             commit.leave(&self.disk);
         }
-        // Opens the gates, if they are closed, and frees the slot.
+        // Dropping the swap opens the gates, if they are closed, and frees the slot of the child.
         self.swap = None;
         let ended = self.child.take().map_or(Ok(()), |child| child.image.abandon());
         let name = self.child_name();
@@ -267,8 +277,8 @@ impl Member {
             .is_ok()
     }
 
-    /// Fails the flushes that must not wait until the snapshot is decided: those of queues that stop, and all if the disk
-    /// is to report a full file system to the guest.
+    /// Fails the flushes that must not wait until the snapshot is decided. These are the flushes of queues that stop
+    /// or, if the disk reports a full file system to the guest, all flushes.
     pub(super) fn fail_flushes_that_must_not_wait(&self) {
         match self.disk.options().when_full {
             WhenFull::Park => self.disk.group_commit.stall(),
@@ -276,7 +286,8 @@ impl Member {
         }
     }
 
-    /// Lets flushes of the disk be answered again. Returns how long they were held.
+    /// Lets commit rounds of the disk begin again, so that flushes are answered. Returns how long the rounds were held;
+    /// zero if they were not held.
     pub(super) fn release_rounds(&mut self) -> Duration {
         self.swap.as_mut().map_or(Duration::ZERO, VersionSwap::release_rounds)
     }

@@ -2,22 +2,26 @@
 //!
 //! | phase | what | writes, flushes | durable before the next phase |
 //! | --- | --- | --- | --- |
-//! | `Note` | the notes, in the state *begun* | pass | text, name, folder |
+//! | `Note` | the notes, in the state *begun*; a check that hard links work | pass | text, name, folder |
 //! | `Child` | the new child Y, its journal, its first growth | pass | file, folder |
 //! | `Register` | all lanes register Y's file | pass | |
-//! | `Growth`, `Commit` | a commit of X, so that little is left to commit | pass | X |
+//! | `Growth` | the growth of X under way ends | pass | |
+//! | `Commit` | a commit of X, so that little is left to commit | pass | X |
 //! | `Prepare` | the text of the state *switched*, under a second name | pass | text |
-//! | `Hold` | the commit rounds, then the writes of all disks | wait | |
-//! | `Switch` | that text becomes the coordinator's note; the lanes adopt Y over the sealed X | wait | nothing |
+//! | `HoldRounds` | the commit rounds of all disks are held | flushes wait | |
+//! | `HoldWrites` | the writes of all disks are held | wait | |
+//! | `Switch` | that text becomes the coordinator's note | wait | nothing |
+//! | `Adopt` | the lanes adopt Y over the sealed X | wait, then writes pass | |
 //! | `Retire` | X is committed, and its session ends | flushes wait | X |
 //! | `Decide` | the coordinator's note, in the state *decided* | flushes wait | text, name, folder |
 //! | `Name` | X is linked as K; Y is renamed over A | pass | the folder after each of the two |
 //! | `Clean` | the notes are removed, the coordinator's last | pass | each folder |
 //! | `Freeze` | X becomes a frozen layer | pass | |
 //!
-//! A failure before `Switch` undoes the snapshot at once. Until *decided* is durable, no flush is answered that covers
-//! a write to Y, so a power cut may take Y away. A kill may not, since acknowledged writes survive it; whoever comes
-//! after a kill sees the switch, which the kernel has carried out.
+//! A failure in `Switch` or before undoes the snapshot at once. Until *decided* is durable, no flush is answered that
+//! covers a write to Y, so Y may be lost in a power cut. Y must not be lost in a kill, since acknowledged writes
+//! survive a kill. The process that opens the disk after a kill finds the switch, since the kernel has carried out the
+//! rename.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -31,16 +35,16 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::failpoint;
 use crate::mutant::{self, Mutant};
 
-/// Time that the commit before the switch may take.
+/// Maximum time of the commit before the switch, and of the wait for growth before that commit.
 const COMMIT_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time between two looks at a step of growth.
+/// Time between two checks whether a step of growth has ended.
 const GROWTH_POLL: Duration = Duration::from_millis(1);
-/// Time between two attempts to commit X while the file system is full.
+/// Time between two attempts of a step between the switch and the decision.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// Time for which a step between the switch and the decision is repeated after errors other than a lack of space.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What has to be done next.
+/// The phase of a snapshot: what is done next.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Phase {
     Note,
@@ -79,7 +83,7 @@ impl SnapshotRun {
         if requests.is_empty() {
             return Err(Error::new(ErrorKind::Invalid, "a snapshot needs at least one disk"));
         }
-        // Two snapshots of the same disks take the turns of the disks in the same order.
+        // Taking a turn never waits, so two snapshots of the same disks cannot wait for each other.
         let members = requests.iter().map(Member::begin).collect::<Result<Vec<Member>>>()?;
         let note = SnapshotNote {
             group: members[0].disk.env().uuid(),
@@ -90,10 +94,11 @@ impl SnapshotRun {
         Ok(SnapshotRun { members, note, phase, pause, held_flush })
     }
 
-    /// Takes the next step. Never waits for a lane, but for the storage.
+    /// Takes the next step. Waits for the storage, but never for a lane.
     ///
     /// # Errors
-    /// Those of [`super::snapshot`]. The snapshot must be dropped then.
+    /// Those of [`super::snapshot`]. The snapshot must be dropped then, except that a step between the switch and the
+    /// decision may be repeated if no sync failed.
     pub fn step(&mut self) -> Result<ChangeStep> {
         let awaited = match self.phase {
             Phase::Register => Some(SwapPhase::Registered),
@@ -111,7 +116,7 @@ impl SnapshotRun {
             Phase::Note => {
                 for (index, member) in self.members.iter_mut().enumerate() {
                     let written = self.note.write_new(member.disk.env(), &member.folder, index);
-                    // `Refused`: there is a note of another snapshot.
+                    // `Refused` means that another snapshot has a note of that name.
                     member.has_note = !written.as_ref().is_err_and(|e| e.kind() == ErrorKind::Refused);
                     written?;
                     self.note.check_links(&member.folder, index)?;
@@ -125,7 +130,7 @@ impl SnapshotRun {
                 Phase::Register
             }
             Phase::Register => Phase::Growth,
-            // A commit repeats its syncs while a lane syncs a step of growth.
+            // A commit repeats its syncs while a step of growth syncs.
             Phase::Growth if self.members.iter().any(|member| member.old().is_growth_syncing()) => {
                 return Ok(ChangeStep::Wait);
             }
@@ -212,7 +217,7 @@ impl SnapshotRun {
         self.phase = Phase::Done;
     }
 
-    /// Writes the text that the switch makes the coordinator's note.
+    /// Writes the text that becomes the coordinator's note in the switch.
     fn prepare(&mut self) -> Result<()> {
         let coordinator = &self.members[0];
         let env = coordinator.disk.env();
@@ -222,10 +227,10 @@ impl SnapshotRun {
         switched.prepare(env, &coordinator.folder)
     }
 
-    /// Replaces the file that takes the writes on all disks. No write is under way, and no commit.
+    /// Replaces the file that takes the writes on all disks. No write and no commit is under way.
     fn switch(&mut self) -> Result<()> {
         self.note.switch(&self.members[0].folder)?;
-        // Nothing below fails: the disks are switched together.
+        // None of the calls below fails, so either all disks are switched or none.
         self.phase = Phase::Adopt;
         for member in &mut self.members {
             member.swap().step()?;
@@ -236,7 +241,7 @@ impl SnapshotRun {
         Ok(())
     }
 
-    /// Takes steps of the swaps up to a phase. Returns whether all have reached it.
+    /// Takes steps of the swaps up to a phase. Returns whether all swaps have reached the phase.
     fn swaps_reach(&mut self, phase: SwapPhase) -> Result<bool> {
         for member in &mut self.members {
             while member.swap().phase() < phase {
@@ -248,7 +253,10 @@ impl SnapshotRun {
         Ok(true)
     }
 
-    /// Takes the steps, and waits for the lanes between them.
+    /// Takes the steps, and waits for the lanes between them. Repeats steps as described at `must_repeat`.
+    ///
+    /// # Errors
+    /// Those of [`super::snapshot`].
     pub(super) fn run(mut self) -> Result<SnapshotReport> {
         let mut deadline = Instant::now() + LANE_TIMEOUT;
         let mut failing_since = Instant::now();
@@ -265,7 +273,8 @@ impl SnapshotRun {
                     let left = deadline.saturating_duration_since(Instant::now());
                     match self.phase {
                         Phase::Adopt if left.is_zero() => {
-                            // The switch stands. Writes wait, since the queue may still read with the old version.
+                            // The disks are switched. Writes wait, since the queue may still read with the old
+                            // version.
                             log::warn!("{}; the snapshot waits for it", self.late_error().line());
                             deadline = Instant::now() + LANE_TIMEOUT;
                         }
@@ -273,7 +282,7 @@ impl SnapshotRun {
                         _ => self.wait(left),
                     }
                 }
-                // The guest's flushes wait, as they do on any full file system.
+                // The other flushes of the guest wait, as on any full file system.
                 Err(e) if self.must_repeat(&e, failing_since.elapsed()) => {
                     log::warn!("{}; the snapshot waits", e.line());
                     for member in &self.members {
@@ -286,7 +295,7 @@ impl SnapshotRun {
         }
     }
 
-    /// Adds to an error what it means for the snapshot, if that is not undone.
+    /// Adds to an error what it means for the disks, if the snapshot is not undone.
     fn explain(&self, e: Error) -> Error {
         let what = match self.phase {
             Phase::Retire | Phase::Decide => "the disk refuses writes until the daemon is restarted",
@@ -299,8 +308,10 @@ impl SnapshotRun {
         Error::new(e.kind(), what).at_path(self.members[0].kept_path()).caused_by(e)
     }
 
-    /// Whether the step is repeated after the error: nothing is lost, and the snapshot can no longer be undone. A lack of
-    /// space may take any time, other errors only `RETRY_TIMEOUT`.
+    /// Whether a step is repeated after an error: the snapshot is switched and not decided, no sync has failed, no old
+    /// image refuses writes, and at least one disk is not closed. A step that fails with `NoSpace` is repeated without
+    /// a time limit. After another error, the step is repeated only within `RETRY_TIMEOUT` from the end of the step
+    /// before.
     fn must_repeat(&self, e: &Error, failing_for: Duration) -> bool {
         let is_undecided = matches!(self.phase, Phase::Retire | Phase::Decide);
         let is_lost = e.is_from_sync() || self.members.iter().any(|member| member.old().is_poisoned());
@@ -309,7 +320,7 @@ impl SnapshotRun {
         is_undecided && !is_lost && !is_closed && may_pass
     }
 
-    /// Waits for the first disk that is late.
+    /// Waits for a disk for which the current phase waits, at most for `left`.
     fn wait(&mut self, left: Duration) {
         for member in &mut self.members {
             if let Some(commit) = &member.commit {
@@ -345,13 +356,14 @@ impl SnapshotRun {
 }
 
 impl Drop for SnapshotRun {
-    /// Ends a snapshot that is not done: undoes it before the switch. Between the switch and the decision that is
-    /// impossible, and the old images may not be committed: flushes and the close of the disk must fail from now on, and
-    /// the next open completes the snapshot. Later the disk works on, and the next open completes the names.
+    /// Ends a snapshot that is not done. Before the switch, undoes the snapshot. Between the switch and the decision,
+    /// the snapshot cannot be undone, and the old images may not be committed. Flushes and the close of the disks must
+    /// fail from now on, and the next open finishes or undoes the snapshot. After the decision, the disks continue to
+    /// work, and the next open completes the names.
     fn drop(&mut self) {
         if self.phase <= Phase::Switch {
             for (index, member) in self.members.iter_mut().enumerate().rev() {
-                // The note stays if the child stays: the next open of the disk removes both.
+                // If the child cannot be removed, the note stays: the next open of the disk removes both.
                 if member.remove_child()
                     && member.has_note
                     && let Err(e) = self.note.remove(&member.folder, index)
@@ -360,7 +372,8 @@ impl Drop for SnapshotRun {
                 }
             }
         } else if self.phase <= Phase::Decide {
-            // The child's journal stays valid: the next open settles the old images, and then finishes the snapshot.
+            // The journal of the child is not poisoned, so the next open can settle the old images, and then finish
+            // the snapshot.
             for member in &self.members {
                 member.child().image.refuse_writes("a snapshot failed after the switch to the new file");
             }

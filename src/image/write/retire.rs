@@ -1,4 +1,4 @@
-//! The end of an image as the writable layer of a running disk, whose writes go to a new child from now on.
+//! The end of an image as the top of a running disk. The writes of the disk go to a new child from then on.
 
 use super::writable::Writable;
 use crate::error::Result;
@@ -14,11 +14,13 @@ impl Writable {
         self.mtime_at_open.later()
     }
 
-    /// Ends the session of the image, which is committed and takes no writes any more: first the stamp, then the
-    /// journal. The file gets the modification time `time`.
+    /// Ends the session of the image, which is committed and takes no writes any more: first removes the stamp, and
+    /// then the journal. The file gets the modification time `time`, if this process may set it. If the call is
+    /// repeated, the time of the first call counts.
     ///
     /// # Errors
-    /// `Poisoned`, `NoSpace`, `Io`.
+    /// - `Poisoned` if the image refuses writes
+    /// - `NoSpace`, `Io`
     pub fn retire(&self, time: ModifiedTime) -> Result<()> {
         let _ = self.retired_time.set(time);
         self.end_session();

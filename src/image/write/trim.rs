@@ -69,8 +69,8 @@ impl Writable {
         if self.content_changed.load(Ordering::SeqCst) { Ok(()) } else { self.mtime_at_open.restore_and_sync() }
     }
 
-    /// Sets the modification time before the file is closed: restores it, or advances it if the contents of the disk
-    /// have changed.
+    /// Sets the modification time before the file is closed. A retired image gets the time that was given to `retire`.
+    /// Otherwise advances the time if the contents of the disk have changed, and restores the saved time if not.
     pub(super) fn finish_mtime(&self) -> Result<()> {
         if let Some(time) = self.retired_time.get() {
             return self.mtime_at_open.set_and_sync(*time);

@@ -43,7 +43,7 @@ pub struct Writable {
     /// Bitmap sectors that the next commit writes.
     dirty: Mutex<Vec<BitmapSectorIndex>>,
     poison: OnceLock<String>,
-    /// Why writes are refused although no sync has failed; set once.
+    /// Why writes are refused although the image is not poisoned; set once.
     refusal: OnceLock<String>,
     pub(super) durability: DurabilityState,
     /// Whether a commit should begin, as the journal is nearly full or too many bitmap sectors are dirty.
@@ -294,7 +294,7 @@ impl Writable {
         let _ = self.events.set(events);
     }
 
-    /// Refuses all further writes until the image is opened again. The first reason is kept.
+    /// Refuses all further writes until the image is opened again. The first reason is kept, also in the live journal.
     pub fn poison(&self, why: &str) {
         if self.poison.set(why.to_owned()).is_ok() {
             log::error!(
@@ -341,7 +341,7 @@ impl Writable {
         }
     }
 
-    /// Why the image is poisoned; `None` if no sync has failed.
+    /// Why the image is poisoned; `None` if it is not. The reason given to [`Writable::refuse_writes`] does not count.
     pub(super) fn poison_reason(&self) -> Option<&str> {
         self.poison.get().map(String::as_str)
     }

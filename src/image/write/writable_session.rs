@@ -126,7 +126,7 @@ impl Writable {
     }
 
     /// Ends the session after the last commit: no slot of the journal is valid any more. The caller calls
-    /// [`Writable::trim`] next. From now on, the image writes to its file only in `trim`.
+    /// [`Writable::trim`] next, or removes the file. From now on, the image writes to its file only in `trim`.
     pub fn end_session(&self) {
         self.has_ended.store(true, Ordering::SeqCst);
         self.session().into_iter().for_each(Session::end);
