@@ -27,7 +27,7 @@ use super::snapshot_note_file::uuid_of;
 use crate::error::{Error, ErrorKind, Result, none_if_not_found};
 use crate::image::{Image, ImageIdentity, file_name, folder_of};
 use crate::mutant::{self, Mutant};
-use crate::storage::{Access, Env, Folder};
+use crate::storage::{Access, Env, Folder, Lock};
 
 /// Maximum number of names in a folder that are searched for notes. In a folder with more names, notes are looked up by
 /// the UUIDs of the image.
@@ -71,14 +71,14 @@ impl GroupState {
     }
 }
 
-/// Returns false if no file in a folder has the name of a note. Reads no file.
+/// Returns whether a file in a folder has the name of a note; `None` if the folder cannot be listed. Reads no file.
 ///
 /// # Errors
 /// `Io`.
-fn may_have_note(folder: &Folder) -> Result<bool> {
+fn has_note(folder: &Folder) -> Result<Option<bool>> {
     match folder.list_at_most(MAX_LISTED) {
-        Err(e) if e.is_denied() => Ok(true),
-        listed => Ok(listed?.is_none_or(|names| names.iter().any(|name| is_note_name(name)))),
+        Err(e) if e.is_denied() => Ok(None),
+        listed => Ok(listed?.map(|names| names.iter().any(|name| is_note_name(name)))),
     }
 }
 
@@ -100,13 +100,18 @@ impl FoundNote {
         let Some((folder, name)) = locate(env, path)? else { return Ok(Vec::new()) };
         // The image is not locked yet: I/O of a killed daemon may still reach it. Nearly always there is no note, and the
         // image is not read here.
-        if !may_have_note(&folder)? {
+        let has_note = has_note(&folder)?;
+        if has_note == Some(false) {
             return Ok(Vec::new());
         }
         let file = match folder.open(&name, Access::Read) {
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Refused) => return Ok(Vec::new()),
             opened => opened?,
         };
+        if has_note.is_none() {
+            // The lock waits for I/O of a killed daemon. If a live process has the image locked, its header may be read.
+            let _ = file.lock(Lock::Shared);
+        }
         let Some(ImageIdentity { uuid, parent, .. }) = ImageIdentity::peek(&file)? else { return Ok(Vec::new()) };
         // A note by the parent's UUID does not concern other children of X.
         let by_parent = match parent {
